@@ -1,0 +1,289 @@
+"""Runs the dual path inside somebody else's training loop, through two calls: `call_unet` and `accelerator.backward`.
+
+Per step: the reference pass (adapter bypassed, base prompt, no grad), then the response pass (adapter on, the host's
+own call), then the losses; they wait until the host calls `backward`, and are added to the loss it passes. Nothing of a
+step outlives it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spf_plugin import patching
+from spf_plugin.adapter import Adapter
+from spf_plugin.config import SPFConfig
+from spf_plugin.errors import SPFError
+from spf_plugin.objective import Objective, Path, dual_path
+from spf_plugin.probe import capture, find_layers
+from spf_plugin.prompt import Target
+from spf_plugin.text import BatchText, Conds, TextHost, TextSide, as_type, map_conds
+
+logger = logging.getLogger(__name__)
+
+PRESERVE_AT_LEAST = 1.0  # base-preservation samples have no diffusion loss; their output loss always counts
+
+
+class Host(TextHost, Protocol):
+    """What SPF needs of a training loop. A new host is one new class with these members."""
+
+    trainer: (
+        Any  # has call_unet(args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype, **kw)
+    )
+    accelerator: Any  # has backward(loss), sync_gradients, process_index, end_training()
+
+    @property
+    def text_encoder_trained(self) -> bool: ...
+
+    @property
+    def max_train_steps(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def captions(self, batch: Any) -> list[str]:
+        """The captions of a batch as they were encoded, `[B]`."""
+        ...
+
+    def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
+        """Per-sample targets that replace the run's, or None; may be empty."""
+        ...
+
+    def recomputable(self) -> AbstractContextManager[None]:
+        """While the response pass runs: make gradient checkpointing keep the graph of what hooks collect."""
+        ...
+
+    def report(self, values: dict[str, float]) -> None:
+        """Put numbers on the host's progress bar."""
+        ...
+
+    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+        """Keep `state()` with the host's training state, and call `load` when it resumes."""
+        ...
+
+
+class Attachment:
+    """SPF, attached to a host and an adapter. `close()` puts everything back.
+
+    Args:
+        host: the training loop.
+        config: the settings.
+        unet: the model whose cross-attention is compared.
+        adapter: switches the trained modules off.
+        multiplier: the adapter's present multiplier; at 0 SPF lets everything pass.
+
+    Raises:
+        SPFError: `spf_layers` matches nothing.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        config: SPFConfig,
+        unet: nn.Module,
+        adapter: Adapter,
+        multiplier: Callable[[], float] = lambda: 1.0,
+    ):
+        self.host, self.config, self.adapter, self.multiplier = host, config, adapter, multiplier
+        self.layers = find_layers(unet, config.layers)
+        self.text = TextSide(host, config.target, adapter.bypassed)
+        self.step = 0  # finished optimiser steps
+        self.logs: dict[str, float] = {}
+        self._micro_step = 0  # call_unet calls since the last optimiser step (gradient accumulation)
+        self._pending: Tensor | None = None
+        self._checked = False
+        self._patches = ExitStack()
+        self._open = False
+
+    # -- attaching ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Wrap the host's two calls, its step logs and its end, on the instances."""
+        trainer, accelerator = self.host.trainer, self.host.accelerator
+        self._open = True
+        self._patches.enter_context(
+            patching.patched(trainer, "call_unet", self._wrap(trainer.call_unet, self._call_unet))
+        )
+        self._patches.enter_context(
+            patching.patched(accelerator, "backward", self._wrap(accelerator.backward, self._backward))
+        )
+        if hasattr(trainer, "generate_step_logs"):
+            wrapped = self._wrap(trainer.generate_step_logs, self._step_logs)
+            self._patches.enter_context(patching.patched(trainer, "generate_step_logs", wrapped))
+        wrapped = self._wrap(accelerator.end_training, self._end_training)
+        self._patches.enter_context(patching.patched(accelerator, "end_training", wrapped))
+        self.host.on_save_state(lambda: {"step": self.step}, self._load_state)
+
+    def close(self) -> None:
+        """Put back every patch. Safe to call twice."""
+        self._open = False
+        self._pending = None
+        self._patches.close()
+
+    def _wrap(self, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not self._open:  # somebody wrapped us in turn and still calls us: be the original
+                return original(*args, **kwargs)
+            try:
+                return ours(original, *args, **kwargs)
+            except BaseException:
+                self.close()
+                raise
+
+        return wrapper
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+        logger.info(f"SPF: resumed at step {self.step}, stage {self.stage}")
+
+    # -- schedule -------------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        """1: plain fine-tuning; 2: dual-path alignment."""
+        return 1 if self.step < self.config.stage2_step(self.host.max_train_steps) else 2
+
+    def _aligns_now(self) -> bool:
+        return self.config.active and self.stage == 2 and self.step % self.config.every == 0
+
+    def _measures_now(self) -> bool:
+        """Without any weight SPF changes nothing, and still reports the drift of plain training."""
+        return not self.config.active and self.step % self.config.log_every == 0
+
+    # -- the wrapped calls ----------------------------------------------------------------------------------------
+
+    def _call_unet(
+        self,
+        original: Callable[..., Tensor],
+        args: Any,
+        accelerator: Any,
+        unet: Any,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text_conds: Conds,
+        batch: Any,
+        weight_dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> Tensor:
+        def predict(conds: Conds) -> Tensor:
+            return original(args, accelerator, unet, noisy_latents, timesteps, conds, batch, weight_dtype, **kwargs)
+
+        # Validation, the host's own preservation pass, and a network that is turned off are not training steps.
+        if not torch.is_grad_enabled() or kwargs.get("indices") is not None or self.multiplier() == 0:
+            return predict(text_conds)
+        if self._pending is not None:
+            raise SPFError(
+                "the host predicted twice without accelerator.backward in between; SPF does not know this loop"
+            )
+        micro_step, self._micro_step = self._micro_step, self._micro_step + 1
+        if not self._checked:
+            return self._check(predict, text_conds)
+        if not (self._aligns_now() or self._measures_now()):
+            return predict(text_conds)
+
+        text = self.text.for_batch(self.host.captions(batch), text_conds, self.host.targets(batch))
+        in_range = (timesteps >= self.config.min_timestep) & (timesteps < self.config.max_timestep)
+        aligned = in_range.to(text.empty.device) & ~text.empty
+        if not aligned.any():
+            return predict(text_conds)
+        return self._dual_path(predict, text_conds, text, aligned, micro_step)
+
+    def _check(self, predict: Callable[[Conds], Tensor], text_conds: Conds) -> Tensor:
+        """The first prediction of a run: does what the probe collects carry a graph? Else SPF would train nothing."""
+        with self.host.recomputable(), capture(self.layers) as captured:
+            prediction = predict(text_conds)
+        missing = [layer.name for layer in self.layers if layer.name not in captured.queries]
+        if missing:
+            raise SPFError(f"cross-attention layer {missing[0]} was never called; SPF cannot compare the paths")
+        if not all(query.requires_grad for query in captured.queries.values()):
+            raise SPFError(
+                "the cross-attention queries carry no gradient (reentrant gradient checkpointing?), so the alignment "
+                "losses would train nothing. Run without --gradient_checkpointing, or report this host."
+            )
+        self._checked = True
+        return prediction
+
+    def _dual_path(
+        self, predict: Callable[[Conds], Tensor], conds: Conds, text: BatchText, aligned: Tensor, micro_step: int
+    ) -> Tensor:
+        config, trained = self.config, self.host.text_encoder_trained
+        base_conds = self.text.reference_conds(text, conds, text_encoder_trained=trained)
+        with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
+            reference = Path.of(predict(base_conds), seen, self.layers, text.base_groups)
+        reference = Path(reference.eps.detach(), reference.queries, reference.attention)
+
+        preserved = self._choose_preserved(text.has_target & aligned, micro_step)
+        if preserved.any():
+            text = text.with_base_prompt(preserved)
+            own_base = base_conds
+            if trained:  # the trained text encoder must not leak the target into base prompts either
+                encoded = as_type(self.host.encode(text.base, beside=text.full), conds)
+                own_base = map_conds(lambda c, to: c.to(to.device, to.dtype), encoded, conds)
+            conds = map_conds(
+                lambda full, base: torch.where(preserved.view(-1, *[1] * (full.dim() - 1)), base, full), conds, own_base
+            )
+        with self.host.recomputable(), capture(self.layers) as seen:
+            prediction = predict(conds)
+        response = Path.of(prediction, seen, self.layers, text.full_groups)
+
+        result = dual_path(
+            reference,
+            response,
+            present=text.present,
+            weights=self.text.distances(text),
+            target_map_kind=config.map,
+            gain=config.map_gain,
+            aligned=aligned,
+            free=text.has_target,
+            multipliers=config.multipliers,
+            preserve_multiplier=max(config.output_multiplier, PRESERVE_AT_LEAST) if config.active else 0.0,
+        )
+        if result.loss is not None and config.active:
+            self._pending = result.loss
+        if self.step % config.log_every == 0:
+            self._log(result)
+        if not preserved.any():
+            return prediction
+        # These samples reproduce the base model instead of denoising the training image.
+        return torch.where(preserved.view(-1, 1, 1, 1), prediction.detach(), prediction)
+
+    def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor:
+        """A share of the samples, `[B]` bool. Its own generator, seeded by the step: no global random state is touched,
+        and a resumed run chooses as an uninterrupted one."""
+        if not self.config.base_preservation or not self._aligns_now():
+            return torch.zeros_like(candidates)
+        seed = hash((self.host.seed, self.step, micro_step, self.host.accelerator.process_index)) & 0x7FFFFFFF
+        draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed))
+        return (draw < self.config.base_preservation).to(candidates.device) & candidates
+
+    def _backward(self, original: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            loss = loss + pending.to(loss.device, loss.dtype)
+        original(loss, **kwargs)
+        if self.host.accelerator.sync_gradients:
+            self.step += 1
+            self._micro_step = 0
+
+    def _log(self, result: Objective) -> None:
+        values = {f"spf/{name}": float(value) for name, value in result.terms.items()}
+        values["spf/drift_inside"] = float(result.drift_inside)
+        values["spf/drift_outside"] = float(result.drift_outside)
+        values["spf/map_mean"] = float(result.map_mean)
+        self.logs = {
+            name: value for name, value in values.items() if value == value
+        }  # an empty map has no drift inside
+        self.host.report({"drift": values["spf/drift_outside"], "map": values["spf/map_mean"]})
+
+    def _step_logs(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**original(*args, **kwargs), **self.logs, "spf/stage": float(self.stage)}
+
+    def _end_training(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self.close()
+        return result

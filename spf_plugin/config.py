@@ -1,0 +1,271 @@
+"""Every SPF setting: its name, default, range and help text. The README's table is generated from here.
+
+Settings arrive as `--network_args spf_NAME=VALUE` (always strings) or from a TOML file named by `spf_config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from spf_plugin.errors import SPFError, nearest
+from spf_plugin.prompt import Target, parse_targets
+
+PREFIX = "spf_"
+MAPS = ("soft", "paper", "difference", "target", "hard", "none")
+TRAIN = ("all", "cross_attention")
+LAYERS = ("last", "all")
+
+
+def _text(value: Any) -> str:
+    return str(value).strip()
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[Any], float]:
+    def convert(value: Any) -> float:
+        number = float(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be {low:g} or more" if high == math.inf else f"must be from {low:g} to {high:g}")
+        return number
+
+    return convert
+
+
+def _integer(low: int, high: float = math.inf) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        number = _number(low, high)(value)
+        if number != int(number):
+            raise ValueError("must be a whole number")
+        return int(number)
+
+    return convert
+
+
+def _choice(choices: Sequence[str]) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if str(value) not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}{nearest(str(value), choices)}")
+        return str(value)
+
+    return convert
+
+
+def _choice_or_regex(choices: Sequence[str]) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        text = str(value)
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(
+                f"must be {', '.join(choices)} or a regular expression, and is not valid: {error}"
+            ) from None
+        return text
+
+    return convert
+
+
+def _targets(value: Any) -> tuple[Target, ...]:
+    return parse_targets([str(v) for v in value] if isinstance(value, list | tuple) else str(value))
+
+
+def _unavailable(value: Any) -> float:
+    number = _number(0.0)(value)
+    if number > 0:
+        raise ValueError("above 0 needs the response enhancement, which this release does not contain; leave it at 0")
+    return number
+
+
+def _setting(default: Any, convert: Callable[[Any], Any], help: str) -> Any:
+    return field(default=default, metadata={"convert": convert, "help": help})
+
+
+@dataclass(frozen=True)
+class SPFConfig:
+    """All settings of a run. Build it with `parse`; every field is documented by its own help text."""
+
+    target: tuple[Target, ...] = _setting(
+        (),
+        _targets,
+        "What the LoRA shall learn, as it stands in the captions: `blonde hair`. Several with `|`; a replacement as "
+        "`dress->T-shirt` (learn the dress; without it the base shows a T-shirt). `_` stands for a space.",
+    )
+    network: str = _setting(
+        "",
+        _text,
+        "The inner network module that makes the adapter: `networks.lora` (default inside sd-scripts), "
+        "`lycoris.kohya` (default elsewhere), or any other module with kohya's `create_network`.",
+    )
+    train: str = _setting(
+        "all",
+        _choice_or_regex(TRAIN),
+        "Which of its modules are trained: `all`, `cross_attention` (as the paper does), or a regular expression over "
+        "LoRA names.",
+    )
+    text_consistent_multiplier: float = _setting(
+        0.3, _number(0.0), "Weight of the text-consistent loss: attention of the base phrases, outside the map."
+    )
+    fine_grained_multiplier: float = _setting(
+        0.3, _number(0.0), "Weight of the fine-grained loss: cross-attention queries, outside the map."
+    )
+    output_multiplier: float = _setting(
+        3.0, _number(0.0), "Weight of the output loss: the predicted noise, outside the map."
+    )
+    base_preservation: float = _setting(
+        0.1,
+        _number(0.0, 0.9),
+        "Share of the samples that get the base prompt and must reproduce the base model everywhere; stops the target "
+        "from leaking into prompts without it.",
+    )
+    response_multiplier: float = _setting(
+        0.0, _unavailable, "Weight of the response enhancement (not in this release: only 0 is accepted)."
+    )
+    stage2_start: float = _setting(
+        0.25,
+        _number(0.0),
+        "When alignment starts: below 1 a fraction of the run, from 1 on a step. Before it, training is plain LoRA at "
+        "plain cost. 0 aligns from the first step.",
+    )
+    map: str = _setting(
+        "soft",
+        _choice(MAPS),
+        "How the control map is made: `soft` (default), `paper` (as published), `difference`, `target`, `hard`, or "
+        "`none` (align everywhere).",
+    )
+    map_gain: float = _setting(3.0, _number(0.1, 100.0), "Brightness of the map; larger leaves more of the image free.")
+    every: int = _setting(1, _integer(1), "Align every N-th step of stage 2 only; saves time.")
+    min_timestep: int = _setting(0, _integer(0, 1000), "Align only at this timestep or above.")
+    max_timestep: int = _setting(1000, _integer(0, 1000), "Align only below this timestep.")
+    layers: str = _setting(
+        "last",
+        _choice_or_regex(LAYERS),
+        "Which cross-attention layers are compared: `last` (the last block of every transformer), `all`, or a regular "
+        "expression over module names.",
+    )
+    log_every: int = _setting(
+        10, _integer(1), "Report drift and losses to the progress bar and trackers every N steps."
+    )
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Loss name -> weight, for the terms of the objective."""
+        return {
+            "text_consistent": self.text_consistent_multiplier,
+            "fine_grained": self.fine_grained_multiplier,
+            "output": self.output_multiplier,
+        }
+
+    @property
+    def active(self) -> bool:
+        """Whether SPF changes training at all. If not, it only measures drift."""
+        return any(self.multipliers.values()) or self.base_preservation > 0
+
+    def stage2_step(self, max_train_steps: int) -> int:
+        """The first optimiser step (0-based) of stage 2."""
+        if self.stage2_start < 1:
+            return math.ceil(self.stage2_start * max_train_steps)
+        return int(self.stage2_start)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Every setting as the `spf_` strings that would reproduce this run."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["target"] = "|".join(str(t) for t in self.target)
+        return {PREFIX + name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items() if v != ""}
+
+
+def _strip_quotes(value: Any) -> Any:
+    """GUIs wrap some values in one pair of literal quotes (kohya_ss uses shlex.quote without a shell)."""
+    if isinstance(value, str) and len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        return value[1:-1]
+    return value
+
+
+def split_network_args(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(spf settings, everything else)`: what does not start with `spf_` belongs to the inner network."""
+    ours = {k: v for k, v in kwargs.items() if k.startswith(PREFIX)}
+    return ours, {k: v for k, v in kwargs.items() if k not in ours}
+
+
+def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
+    candidates = [folder / name for folder in folders]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        looked = ", ".join(str(p) for p in candidates)
+        return {}, [f"{PREFIX}config: no such file (looked at {looked})"]
+    try:
+        return toml.loads(path.read_text(encoding="utf-8-sig")), []
+    except (toml.TomlDecodeError, UnicodeDecodeError, OSError) as error:
+        return {}, [f"{PREFIX}config: {path} is not valid TOML: {error}"]
+
+
+def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -> SPFConfig:
+    """Build the configuration from `--network_args`, and from the file that `spf_config` names.
+
+    Args:
+        network_args: `spf_` keys only (`split_network_args`); values are strings, or TOML values.
+        folders: where a relative `spf_config` is looked for, in this order.
+
+    Raises:
+        SPFError: with every mistake at once: unknown keys with the nearest valid name, malformed values.
+    """
+    settings = {k: _strip_quotes(v) for k, v in network_args.items()}
+    problems: list[str] = []
+    name = settings.pop(PREFIX + "config", None)
+    if name is not None:
+        from_file, problems = _read_file(str(name), folders)
+        settings = {**from_file, **settings}  # the command line wins, as it does for sd-scripts' own --config_file
+
+    fields = {PREFIX + f.name: f for f in dataclasses.fields(SPFConfig)}
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in fields:
+            problems.append(
+                f"unknown setting {key!r}{nearest(key, [*fields, PREFIX + 'config']) or ' (see the README)'}"
+            )
+            continue
+        try:
+            values[fields[key].name] = fields[key].metadata["convert"](value)
+        except (ValueError, TypeError) as error:
+            reason = str(error)
+            if reason.startswith("could not convert"):
+                reason = "must be a number"
+            problems.append(f"{key}={value!r}: {reason}")
+    if values.get("min_timestep", 0) >= values.get("max_timestep", 1000):
+        problems.append("spf_min_timestep must be below spf_max_timestep")
+    if problems:
+        raise SPFError(problems)
+    return SPFConfig(**values)
+
+
+def check_words(network_args: Sequence[str]) -> list[str]:
+    """Problems in the raw words of `--network_args`, before the host splits them at `=` and fails without a reason."""
+    problems = []
+    for i, word in enumerate(network_args):
+        if "=" not in word:
+            before = f" It follows {network_args[i - 1]!r}." if i else ""
+            problems.append(
+                f"--network_args has a stray word {word!r}: every item must be key=value.{before} Quote the whole item "
+                '("spf_target=blonde hair"), or use _ for the space (spf_target=blonde_hair) where a GUI drops quotes.'
+            )
+        elif word.startswith(PREFIX) and word.count("=") > 1:
+            problems.append(f"--network_args item {word!r} has more than one '='; no SPF value needs one.")
+    return problems
+
+
+def settings_table() -> str:
+    """The argument table of the README, as Markdown."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for f in dataclasses.fields(SPFConfig):
+        default = "" if f.default in ((), "") else f"`{f.default}`"
+        rows.append(f"| `{PREFIX}{f.name}` | {default} | {f.metadata['help']} |".replace("->", "-&gt;"))
+    rows.append(
+        f"| `{PREFIX}config` |  | A TOML file with any of these settings, relative to the working folder or the "
+        "training data folder. |"
+    )
+    return "\n".join(rows)

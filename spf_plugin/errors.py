@@ -1,0 +1,29 @@
+"""The one exception that users see, and the helper that names the nearest valid spelling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class SPFError(ValueError):
+    """A mistake that the user can mend. The message lists every problem found, each with its fix.
+
+    Args:
+        problems: one sentence (or short paragraph) per mistake.
+    """
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            message = f"SPF: {self.problems[0]}"
+        else:
+            lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+            message = f"SPF: {len(self.problems)} problems\n{lines}"
+        super().__init__(message)
+
+
+def nearest(name: str, choices: Iterable[str], n: int = 1) -> str:
+    """`"; did you mean X?"` for the closest of `choices`, or an empty string when nothing is close."""
+    found = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""

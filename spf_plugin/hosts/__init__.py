@@ -1,0 +1,1 @@
+"""Training loops that SPF can attach to: one module per host."""

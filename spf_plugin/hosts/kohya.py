@@ -1,0 +1,325 @@
+"""kohya sd-scripts: the only module that knows it.
+
+Supported loops: the monolithic one (v0.8.7 to v0.9.1) and `process_batch` (2025 branches, v0.10.x), for SD1.x, SD2.x
+and SDXL. In both, every training step passes `trainer.call_unet(...)` and `accelerator.backward(loss)`.
+
+`create_network` is given neither trainer nor accelerator: they are locals of the frame that calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+from spf_plugin import patching
+from spf_plugin.config import SPFConfig
+from spf_plugin.errors import SPFError
+from spf_plugin.prompt import Target, parse_targets, split, strip_weights
+from spf_plugin.text import Conds
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "spf_state.json"
+HOST_STATE_FILE = "train_state.json"
+CUSTOM_TARGET = "spf_target"
+SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.10.x"
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def training_frame() -> FrameType | None:
+    """The frame of the host's training function, looked for among the callers."""
+    for frame in _frames():
+        trainer = frame.f_locals.get("self")
+        if trainer is not None and "args" in frame.f_locals and "train_dataset_group" in frame.f_locals:
+            return frame
+    return None
+
+
+def raw_network_args() -> list[str]:
+    """The words of `--network_args` of the trainer that is calling us; empty where there is none."""
+    for frame in _frames():
+        args: Any = frame.f_locals.get("args")
+        if hasattr(args, "network_module") and hasattr(args, "network_args"):
+            return list(args.network_args or [])
+    return []
+
+
+def _overrides(cls: type, name: str) -> type | None:
+    """The most derived class that defines `name`."""
+    return next((c for c in cls.__mro__ if name in vars(c)), None)
+
+
+def trainer_problem(trainer: Any) -> str | None:
+    """Why this trainer cannot be used, or None. Every reason names the trainer."""
+    cls = type(trainer)
+    seam, prediction = _overrides(cls, "call_unet"), _overrides(cls, "get_noise_pred_and_target")
+    if seam is None:
+        return f"{cls.__name__} has no call_unet, the call that SPF wraps. {SUPPORTED}"
+    if prediction is not None and prediction is not seam and issubclass(prediction, seam):
+        return (
+            f"{cls.__name__} is not supported: it predicts without call_unet, so SPF could not see it (FLUX, SD3, "
+            f"Lumina, HunyuanImage and Anima trainers do). {SUPPORTED}"
+        )
+    if prediction is not None and not hasattr(cls, "process_batch"):
+        return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
+    return None
+
+
+class KohyaHost:
+    """A running sd-scripts trainer, as `spf_plugin.attachment.Host`.
+
+    Raises:
+        SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.
+    """
+
+    def __init__(self, frame: FrameType, text_encoders: Sequence[Any]):
+        names = frame.f_locals
+        self.trainer = names["self"]
+        self.args = names["args"]
+        self.accelerator: Any = names.get("accelerator")
+        self.text_encoders = list(text_encoders)
+        self._dataset = names["train_dataset_group"]
+        self._tokenizers = names.get("tokenizers")
+        self._progress_bar_seen = False
+        self._postfix: dict[str, float] = {}
+        self.weight_dtype = names.get("weight_dtype")
+
+    @classmethod
+    def find(cls, text_encoder: Any) -> KohyaHost:
+        """The trainer that is calling `create_network` now."""
+        frame = training_frame()
+        if frame is None:
+            raise SPFError(
+                "no sd-scripts trainer is calling. spf_plugin.lora works inside a training run: accelerate launch "
+                f"train_network.py --network_module spf_plugin.lora ... {SUPPORTED}"
+            )
+        problem = trainer_problem(frame.f_locals["self"])
+        if problem:
+            raise SPFError(problem)
+        encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
+        host = cls(frame, encoders)
+        if host.accelerator is None or not hasattr(host.accelerator, "register_save_state_pre_hook"):
+            raise SPFError(f"{type(host.trainer).__name__} has no accelerator at this point. {SUPPORTED}")
+        return host
+
+    # -- facts of the run -----------------------------------------------------------------------------------------
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the loop is the `process_batch` one, with strategies for tokenizing and encoding."""
+        return hasattr(self.trainer, "process_batch")
+
+    @property
+    def is_sdxl(self) -> bool:
+        return bool(getattr(self.trainer, "is_sdxl", False))
+
+    @property
+    def max_train_steps(self) -> int:
+        return int(self.args.max_train_steps)  # final only after the data loader was made: read late
+
+    @property
+    def seed(self) -> int:
+        return int(self.args.seed or 0)
+
+    @property
+    def text_encoder_trained(self) -> bool:
+        return bool(self.trainer.is_train_text_encoder(self.args))
+
+    def folders(self) -> list[Path]:
+        """Where a relative `spf_config` is looked for."""
+        data = [self.args.train_data_dir, os.path.dirname(getattr(self.args, "dataset_config", None) or "")]
+        return [Path(), *(Path(folder) for folder in data if folder)]
+
+    def _images(self) -> Iterator[tuple[str, Sequence[Target] | None, bool]]:
+        """`(caption, per-image targets, is regularisation image)` of the whole data set."""
+        for dataset in getattr(self._dataset, "datasets", []):
+            for key, info in getattr(dataset, "image_data", {}).items():
+                subset = getattr(dataset, "image_to_subset", {}).get(key)
+                parts = [getattr(subset, "caption_prefix", None), info.caption, getattr(subset, "caption_suffix", None)]
+                captions = parts[1] if isinstance(parts[1], list) else [parts[1] or ""]
+                attributes = getattr(subset, "custom_attributes", None) or {}
+                targets = parse_targets(attributes[CUSTOM_TARGET]) if attributes.get(CUSTOM_TARGET) else None
+                for caption in captions:
+                    text = " ".join(p for p in (parts[0], caption, parts[2]) if p)
+                    yield text, targets, bool(getattr(info, "is_reg", False))
+
+    def problems(self, config: SPFConfig | None) -> list[str]:
+        """What would make this run wrong. Warns about what only might."""
+        args, found = self.args, []
+        if args.network_train_text_encoder_only:
+            found.append(
+                "--network_train_text_encoder_only trains no UNet module, and SPF aligns the UNet. Remove the option."
+            )
+        if getattr(args, "save_model_as", "safetensors") not in (None, "safetensors"):
+            found.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
+        if getattr(args, "cpu_offload_checkpointing", False):
+            found.append("--cpu_offload_checkpointing is not made for SD and SDXL UNets. Remove the option.")
+        if config is not None:
+            found += self._target_problems(config)
+        return found
+
+    def _target_problems(self, config: SPFConfig) -> list[str]:
+        try:
+            images = [(caption, targets) for caption, targets, is_reg in self._images() if not is_reg]
+        except ValueError as error:
+            return [f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}"]
+        if not config.target and not any(targets for _, targets in images):
+            return [
+                "no target. Say what the LoRA shall learn, as the captions say it: "
+                '--network_args "spf_target=blonde hair"'
+            ]
+        if not images:
+            return []  # an arbitrary dataset class: captions are known only when they come
+        without = [c for c, targets in images if not split(c, config.target if targets is None else targets).has_target]
+        if len(without) == len(images):
+            common = Counter(part.strip() for c in without for part in c.split(",") if part.strip()).most_common(5)
+            said = (
+                ", ".join(repr(part) for part, _ in common) or "nothing (captions are empty: check --caption_extension)"
+            )
+            wanted = "|".join(str(t) for t in config.target)
+            return [f"the target {wanted!r} occurs in none of the {len(images)} captions. They most often say {said}."]
+        if without:
+            examples = "; ".join(repr(c[:80]) for c in without[:3])
+            logger.warning(
+                f"SPF: {len(without)} of {len(images)} captions do not contain the target and only preserve the base "
+                f"model, e.g. {examples}"
+            )
+        unused = [
+            str(t)
+            for t in config.target
+            if not any(split(c, [t]).has_target for c, targets in images if targets is None)
+        ]
+        if unused:
+            logger.warning(f"SPF: no caption contains {', '.join(map(repr, unused))}")
+        return []
+
+    # -- per batch ------------------------------------------------------------------------------------------------
+
+    def captions(self, batch: Any) -> list[str]:
+        return [str(caption or "") for caption in batch["captions"]]
+
+    def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
+        attributes = batch.get("custom_attributes") or []
+        return [parse_targets(a[CUSTOM_TARGET]) if a and a.get(CUSTOM_TARGET) else None for a in attributes]
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        if self.is_new:
+            from library.strategy_base import TokenizeStrategy
+
+            return list(self.trainer.get_tokenizers(TokenizeStrategy.get_strategy()))
+        tokenizers = self._tokenizers
+        return list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        if self.args.weighted_captions:
+            text = strip_weights(text)
+        return self.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
+        if self.is_new:
+            return self._encode_new(list(prompts))
+        if self.args.weighted_captions:
+            from library.custom_train_functions import get_weighted_text_embeddings
+
+            chunks = self.args.max_token_length // 75 if self.args.max_token_length else 1
+            everything = get_weighted_text_embeddings(
+                self.tokenizers[0],
+                self.text_encoders[0],
+                [*prompts, *beside],
+                self.text_encoders[0].device,
+                chunks,
+                clip_skip=self.args.clip_skip,
+            )
+            return everything[: len(prompts)]
+        return self._encode_old(list(prompts))
+
+    def _encode_new(self, prompts: list[str]) -> Conds:
+        from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+
+        tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
+        models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, self.text_encoders)
+        if self.args.weighted_captions:
+            ids, weights = tokenizing.tokenize_with_weights(prompts)
+            return encoding.encode_tokens_with_weights(tokenizing, models, ids, weights)
+        return encoding.encode_tokens(tokenizing, models, tokenizing.tokenize(prompts))
+
+    def _encode_old(self, prompts: list[str]) -> Conds:
+        import torch
+        from library import train_util
+
+        # The data set's own method, without a data set: it uses nothing of it but this length.
+        length = self.args.max_token_length + 2 if self.args.max_token_length else self.tokenizers[0].model_max_length
+        maker = SimpleNamespace(tokenizer_max_length=length)
+        ids = [
+            torch.stack([train_util.BaseDataset.get_input_ids(maker, prompt, tokenizer) for prompt in prompts]).to(
+                encoder.device
+            )
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        dtype = self.weight_dtype
+        if not self.is_sdxl:
+            return train_util.get_hidden_states(self.args, ids[0], self.tokenizers[0], self.text_encoders[0], dtype)
+        return train_util.get_hidden_states_sdxl(
+            self.args.max_token_length,
+            *ids,
+            *self.tokenizers,
+            *self.text_encoders,
+            dtype if self.args.full_fp16 else None,
+            accelerator=self.accelerator,
+        )
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def recomputable(self) -> AbstractContextManager[None]:
+        """SDXL checkpoints reentrantly, where what a hook collects has no graph: non-reentrant for this pass."""
+        unet = sys.modules.get("library.sdxl_original_unet")
+        if self.is_sdxl and unet is not None and getattr(unet, "USE_REENTRANT", False):
+            return patching.patched(unet, "USE_REENTRANT", False)
+        return nullcontext()
+
+    def report(self, values: dict[str, float]) -> None:
+        self._postfix = {name: round(value, 4) for name, value in values.items()}
+        if not self._progress_bar_seen:
+            self._progress_bar_seen = True
+            bar = next((f.f_locals["progress_bar"] for f in _frames() if "progress_bar" in f.f_locals), None)
+            if bar is not None:
+                original = bar.set_postfix
+
+                def set_postfix(*args: Any, **kwargs: Any) -> None:
+                    original(*args, **{**kwargs, **self._postfix})
+
+                bar.set_postfix = set_postfix  # the bar belongs to this run and ends with it: nothing to put back
+
+    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+        def save_hook(_models: Any, _weights: Any, output_dir: str) -> None:
+            if self.accelerator.is_main_process:
+                partial = Path(output_dir) / (STATE_FILE + ".partial")
+                partial.write_text(json.dumps(state()), encoding="utf-8")
+                os.replace(partial, Path(output_dir) / STATE_FILE)
+
+        def load_hook(_models: Any, input_dir: str) -> None:
+            ours, theirs = Path(input_dir) / STATE_FILE, Path(input_dir) / HOST_STATE_FILE
+            if ours.is_file():
+                load(json.loads(ours.read_text(encoding="utf-8")))
+            elif theirs.is_file():  # saved by a run without SPF
+                load({"step": json.loads(theirs.read_text(encoding="utf-8"))["current_step"]})
+
+        self.accelerator.register_save_state_pre_hook(save_hook)
+        self.accelerator.register_load_state_pre_hook(load_hook)

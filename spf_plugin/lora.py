@@ -1,0 +1,166 @@
+"""The network module that sd-scripts imports: `--network_module spf_plugin.lora`.
+
+`create_network` returns the *inner* network itself, so everything the host does with it (optimizer groups, state,
+saving) is what it would do without SPF. SPF is attached beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from spf_plugin import adapter as adapters
+from spf_plugin.adapter import Adapter
+from spf_plugin.attachment import Attachment, Host
+from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
+from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya import KohyaHost, raw_network_args
+
+__all__ = ["attach", "create_network", "create_network_from_weights"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NETWORK = "networks.lora"
+
+
+def _stop_on_stray_words() -> None:
+    """The host splits every word of --network_args at "=" right after importing us, and fails without a reason."""
+    problems = check_words(raw_network_args())
+    if problems:
+        raise SPFError(problems)
+
+
+_stop_on_stray_words()
+
+
+def _prepare(text_encoder: Any, kwargs: dict[str, Any]) -> tuple[KohyaHost, SPFConfig, dict[str, Any]]:
+    """The host, the settings and the inner network's arguments; or one error that lists every mistake."""
+    host = KohyaHost.find(text_encoder)
+    ours, theirs = split_network_args(kwargs)
+    config: SPFConfig | None = None
+    problems: list[str] = []
+    try:
+        config = parse(ours, host.folders())
+    except SPFError as error:
+        problems += error.problems
+    problems += host.problems(config)
+    name = (config.network if config else str(ours.get("spf_network", ""))) or DEFAULT_NETWORK
+    try:
+        adapters.load_module(name)
+    except SPFError as error:
+        problems += error.problems
+    if problems or config is None:
+        raise SPFError(problems)
+    return host, config, theirs
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module,
+    text_encoder: Any,
+    unet: nn.Module,
+    **kwargs: Any,
+) -> nn.Module:
+    """kohya's entry: an adapter for `unet` and `text_encoder`, trained with the dual-path objective.
+
+    Args:
+        multiplier: passed to the inner network, like everything below that is not an `spf_` setting.
+        network_dim: rank.
+        network_alpha: alpha.
+        vae: not used by SPF.
+        text_encoder: one, or a list (SDXL).
+        unet: the host's UNet.
+        **kwargs: `--network_args`: `spf_` settings are SPF's, all others the inner network's.
+
+    Raises:
+        SPFError: with every mistake found, before anything is created.
+    """
+    host, config, theirs = _prepare(text_encoder, kwargs)
+    inner = adapters.load_module(config.network or DEFAULT_NETWORK)
+    network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
+    return attach(network, host, config, unet)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str,
+    vae: nn.Module,
+    text_encoder: Any,
+    unet: nn.Module,
+    weights_sd: dict[str, torch.Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """kohya's entry for `--dim_from_weights` (trained with SPF) and `--base_weights` (merged, so in the reference)."""
+    if for_inference:
+        from safetensors import safe_open
+
+        keys = list(weights_sd or {})
+        if not keys and str(file).endswith(".safetensors"):
+            with safe_open(file, "pt") as reader:  # type: ignore[attr-defined]
+                keys = list(reader.keys())
+        inner = adapters.load_module(adapters.module_for_weights(keys, DEFAULT_NETWORK))
+        return inner.create_network_from_weights(
+            multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
+        )
+    host, config, theirs = _prepare(text_encoder, kwargs)
+    inner = adapters.load_module(config.network or DEFAULT_NETWORK)
+    network, weights = inner.create_network_from_weights(
+        multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
+    )
+    return attach(network, host, config, unet), weights
+
+
+def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -> nn.Module:
+    """Attach SPF to a network that is created and not applied yet, and to the host that will train it.
+
+    The attachment is at `network.spf`; `network.spf.close()` detaches it (the end of training does, too).
+
+    Raises:
+        SPFError: `spf_train` or `spf_layers` matches nothing.
+    """
+    previous = getattr(host.trainer, "spf", None)
+    if previous is not None:
+        previous.close()  # an earlier run of the same trainer object that ended in an exception
+    adapters.select(network, config.train)
+    adapter = Adapter()
+    attachment = Attachment(host, config, unet, adapter, multiplier=lambda: getattr(network, "multiplier", 1.0))
+
+    @contextmanager
+    def applying(models: Sequence[nn.Module]) -> Iterator[None]:
+        with adapter.watching(models):
+            yield
+        attachment.open()
+        stage2 = config.stage2_step(host.max_train_steps) if config.active else None
+        logger.info(
+            f"SPF: target {'|'.join(map(str, config.target)) or '(per subset)'}; {len(adapter)} modules trained, "
+            f"{len(attachment.layers)} cross-attention layers compared; "
+            + (f"alignment from step {stage2}" if stage2 is not None else "no weights: measures drift only")
+        )
+
+    adapters.on_apply(network, applying)
+    _save_with_settings(network, config)
+    network.spf = attachment  # type: ignore[assignment]
+    host.trainer.spf = attachment
+    return network
+
+
+def _save_with_settings(network: nn.Module, config: SPFConfig) -> None:
+    """Write every SPF setting into `ss_network_args` of the saved file, also those that came from a file or default."""
+    original: Callable[..., None] = network.save_weights  # type: ignore[assignment]
+
+    def save_weights(file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        if metadata is not None and "ss_network_args" in metadata:
+            arguments = {**(json.loads(metadata["ss_network_args"]) or {}), **config.to_metadata()}
+            metadata = {**metadata, "ss_network_args": json.dumps(arguments)}
+        original(file, dtype, metadata)
+
+    network.save_weights = save_weights  # type: ignore[assignment]

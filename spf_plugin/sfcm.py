@@ -1,0 +1,174 @@
+"""SFCM, the Semantic-Aware Fine Control Map: where the target responds. Pure tensors in, tensors out.
+
+Method, section 3. The map `M` [B, 1, h, w] lies in [0, 1] and is a constant: it gets no gradient. The losses align the
+two paths with weight `W = 1 - M`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOW_QUANTILE, HIGH_QUANTILE = 0.02, 0.98  # robust ends of the noise difference: single latents are noisy
+HARD_THRESHOLD = 0.5
+_EPS = 1e-8
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Per-sample quantile of `[B, ...]`, kept broadcastable."""
+    return torch.quantile(x.flatten(1), q, dim=1).view(-1, *[1] * (x.dim() - 1))
+
+
+def noise_difference(eps_res: Tensor, eps_ref: Tensor) -> Tensor:
+    """`D = mean_c |eps_res - eps_ref|`, stretched per sample so that its low quantile is 0 and its high quantile 1.
+
+    Args:
+        eps_res: prediction of the response path, `[B, C, h, w]`.
+        eps_ref: prediction of the reference path, same shape.
+
+    Returns:
+        `[B, 1, h, w]`, float32. All zeros where the paths agree everywhere.
+    """
+    d = (eps_res.float() - eps_ref.float()).abs().mean(dim=1, keepdim=True)
+    low, high = _quantile(d, LOW_QUANTILE), _quantile(d, HIGH_QUANTILE)
+    return ((d - low) / (high - low).clamp_min(_EPS)).clamp(0, 1)
+
+
+def to_image(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A layer's attention `[B, N, G]`, on its grid of `N = grid[0] * grid[1]` positions, resized to `[B, G, h, w]`."""
+    b, _, g = attention.shape
+    return F.interpolate(
+        attention.transpose(1, 2).reshape(b, g, *grid), size=size, mode="bilinear", align_corners=False
+    )
+
+
+def layer_grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid of a layer with `positions` positions in a UNet whose input is `size` latents.
+
+    Each downsampling halves with rounding up (a stride-2 convolution with padding 1); buckets need not be square.
+
+    Raises:
+        ValueError: no number of halvings gives that many positions.
+    """
+    h, w = size
+    while h * w > positions:
+        h, w = (h + 1) // 2, (w + 1) // 2
+    if h * w != positions:
+        raise ValueError(f"a cross-attention layer has {positions} positions, which no halving of {size} gives")
+    return h, w
+
+
+def mean_maps(attentions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Average the layers' group attention on the latent grid: list of `[B, N_l, G]` -> `[B, G, h, w]`."""
+    maps = [to_image(a, layer_grid(a.shape[1], size), size) for a in attentions]
+    return torch.stack(maps).mean(dim=0)
+
+
+def share(maps: Tensor, others: Tensor) -> Tensor:
+    """Each phrase's share of the attention that all phrases and the target receive at a place.
+
+    Min-max stretched maps would subtract everywhere, also where a phrase hardly responds.
+
+    Args:
+        maps: the phrases' attention, `[B, P, h, w]`.
+        others: attention that counts in the sum but has no map of its own here (the target), `[B, 1, h, w]`.
+    """
+    return maps / (maps.sum(dim=1, keepdim=True) + others).clamp_min(_EPS)
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Min-max per sample and map, `[B, P, h, w]` -> [0, 1]: the normalisation of the published formula."""
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp_min(_EPS)
+
+
+def subtract_phrases(difference: Tensor, phrase_maps: Tensor, weights: Tensor) -> Tensor:
+    """`M <- clamp(M - w_p A_p, 0, 1)` for every base phrase p, starting at `M = D`.
+
+    Args:
+        difference: `D`, `[B, 1, h, w]`.
+        phrase_maps: `A_p` in [0, 1], `[B, P, h, w]`.
+        weights: `w_p` in [0, 1], the semantic distance of phrase p to the target, `[B, P]`; 0 for absent phrases.
+    """
+    m = difference
+    for p in range(phrase_maps.shape[1]):
+        m = (m - weights[:, p, None, None, None] * phrase_maps[:, p : p + 1]).clamp(0, 1)
+    return m
+
+
+def brighten(m: Tensor, gain: float) -> Tensor:
+    """Lift the high quantile to 1, multiply by `gain`, grow by one latent cell.
+
+    Without it the map is about 0.2 inside the target's region, and the target is aligned away with the rest.
+    """
+    m = m / _quantile(m, HIGH_QUANTILE).clamp_min(_EPS)
+    m = (m * gain).clamp(0, 1)
+    return F.max_pool2d(m, kernel_size=3, stride=1, padding=1)
+
+
+def control_map(
+    kind: str,
+    *,
+    eps_res: Tensor,
+    eps_ref: Tensor,
+    phrase_maps: Tensor,
+    target_map: Tensor,
+    weights: Tensor,
+    gain: float,
+) -> Tensor:
+    """The SFCM.
+
+    Args:
+        kind: `paper` (as published), `soft` (shares instead of stretched maps, brightened), `hard` (soft, thresholded),
+            `difference` (the noise difference alone, brightened), `target` (attention of the target's own tokens,
+            brightened), `none` (0 everywhere: align everything).
+        eps_res: `[B, C, h, w]`, prediction of the response path.
+        eps_ref: `[B, C, h, w]`, prediction of the reference path.
+        phrase_maps: `[B, P, h, w]`, attention on each base phrase, response path (P may be 0).
+        target_map: `[B, 1, h, w]`, attention on the target.
+        weights: `[B, P]`, see `subtract_phrases`.
+        gain: see `brighten`.
+
+    Returns:
+        `[B, 1, h, w]`, float32 in [0, 1], detached.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    with torch.no_grad(), torch.autocast(device_type=eps_res.device.type, enabled=False):
+        if kind == "none":
+            return torch.zeros_like(eps_res[:, :1], dtype=torch.float32)
+        if kind == "target":
+            return brighten(stretch(target_map.float()), gain)
+        difference = noise_difference(eps_res, eps_ref)
+        if kind == "difference":
+            return brighten(difference, gain)
+        if kind == "paper":
+            return subtract_phrases(difference, stretch(phrase_maps.float()), weights)
+        if kind in ("soft", "hard"):
+            shares = share(phrase_maps.float(), target_map.float())
+            m = brighten(subtract_phrases(difference, shares, weights), gain)
+            return (m > HARD_THRESHOLD).float() if kind == "hard" else m
+    raise ValueError(f"unknown map {kind!r}")
+
+
+def semantic_distance(phrases: Tensor, target: Tensor, anchors: Tensor) -> Tensor:
+    """`w_p`: how far each phrase's text embedding is from the target's, in [0, 1].
+
+    CLIP text embeddings crowd together (cosines of 0.7 to 0.9 between unrelated phrases), so `1 - cos` is calibrated:
+    the median distance from the target to a fixed list of everyday phrases counts as 1.
+
+    Args:
+        phrases: `[P, E]`.
+        target: `[E]`.
+        anchors: `[A, E]`.
+
+    Returns:
+        `[P]`, float32.
+    """
+    distance = 1 - F.cosine_similarity(phrases.float(), target.float()[None], dim=-1)
+    reference = (1 - F.cosine_similarity(anchors.float(), target.float()[None], dim=-1)).median()
+    return (distance / reference.clamp_min(_EPS)).clamp(0, 1)

@@ -1,0 +1,248 @@
+"""The text side of a batch: captions to conditioning of both paths, token groups and semantic distances.
+
+Everything that depends on a caption alone is computed once and kept in bounded caches.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from spf_plugin import sfcm
+from spf_plugin.prompt import Prompt, Spans, Target, spans, split
+
+# Everyday phrases that have nothing in common with a target: their distance to it calibrates CLIP's crowded cosines.
+ANCHORS = (
+    "a photo of a person",
+    "plain background",
+    "standing outdoors",
+    "a brown jacket",
+    "smiling face",
+    "city street at night",
+    "green grass",
+    "a wooden table",
+)
+CACHED_PROMPTS = 1024
+CACHED_PHRASES = 8192
+
+Conds = Any  # what the host's call_unet takes: a tensor, or a list or tuple of tensors, each with the batch first
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class TextHost(Protocol):
+    """What the text side needs of a host."""
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        """Token ids as the host would make them, without BOS, EOS and padding."""
+        ...
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
+        """Conditioning for these prompts; `beside` shares the batch where the host pads to the longest."""
+        ...
+
+
+class Cache(OrderedDict[K, V]):
+    """A dictionary that forgets what was used longest ago."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def get_or(self, key: K, make: Callable[[], V]) -> V:
+        if key in self:
+            self.move_to_end(key)
+            return self[key]
+        value = self[key] = make()
+        if len(self) > self.size:
+            self.popitem(last=False)
+        return value
+
+
+def map_conds(function: Callable[..., Tensor], *conds: Conds) -> Conds:
+    """Apply `function` to the corresponding tensors of several conditionings; the structure of the first is kept."""
+    first = conds[0]
+    if isinstance(first, Tensor):
+        return function(*conds)
+    return type(first)(map_conds(function, *parts) for parts in zip(*conds, strict=True))
+
+
+def _row(i: int, conds: Tensor) -> Tensor:
+    return conds[i : i + 1].detach()
+
+
+def as_type(conds: Conds, like: Conds) -> Conds:
+    """`conds` as the container (list or tuple) that `like` is."""
+    return conds if isinstance(like, Tensor) else type(like)(conds)
+
+
+def hidden_states(conds: Conds) -> Tensor:
+    """The token sequence `[B, T, E]` of a conditioning (SDXL has two of the same T, and a pooled vector)."""
+    return conds if isinstance(conds, Tensor) else conds[0]
+
+
+def pooled(conds: Conds, ends: Sequence[int]) -> Tensor:
+    """One vector per prompt, `[B, E]`: the pooled output if there is one, else the state at EOS, position `ends[b]`."""
+    if not isinstance(conds, Tensor) and conds[-1].dim() == 2:
+        return conds[-1]
+    hidden = hidden_states(conds)
+    last = hidden.shape[1] - 1
+    return torch.stack([hidden[b, min(end, last)] for b, end in enumerate(ends)])
+
+
+@dataclass(frozen=True)
+class BatchText:
+    """The text side of one batch. P is the largest number of base phrases in it; the last base group is EOS and
+    padding.
+
+    Attributes:
+        prompts: the split captions.
+        base_groups: `[B, T, P + 1]`, token membership in the base prompts.
+        full_groups: `[B, T, P + 2]`, the same groups in the full prompts, and the target as the last.
+        present: `[B, P + 1]`, 1 where the sample has the group.
+        has_target: `[B]` bool.
+        empty: `[B]` bool, captions that were dropped out.
+    """
+
+    prompts: tuple[Prompt, ...]
+    base_groups: Tensor
+    full_groups: Tensor
+    present: Tensor
+    has_target: Tensor
+    empty: Tensor
+
+    @property
+    def base(self) -> list[str]:
+        return [p.base for p in self.prompts]
+
+    @property
+    def full(self) -> list[str]:
+        return [p.full for p in self.prompts]
+
+    def with_base_prompt(self, which: Tensor) -> BatchText:
+        """The same batch when the samples in `which` ([B] bool) get the base prompt in the response path too."""
+        as_base = torch.cat([self.base_groups, torch.zeros_like(self.base_groups[..., :1])], dim=-1)
+        full_groups = torch.where(which[:, None, None], as_base, self.full_groups)
+        return BatchText(
+            self.prompts, self.base_groups, full_groups, self.present, self.has_target & ~which, self.empty
+        )
+
+
+class TextSide:
+    """Splits, locates and encodes captions for one run.
+
+    Args:
+        host: tokenizer and text encoder; called with the adapter bypassed for the reference.
+        targets: the target phrases.
+        bypassed: a context manager factory that switches the adapter off.
+    """
+
+    def __init__(self, host: TextHost, targets: Sequence[Target], bypassed: Callable[[], Any]):
+        self.host = host
+        self.targets = tuple(targets)
+        self.bypassed = bypassed
+        self._splits: Cache[tuple[str, tuple[Target, ...], int], tuple[Prompt, Spans, Spans]] = Cache(CACHED_PROMPTS)
+        self._conds: Cache[tuple[str, int], Conds] = Cache(CACHED_PROMPTS)  # on the CPU
+        self._vectors: Cache[str, Tensor] = Cache(CACHED_PHRASES)
+
+    def for_batch(
+        self, captions: Sequence[str], conds: Conds, overrides: Sequence[Sequence[Target] | None] = ()
+    ) -> BatchText:
+        """Split a batch of captions.
+
+        Args:
+            captions: as the host encoded them (after shuffling and dropout).
+            conds: the host's conditioning for them; gives T and the device.
+            overrides: per sample the targets that replace the run's, or None.
+        """
+        hidden = hidden_states(conds)
+        length = hidden.shape[1]
+        rows = []
+        for i, caption in enumerate(captions):
+            override = overrides[i] if i < len(overrides) else None
+            rows.append(self._split(caption, tuple(override) if override is not None else self.targets, length - 2))
+        count = max((len(base.phrases) for _, base, _ in rows), default=0)
+        base_groups = torch.zeros(len(rows), length, count + 1)
+        full_groups = torch.zeros(len(rows), length, count + 2)
+        present = torch.zeros(len(rows), count + 1)
+        for i, (_, base, full) in enumerate(rows):
+            for p, (in_base, in_full) in enumerate(zip(base.phrases, full.phrases, strict=True)):
+                base_groups[i, list(in_base), p] = 1
+                full_groups[i, list(in_full), p] = 1
+                present[i, p] = float(bool(in_base) and bool(in_full))  # a phrase cut off in one has nothing to compare
+            base_groups[i, base.end :, count] = 1
+            full_groups[i, full.end :, count] = 1
+            present[i, count] = 1
+            full_groups[i, list(full.target), count + 1] = 1
+        device = hidden.device
+        return BatchText(
+            prompts=tuple(prompt for prompt, _, _ in rows),
+            base_groups=base_groups.to(device),
+            full_groups=full_groups.to(device),
+            present=present.to(device),
+            has_target=torch.tensor([bool(full.target) for _, _, full in rows], device=device),
+            empty=torch.tensor([not prompt.full.strip() for prompt, _, _ in rows], device=device),
+        )
+
+    def _split(self, caption: str, targets: tuple[Target, ...], max_tokens: int) -> tuple[Prompt, Spans, Spans]:
+        def make() -> tuple[Prompt, Spans, Spans]:
+            prompt = split(caption, targets)
+            tokenize = self.host.tokenize
+            return (
+                prompt,
+                spans(prompt, tokenize, max_tokens, full=False),
+                spans(prompt, tokenize, max_tokens, full=True),
+            )
+
+        return self._splits.get_or((caption, targets, max_tokens), make)
+
+    @torch.no_grad()
+    def reference_conds(self, text: BatchText, like: Conds, *, text_encoder_trained: bool) -> Conds:
+        """The base prompts encoded by the untrained text encoder, in the structure, type and device of `like`.
+
+        Args:
+            text: the batch.
+            like: the host's conditioning for the full prompts.
+            text_encoder_trained: if not, a caption without target needs no second encoding: its row of `like` is it.
+        """
+        length = hidden_states(like).shape[1]
+        rows = []
+        for i, (base, full) in enumerate(zip(text.base, text.full, strict=True)):
+            if base == full and not text_encoder_trained:
+                rows.append(map_conds(partial(_row, i), like))
+            else:
+                rows.append(self._conds.get_or((base, length), partial(self._encode, base, text.full)))
+        stacked = [map_conds(lambda c, to: c.to(to.device, to.dtype), as_type(row, like), like) for row in rows]
+        return map_conds(lambda *parts: torch.cat(parts), *stacked)
+
+    def _encode(self, base: str, beside: Sequence[str]) -> Conds:
+        with self.bypassed():
+            return map_conds(lambda c: c.detach().cpu(), self.host.encode([base], beside=beside))
+
+    @torch.no_grad()
+    def distances(self, text: BatchText) -> Tensor:
+        """`w_p` for every base phrase, `[B, P]` (`sfcm.semantic_distance`); 0 where a sample has no such phrase."""
+        count = text.present.shape[1] - 1
+        weights = torch.zeros(len(text.prompts), count)
+        for i, prompt in enumerate(text.prompts):
+            if prompt.has_target and prompt.phrases:
+                phrases = torch.stack([self._vector(p) for p in prompt.phrases])
+                anchors = torch.stack([self._vector(a) for a in ANCHORS])
+                weights[i, : len(phrases)] = sfcm.semantic_distance(phrases, self._vector(prompt.target), anchors)
+        return weights.to(text.present.device) * text.present[:, :count]
+
+    def _vector(self, phrase: str) -> Tensor:
+        """The pooled embedding of a phrase alone, `[E]`, by the untrained text encoder; on the CPU."""
+
+        def make() -> Tensor:
+            with self.bypassed():
+                conds = self.host.encode([phrase])
+            return pooled(conds, [1 + len(self.host.tokenize(phrase))])[0].float().cpu()
+
+        return self._vectors.get_or(phrase, make)

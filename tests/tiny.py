@@ -1,0 +1,170 @@
+"""Tiny models with the real block structures, seeded and built in a second or two: SD1.5, SD2 and SDXL in diffusers format.
+
+Widths are as small as the structures allow (32 groups in every group norm). sd-scripts reads SD1.5's widths from module
+constants, which `tests/hosts/launcher.py` sets to match.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+SD15_WIDTHS = (32, 64, 128, 128)
+SDXL_WIDTHS = (32, 64, 128)
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """CLIP's real BPE vocabulary, as a transformers tokenizer folder (the vocabulary ships with open_clip)."""
+    from importlib.util import find_spec
+
+    from transformers import CLIPTokenizer
+
+    spec = find_spec("open_clip")
+    assert spec is not None
+    assert spec.origin is not None
+    bpe = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.open(bpe, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    vocabulary = [*characters, *(c + "</w>" for c in characters), *("".join(m.split()) for m in merges)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=128,
+    )
+
+
+def _text_model(width: int, layers: int, *, projection: int | None = None) -> torch.nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=projection or width,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def _spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Larger projections than the default init, so that text and position matter to a random model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn2" in name and parameter.dim() == 2:
+                parameter.mul_(3.0)
+    return model
+
+
+def sd15(folder: Path, seed: int = 0) -> Path:
+    """A diffusers folder with SD1.5's block structure: 192 LoRA modules in the UNet."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=SD15_WIDTHS,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=32,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_text_model(64, 2),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder(folder / "tokenizer")),
+        unet=_spread(unet),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def sdxl(folder: Path, seed: int = 0) -> Path:
+    """A diffusers folder with SDXL's block structure: 722 LoRA modules in the UNet.
+
+    sd-scripts fixes the text encoders' widths (768 and 1280) and reads layer 11 of the first.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=SDXL_WIDTHS,
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        attention_head_dim=(1, 1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        norm_num_groups=32,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder / "tokenizer"))
+    pipeline = StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=_text_model(768, 12),
+        text_encoder_2=_text_model(1280, 3, projection=1280),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=_spread(unet),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+CAPTIONS = (
+    "a woman in a brown jacket, curtain background, blonde hair",
+    "blonde hair, a man, green shirt, street",
+    "a woman with blonde hair in a red coat, forest",
+    "a girl, white dress, (blonde hair:1.0), beach",
+)
+
+
+def images(
+    folder: Path, captions: tuple[str, ...] = CAPTIONS, size: tuple[int, int] = (128, 128), seed: int = 0
+) -> Path:
+    """A kohya data folder: `FOLDER/1_set/NN.png` with a caption file beside each."""
+    rng = np.random.default_rng(seed)
+    target = folder / "1_set"
+    target.mkdir(parents=True, exist_ok=True)
+    for i, caption in enumerate(captions):
+        pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(target / f"{i:02d}.png")
+        (target / f"{i:02d}.txt").write_text(caption, encoding="utf-8")
+    return folder
