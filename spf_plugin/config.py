@@ -31,6 +31,8 @@ def _text(value: Any) -> str:
 def _number(low: float, high: float = math.inf) -> Callable[[Any], float]:
     def convert(value: Any) -> float:
         number = float(value)
+        if not math.isfinite(number):
+            raise ValueError("must be a finite number")
         if not low <= number <= high:
             raise ValueError(f"must be {low:g} or more" if high == math.inf else f"must be from {low:g} to {high:g}")
         return number

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 LONG_PHRASE_WORDS = 8
+CHUNK = 75  # tokens of text in one pass of CLIP's text encoder
 _CONNECTIVES = "with|wearing|wears|has|having|in|and|plus"
 _ARTICLES = "a|an|the|her|his|their|its"
 _LEAD = re.compile(rf"(?:(?:\s+|^)(?:{_CONNECTIVES}))?(?:(?:\s+|^)(?:{_ARTICLES}))?\s*$", re.IGNORECASE)
@@ -59,9 +60,9 @@ def parse_targets(value: str | Sequence[str]) -> tuple[Target, ...]:
     targets = []
     for item in items:
         phrase, arrow, replacement = (part.strip(" \t\"'") for part in item.partition("->"))
-        if not re.search(r"\w", phrase):
+        if not re.search(r"[^\W_]", phrase):
             raise ValueError("has an empty target phrase; write for example spf_target=blonde_hair")
-        if arrow and not re.search(r"\w", replacement):
+        if arrow and not re.search(r"[^\W_]", replacement):
             raise ValueError(f"has nothing after '->'; write for example {phrase}->T-shirt, or leave the arrow out")
         targets.append(Target(phrase, replacement.replace("_", " ")))
     return tuple(targets)
@@ -269,18 +270,26 @@ class Spans:
     end: int
 
 
-def spans(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], max_tokens: int, *, full: bool) -> Spans:
+def spans(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
     """Where each phrase lies among the tokens.
 
-    A piece ends where the tokenized text up to its end has that many tokens. CLIP's tokenizer cuts at spaces and
-    punctuation before it merges, so this is exact for them, and within a token for scripts without spaces.
+    A piece ends where the tokenized text up to its end has that many tokens. CLIP's tokenizer cuts at spaces, and
+    between letters and punctuation, before it merges: exact there, and within a token for scripts without spaces.
 
     Args:
         prompt: a split caption.
         tokenize: text -> token ids without BOS, EOS and padding.
-        max_tokens: how many of them fit (75 per chunk); the rest is cut off, as the host cuts it.
+        length: T, the length of the sequence that the UNet sees. 77, or several 75-token chunks joined to
+            BOS + 75 n + EOS, or (sd-scripts' weighted captions up to v0.9.1) n chunks of 77 with BOS and EOS each.
+            What does not fit is cut off, as the host cuts it.
         full: positions in the full prompt, else in the base prompt.
     """
+    separate = length > CHUNK + 2 and length % (CHUNK + 2) == 0
+    fits = length // (CHUNK + 2) * CHUNK if separate else length - 2
+
+    def position(token: int) -> int:
+        return 1 + token + (2 * (token // CHUNK) if separate else 0)
+
     count = 1 + max((p.phrase for p in prompt.pieces), default=-1)
     phrases: list[list[int]] = [[] for _ in range(count)]
     target: list[int] = []
@@ -289,11 +298,11 @@ def spans(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], max_tokens: 
         if not (piece.in_full if full else piece.in_base):
             continue
         text += piece.text
-        end = min(len(tokenize(text)), max_tokens)
-        positions = range(1 + begin, 1 + end)
+        end = min(len(tokenize(text)), fits)
+        positions = [position(token) for token in range(begin, end)]
         if piece.kind is Kind.TARGET:
             target.extend(positions)
         elif piece.phrase >= 0:
             phrases[piece.phrase].extend(positions)
         begin = max(begin, end)
-    return Spans(tuple(tuple(p) for p in phrases), tuple(target), 1 + begin)
+    return Spans(tuple(tuple(p) for p in phrases), tuple(target), position(begin))

@@ -166,7 +166,7 @@ class TextSide:
         rows = []
         for i, caption in enumerate(captions):
             override = overrides[i] if i < len(overrides) else None
-            rows.append(self._split(caption, tuple(override) if override is not None else self.targets, length - 2))
+            rows.append(self._split(caption, tuple(override) if override is not None else self.targets, length))
         count = max((len(base.phrases) for _, base, _ in rows), default=0)
         base_groups = torch.zeros(len(rows), length, count + 1)
         full_groups = torch.zeros(len(rows), length, count + 2)
@@ -190,17 +190,17 @@ class TextSide:
             empty=torch.tensor([not prompt.full.strip() for prompt, _, _ in rows], device=device),
         )
 
-    def _split(self, caption: str, targets: tuple[Target, ...], max_tokens: int) -> tuple[Prompt, Spans, Spans]:
+    def _split(self, caption: str, targets: tuple[Target, ...], length: int) -> tuple[Prompt, Spans, Spans]:
         def make() -> tuple[Prompt, Spans, Spans]:
             prompt = split(caption, targets)
             tokenize = self.host.tokenize
             return (
                 prompt,
-                spans(prompt, tokenize, max_tokens, full=False),
-                spans(prompt, tokenize, max_tokens, full=True),
+                spans(prompt, tokenize, length, full=False),
+                spans(prompt, tokenize, length, full=True),
             )
 
-        return self._splits.get_or((caption, targets, max_tokens), make)
+        return self._splits.get_or((caption, targets, length), make)
 
     @torch.no_grad()
     def reference_conds(self, text: BatchText, like: Conds, *, text_encoder_trained: bool) -> Conds:

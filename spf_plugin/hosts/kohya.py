@@ -14,7 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -288,11 +288,18 @@ class KohyaHost:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def recomputable(self) -> AbstractContextManager[None]:
-        """SDXL checkpoints reentrantly, where what a hook collects has no graph: non-reentrant for this pass."""
-        unet = sys.modules.get("library.sdxl_original_unet")
-        if self.is_sdxl and unet is not None and getattr(unet, "USE_REENTRANT", False):
-            return patching.patched(unet, "USE_REENTRANT", False)
-        return nullcontext()
+        """Non-reentrant checkpointing for this pass: in a reentrant block, what a hook collects has no graph.
+
+        SDXL asks for reentrant, SD up to v0.9.1 leaves it to torch's default (reentrant), SD in v0.10 is non-reentrant.
+        """
+        from torch.utils import checkpoint as module
+
+        original = module.checkpoint
+
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return original(function, *args, **{**kwargs, "use_reentrant": False})
+
+        return patching.patched(module, "checkpoint", checkpoint)
 
     def report(self, values: dict[str, float]) -> None:
         self._postfix = {name: round(value, 4) for name, value in values.items()}

@@ -1,25 +1,33 @@
-"""Runs one of sd-scripts' scripts unmodified, on models small enough for a CPU: launcher.py SCRIPT ARGS...
+"""Runs sd-scripts' scripts unmodified, on models small enough for a CPU.
 
-sd-scripts takes UNet widths from module constants; they are set to those of `tests/tiny.py` before the script starts.
-`torchvision` may be a build whose C++ operators do not load beside a CPU-only torch: the schemas it registers at import are
-declared first. Both belong to the tests, not to the plugin.
+    launcher.py SCRIPT ARGS...     one run, as `python SCRIPT ARGS...`
+    launcher.py --serve HOST       many runs in the sd-scripts folder HOST, one JSON job a line on standard input:
+                                   {"script": ..., "args": [...], "log": ...} -> {"returncode": ...}
+
+Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
+
+sd-scripts takes UNet widths from module constants; they are set to those of `tests/tiny.py` before a script starts.
+`torchvision` may be a build whose C++ operators do not load beside a CPU-only torch: the schemas it registers at import
+are declared first. Both belong to the tests, not to the plugin.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 
 
 def _torchvision_importable() -> None:
-    """sd-scripts imports it; kept apart from the test environment, because transformers breaks where it does not load."""
+    """sd-scripts imports it; it lies apart from the test environment, where transformers would break on it."""
     sys.path.append(str(Path(sys.prefix) / "host-site"))
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -30,12 +38,29 @@ def _torchvision_importable() -> None:
         import torchvision  # noqa: F401
 
 
-def main() -> None:
+def _frozen_models_without_ddp() -> None:
+    """On GPUs accelerate wraps only models with something to train; on CPUs all, and torch refuses frozen ones."""
+    import accelerate
+
+    original = accelerate.Accelerator.prepare_model
+
+    def prepare_model(self, model, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self._models.append(model)
+            return model
+        return original(self, model, *args, **kwargs)
+
+    accelerate.Accelerator.prepare_model = prepare_model
+
+
+def prepare(host: Path) -> None:
+    """Make the host importable as its scripts expect, with the tiny widths."""
     torch.set_num_threads(1)
     _torchvision_importable()
-    script = Path(sys.argv[1]).resolve()
-    sys.path.insert(0, str(script.parent))
-    os.chdir(script.parent)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _frozen_models_without_ddp()
+    sys.path.insert(0, str(host))
+    os.chdir(host)
     from library import original_unet, sdxl_original_unet
 
     original_unet.BLOCK_OUT_CHANNELS = (32, 64, 128, 128)
@@ -43,11 +68,51 @@ def main() -> None:
     original_unet.TIME_EMBED_DIM = 128
     sdxl_original_unet.MODEL_CHANNELS = 32
     sdxl_original_unet.TIME_EMBED_DIM = 128
-    for module in filter(None, os.environ.get("SPF_TEST_BEFORE", "").split(os.pathsep)):
-        runpy.run_path(module)
-    sys.argv = [str(script), *sys.argv[2:]]
+
+
+def run(script: Path, arguments: list[str]) -> None:
+    sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 
+def _child(host: Path, job: dict) -> None:
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        run(host / job["script"], job["args"])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(host: Path) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever is printed while importing must not mix with the answers
+    prepare(host)
+    from library import sdxl_train_util, train_util  # noqa: F401  the slow imports, before the first fork
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _child(host, job)
+        _, status = os.waitpid(pid, 0)
+        answers.write(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}) + "\n")
+        answers.flush()
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "--serve":
+        serve(Path(sys.argv[2]).resolve())
+    else:
+        script = Path(sys.argv[1]).resolve()
+        prepare(script.parent)
+        run(script, sys.argv[2:])

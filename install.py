@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Install the plugin into a copy of sd-scripts, or run the demo or the tests in an environment of their own.
+
+    python install.py --sd-scripts DIR     in the Python environment that sd-scripts runs in
+    python install.py demo                 train on the embedded model and write a report
+    python install.py test                 run the whole test suite
+
+Needs nothing but Python 3.10 or newer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SHIM = ROOT / "networks" / "spf_lora.py"
+PACKAGE = "spf-plugin"
+ENVIRONMENT = ROOT / ".venv"
+NEEDED = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml")
+
+
+class Stop(Exception):
+    """A message for the user; the installer ends with it."""
+
+
+def run(command: list[str], *, dry: bool = False, quiet: bool = False) -> None:
+    """Run a command, or only say it."""
+    print(("would run: " if dry else "running: ") + shlex.join(command), flush=True)
+    if dry:
+        return
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None
+    )
+    if result.returncode:
+        if quiet:
+            sys.stdout.write(result.stdout.decode(errors="replace")[-4000:])
+        raise Stop(f"this command failed with exit status {result.returncode}: {shlex.join(command)}")
+
+
+# -- into sd-scripts ----------------------------------------------------------------------------------------------------
+
+
+def check_host(folder: Path) -> str:
+    """The loop family of an sd-scripts folder, by what its source offers (some installers edit it, so hashes say nothing).
+
+    Raises:
+        Stop: not sd-scripts, or a release that SPF does not support.
+    """
+    script = folder / "train_network.py"
+    for needed in (script, folder / "sdxl_train_network.py", folder / "networks" / "lora.py", folder / "library"):
+        if not needed.exists():
+            raise Stop(
+                f"{folder} is not a copy of sd-scripts: {needed.relative_to(folder)} is missing. Give its top folder."
+            )
+    source = script.read_text(encoding="utf-8", errors="replace")
+    if "def call_unet" not in source:
+        raise Stop(f"{folder} is older than v0.7.0 (no call_unet in train_network.py). Update sd-scripts.")
+    if "def process_batch" in source:
+        return "process_batch loop (2025 branches, v0.10.x)"
+    if "def get_noise_pred_and_target" in source:
+        raise Stop(
+            f"{folder} is a 2024 development branch of sd-scripts (no process_batch). Update it to main, or use v0.9.1."
+        )
+    return "monolithic loop (up to v0.9.1)"
+
+
+def check_environment(folder: Path) -> None:
+    """Whether this Python is the one that sd-scripts runs in."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        own = next((p for v in ("venv", ".venv") for p in _pythons(folder / v) if p.exists()), None)
+        hint = (
+            f"Run it with sd-scripts' own Python: {own} install.py ..."
+            if own
+            else "Activate sd-scripts' environment first."
+        )
+        raise Stop(f"this Python ({sys.executable}) has no {', '.join(missing)}. {hint}")
+
+
+def _pythons(environment: Path) -> tuple[Path, Path]:
+    return environment / "Scripts" / "python.exe", environment / "bin" / "python"
+
+
+def installed_is_current() -> bool:
+    """Whether the environment already has exactly this source."""
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-P" if sys.version_info >= (3, 11) else "-I",
+            "-c",
+            "import spf_plugin; print(spf_plugin.__path__[0])",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path.home(),
+    )
+    if found.returncode:
+        return False
+    installed, source = Path(found.stdout.strip()), ROOT / "spf_plugin"
+    if installed.resolve() == source.resolve():
+        return True
+    names = [p.relative_to(source) for p in source.rglob("*.py")]
+    same_files = {p.relative_to(installed) for p in installed.rglob("*.py")} == set(names)
+    return same_files and all(filecmp.cmp(source / n, installed / n, shallow=False) for n in names)
+
+
+def install(folder: Path, *, dry: bool) -> None:
+    """Package into the environment without touching any other package; shim into `networks/`."""
+    family = check_host(folder)
+    check_environment(folder)
+    print(f"sd-scripts: {folder}\n  {family}")
+    if installed_is_current():
+        print("spf_plugin: already installed, this version")
+    else:
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall"]
+        if importlib.util.find_spec("setuptools"):
+            command.append("--no-build-isolation")
+        run([*command, str(ROOT)], dry=dry, quiet=True)
+    target = folder / "networks" / SHIM.name
+    if target.exists() and filecmp.cmp(SHIM, target, shallow=False):
+        print(f"shim: {target} is in place")
+    elif target.exists() and "spf_plugin" not in target.read_text(encoding="utf-8", errors="replace"):
+        raise Stop(f"{target} exists and is not ours. Move it away first.")
+    else:
+        print(f"{'would copy' if dry else 'copying'} {SHIM.name} to {target}")
+        if not dry:
+            partial = target.with_suffix(".partial")
+            shutil.copyfile(SHIM, partial)
+            os.replace(partial, target)
+    print(
+        "\nTrain (nothing of sd-scripts is edited):\n"
+        f"  cd {shlex.quote(str(folder))}\n"
+        f"  accelerate launch train_network.py --config_file {shlex.quote(str(ROOT / 'presets' / 'sd15-8gb.toml'))} \\\n"
+        '      --network_module spf_plugin.lora --network_args "spf_target=blonde hair" \\\n'
+        "      --train_data_dir DATA --output_dir OUT --output_name NAME"
+    )
+
+
+def uninstall(folder: Path, *, dry: bool) -> None:
+    """Take away what `install` brought."""
+    run([sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE], dry=dry, quiet=True)
+    target = folder / "networks" / SHIM.name
+    if target.exists() and "spf_plugin" in target.read_text(encoding="utf-8", errors="replace"):
+        print(f"{'would remove' if dry else 'removing'} {target}")
+        if not dry:
+            target.unlink()
+
+
+# -- demo and tests -----------------------------------------------------------------------------------------------------
+
+
+def environment(*names: str) -> Path:
+    """`.venv` with the requirements of these files; set up once, and again when they change. Returns its Python."""
+    files = [ROOT / "requirements" / f"{name}.txt" for name in names]
+    wanted = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "requirements").glob("*.txt")))).hexdigest()
+    stamp = ENVIRONMENT / f"spf-{names[0]}.stamp"
+    python = next((p for p in _pythons(ENVIRONMENT) if p.exists()), None)
+    if python and stamp.exists() and stamp.read_text() == wanted:
+        print(f"environment: {ENVIRONMENT} (ready)")
+        return python
+    print(f"environment: setting up {ENVIRONMENT} (once; a few minutes)", flush=True)
+    if python is None:
+        venv.create(ENVIRONMENT, with_pip=True)
+        python = next(p for p in _pythons(ENVIRONMENT) if p.exists())
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    for file in files:
+        if file.stem == "host-site":
+            run(
+                [*pip, "--quiet", "--no-deps", "--upgrade", "--target", str(ENVIRONMENT / "host-site"), "-r", str(file)]
+            )
+        else:
+            run([*pip, *(["--no-deps"] if file.stem.endswith("no-deps") else []), "-r", str(file)], quiet=False)
+    run([*pip, "--quiet", "--no-deps", "--editable", str(ROOT)])
+    stamp.write_text(wanted)
+    return python
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd-scripts", metavar="DIR", type=Path, help="the folder with train_network.py")
+    parser.add_argument("--uninstall", action="store_true", help="take the plugin out of DIR and its environment again")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("what", nargs="?", choices=["demo", "test"], help="run the demo, or the tests")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="options for the demo or for pytest")
+    options = parser.parse_args(argv)
+    if options.what == "demo":
+        python = environment("demo", "demo-no-deps")
+        return subprocess.run([str(python), "-m", "portraitlab.demo", *options.rest], cwd=ROOT).returncode
+    if options.what == "test":
+        python = environment("test", "test-no-deps", "host-site")
+        return subprocess.run([str(python), "-m", "pytest", *options.rest], cwd=ROOT).returncode
+    if options.sd_scripts is None:
+        parser.print_help()
+        return 2
+    folder = options.sd_scripts.expanduser().resolve()
+    (uninstall if options.uninstall else install)(folder, dry=options.dry_run)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036  the one file that an older Python may meet
+        sys.exit("install.py needs Python 3.10 or newer")
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Stop as stop:
+        sys.exit(f"install.py: {stop}")
+    except KeyboardInterrupt:
+        sys.exit("install.py: stopped")

@@ -1,0 +1,48 @@
+"""A network module for tests: spf_plugin.lora, with each reference prediction compared to an untouched UNet.
+
+Writes `spy.json` into the output folder: for every aligned step, whether the reference equalled the copy bit for bit,
+and the largest difference between reference and response.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spf_plugin import lora
+from spf_plugin.hosts.kohya import training_frame
+
+
+def create_network(
+    multiplier: float, dim: int, alpha: float, vae: nn.Module, text_encoder: Any, unet: nn.Module, **kwargs: Any
+) -> nn.Module:
+    pristine = copy.deepcopy(unet).requires_grad_(False)
+    frame = training_frame()
+    assert frame is not None
+    trainer, output = frame.f_locals["self"], Path(frame.f_locals["args"].output_dir)
+    original, seen = trainer.call_unet, []
+    network = lora.create_network(multiplier, dim, alpha, vae, text_encoder, unet, **kwargs)
+
+    def call_unet(args: Any, accelerator: Any, model: nn.Module, *rest: Any, **kw: Any) -> torch.Tensor:
+        prediction = original(args, accelerator, model, *rest, **kw)
+        if torch.is_grad_enabled():
+            if seen and "response" not in seen[-1]:
+                seen[-1]["response"] = float((prediction.detach() - call_unet.reference).abs().max())
+        else:
+            pristine.train(model.training)
+            base = original(args, accelerator, pristine, *rest, **kw)
+            seen.append({"equal": bool(torch.equal(base, prediction))})
+            call_unet.reference = prediction
+        (output / "spy.json").write_text(json.dumps(seen))
+        return prediction
+
+    trainer.call_unet = call_unet  # below SPF, which wraps it when the network is applied
+    return network
+
+
+create_network_from_weights = lora.create_network_from_weights

@@ -1,0 +1,137 @@
+"""Every mistake stops before the first step, with one message that says what to do, and harms nothing on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.hosts.conftest import Host
+
+TARGET = "spf_target=blonde hair"
+
+
+def stops(host: Host, *network_args: str, **flags: object) -> str:
+    """Run, expect a stop before the first step, and return the message. A file that was there before survives."""
+    out = host.work / f"fail-{host._count + 1:03d}"
+    out.mkdir()
+    earlier = out / "out.safetensors"
+    earlier.write_bytes(b"an earlier LoRA")
+    result = host.train(*network_args, out=out, **flags)
+    assert result.returncode != 0
+    assert "steps:" not in result.log
+    assert earlier.read_bytes() == b"an earlier LoRA"
+    return result.message
+
+
+def test_unknown_setting_names_the_nearest(host: Host) -> None:
+    message = stops(host, TARGET, "spf_stage2_begin=0.5")
+    assert "unknown setting 'spf_stage2_begin'; did you mean spf_stage2_start?" in message
+
+
+def test_several_mistakes_in_one_message(host: Host) -> None:
+    message = stops(host, "spf_target=green hair", "spf_map=sofft", "spf_every=0", "spf_network=networks.lorra")
+    assert "SPF: 3 problems" in message
+    assert "spf_map='sofft': must be one of soft, paper" in message
+    assert "did you mean soft" in message
+    assert "spf_every='0': must be 1 or more" in message
+    assert "spf_network=networks.lorra: there is no such module" in message
+
+
+def test_target_that_no_caption_contains(host: Host) -> None:
+    message = stops(host, "spf_target=green hair")
+    assert "the target 'green hair' occurs in none of the 4 captions" in message
+    assert "'blonde hair'" in message  # what they do say
+
+
+def test_no_target(host: Host) -> None:
+    assert '--network_args "spf_target=blonde hair"' in stops(host, "spf_map=soft")
+
+
+def test_target_in_some_captions_only_warns(host: Host) -> None:
+    result = host.train("spf_target=beach", max_train_steps=1)
+    assert result.returncode == 0
+    assert (
+        "SPF: 3 of 4 captions do not contain the target" in result.message.replace("- ", "-") or "3 of 4" in result.log
+    )
+    assert result.file.exists()
+
+
+def test_text_encoder_only(host: Host) -> None:
+    message = stops(host, TARGET, network_train_unet_only=None, network_train_text_encoder_only=True)
+    assert "--network_train_text_encoder_only trains no UNet module" in message
+
+
+def test_pickle_output(host: Host) -> None:
+    assert "SPF writes safetensors only" in stops(host, TARGET, save_model_as="ckpt")
+
+
+def test_stray_word_is_explained(host: Host) -> None:
+    message = stops(host, "spf_target=blonde", "hair")
+    assert "stray word 'hair'" in message
+    assert "spf_target=blonde_hair" in message
+
+
+def test_malformed_value(host: Host) -> None:
+    assert "spf_output_multiplier='high': must be a number" in stops(host, TARGET, "spf_output_multiplier=high")
+
+
+def test_response_is_not_there_yet(host: Host) -> None:
+    assert "spf_response_multiplier='1'" in stops(host, TARGET, "spf_response_multiplier=1")
+
+
+def test_unmatched_layers_and_modules(host: Host) -> None:
+    assert "spf_layers='attn7' matches none of the 16 cross-attention layers" in stops(host, TARGET, "spf_layers=attn7")
+    assert "spf_train='attn7' matches none of the" in stops(host, TARGET, "spf_train=attn7")
+
+
+def test_missing_config_file(host: Host) -> None:
+    assert "spf_config: no such file" in stops(host, "spf_config=nowhere.toml")
+
+
+def test_config_file_beside_the_data(host: Host, tmp_path: Path) -> None:
+    data = tiny.images(tmp_path / "data set")
+    (data / "hair.toml").write_text('spf_target = ["blonde hair"]\nspf_map_gain = 2\n', encoding="utf-8")
+    result = host.train("spf_config=hair.toml", max_train_steps=1, train_data_dir=data)
+    assert result.returncode == 0, result.log[-3000:]
+    assert '"spf_target": "blonde hair"' in result.metadata()["ss_network_args"]
+    assert '"spf_map_gain": "2"' in result.metadata()["ss_network_args"]
+
+
+@pytest.mark.parametrize("spelling", ["spf_target='blonde hair'", "spf_target=blonde_hair", 'spf_target="blonde hair"'])
+def test_spellings_that_guis_leave(host: Host, spelling: str) -> None:
+    result = host.train(spelling, "spf_stage2_start=0", max_train_steps=1)
+    assert result.returncode == 0, result.log[-3000:]
+    assert "(per subset)" not in result.message
+
+
+def test_an_unsupported_trainer_is_refused_by_name(host: Host, tmp_path: Path) -> None:
+    """FLUX and SD3 trainers need models that no CPU test can hold: a trainer with their shape stands in for them."""
+    script = tmp_path / "other_train_network.py"
+    script.write_text(
+        "import train_network\n"
+        "from library import train_util\n"
+        "class FluxNetworkTrainer(train_network.NetworkTrainer):\n"
+        "    def get_noise_pred_and_target(self, *args, **kwargs):\n"
+        "        raise AssertionError('never reached')\n"
+        "parser = train_network.setup_parser()\n"
+        "args = train_util.read_config_from_file(parser.parse_args(), parser)\n"
+        "FluxNetworkTrainer().train(args)\n",
+        encoding="utf-8",
+    )
+    assert "FluxNetworkTrainer is not supported" in stops(host, TARGET, script=str(script))
+
+
+def test_a_host_without_the_seam_is_refused(host: Host, tmp_path: Path) -> None:
+    script = tmp_path / "old_train_network.py"
+    script.write_text(
+        "import train_network\n"
+        "from library import train_util\n"
+        "del train_network.NetworkTrainer.call_unet\n"
+        "parser = train_network.setup_parser()\n"
+        "args = train_util.read_config_from_file(parser.parse_args(), parser)\n"
+        "train_network.NetworkTrainer().train(args)\n",
+        encoding="utf-8",
+    )
+    assert "NetworkTrainer has no call_unet" in stops(host, TARGET, script=str(script))

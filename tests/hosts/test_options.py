@@ -1,0 +1,168 @@
+"""The host's own options, each beside the dual path: it trains, aligns, and what it writes is finite."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tests.hosts.conftest import Host, Result
+
+TARGET = "spf_target=blonde hair"
+EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_log_every=1", "spf_base_preservation=0.3")
+
+
+def aligned(result: Result) -> None:
+    """It ended well, SPF compared the paths in it, and the LoRA moved and is finite."""
+    tensors = result.tensors()
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    assert any(float(t.abs().max()) > 0 for name, t in tensors.items() if "lora_up" in name)
+    assert re.search(r"drift=[\d.]+", result.log), "the dual path never ran"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param({"weighted_captions": True}, id="weighted"),
+        pytest.param({"max_token_length": 225, "clip_skip": 2}, id="225-tokens"),
+        pytest.param({"weighted_captions": True, "max_token_length": 150}, id="weighted-150"),
+        pytest.param(
+            {
+                "shuffle_caption": True,
+                "keep_tokens": 1,
+                "caption_dropout_rate": 0.3,
+                "caption_tag_dropout_rate": 0.3,
+                "max_train_steps": 8,
+            },
+            id="shuffle-dropout",
+        ),
+        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, id="bf16"),
+        pytest.param({"mixed_precision": "bf16", "full_bf16": True}, id="full-bf16"),
+        pytest.param(
+            {"v_parameterization": True, "zero_terminal_snr": True, "scale_v_pred_loss_like_noise_pred": True},
+            id="v-prediction",
+        ),
+        pytest.param(
+            {"min_snr_gamma": 5, "noise_offset": 0.05, "sdpa": True, "loss_type": "huber"}, id="snr-offset-sdpa"
+        ),
+        pytest.param(
+            {"mem_eff_attn": True, "cache_latents": True, "cache_latents_to_disk": True}, id="mem-eff-disk-cache"
+        ),
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "train_batch_size": 1, "max_train_steps": 2}, id="accumulation"
+        ),
+        pytest.param({"scale_weight_norms": 1.0, "lr_scheduler": "cosine", "network_dropout": 0.2}, id="max-norm"),
+    ],
+)
+def test_option(host: Host, flags: dict[str, object], tmp_path: Path) -> None:
+    if flags.get("cache_latents_to_disk"):  # leaves .npz files beside the images
+        flags = {**flags, "train_data_dir": tiny.images(tmp_path / "images")}
+    aligned(host.train(*EVERY_STEP, **flags))
+
+
+def test_fp8_base(host: Host) -> None:
+    flags: dict[str, object] = {"mixed_precision": "bf16", "fp8_base": True, "max_train_steps": 2}
+    if host.train(module="networks.lora", **flags).returncode != 0:
+        pytest.skip("NOT RUN: without a GPU, sd-scripts itself cannot train on an fp8 base")
+    aligned(host.train(*EVERY_STEP, **flags))
+
+
+def test_buckets_that_are_not_square(host: Host, tmp_path: Path) -> None:
+    data = tiny.images(tmp_path / "tall", size=(128, 320))
+    tiny.images(tmp_path / "tall", size=(128, 320), captions=tiny.CAPTIONS)
+    flags = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 512, "resolution": "192,192"}
+    result = host.train(*EVERY_STEP, "spf_layers=all", train_data_dir=data, **flags)
+    aligned(result)
+    assert re.search(r"bucket 0: resolution \(128, 2\d\d\)", result.log)
+
+
+def test_masked_loss(host: Host, tmp_path: Path) -> None:
+    data = tiny.images(tmp_path / "images")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for image in sorted((data / "1_set").glob("*.png")):
+        Image.fromarray(np.full((128, 128, 3), 200, dtype=np.uint8)).save(masks / image.name)
+    config = tmp_path / "data.toml"
+    config.write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 128\nbatch_size = 2\n[[datasets.subsets]]\n'
+        f'image_dir = "{(data / "1_set").as_posix()}"\nconditioning_data_dir = "{masks.as_posix()}"\nnum_repeats = 1\n',
+        encoding="utf-8",
+    )
+    aligned(host.train(*EVERY_STEP, train_data_dir=None, dataset_config=config, masked_loss=True))
+
+
+def test_earlier_loras(host: Host) -> None:
+    """An earlier LoRA merged into the base belongs to the reference; training can go on from a LoRA file."""
+    first = host.train(*EVERY_STEP, max_train_steps=2)
+    merged = host.train(*EVERY_STEP, module="tests.hosts.spy", base_weights=[first.file], max_train_steps=3)
+    aligned(merged)
+    continued = host.train(*EVERY_STEP, network_weights=first.file, dim_from_weights=True, max_train_steps=2)
+    aligned(continued)
+
+
+def test_replacement_and_several_targets(host: Host) -> None:
+    aligned(host.train("spf_target=blonde_hair->black hair|white dress", *EVERY_STEP[1:], "spf_map=paper"))
+
+
+@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "hard", "none"])
+def test_every_map_trains(host: Host, kind: str) -> None:
+    aligned(host.train(*EVERY_STEP, f"spf_map={kind}", max_train_steps=2))
+
+
+def test_target_of_each_subset(host: Host, tmp_path: Path) -> None:
+    if not host.is_new:
+        pytest.skip("NOT RUN: custom_attributes came with the 2025 branches")
+    data = tiny.images(tmp_path / "images")
+    config = tmp_path / "data.toml"
+    config.write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 128\nbatch_size = 2\n[[datasets.subsets]]\n'
+        f'image_dir = "{(data / "1_set").as_posix()}"\nnum_repeats = 1\n'
+        '[datasets.subsets.custom_attributes]\nspf_target = "blonde hair"\n',
+        encoding="utf-8",
+    )
+    aligned(host.train(*EVERY_STEP[1:], train_data_dir=None, dataset_config=config))
+
+
+def test_the_hosts_own_preservation_and_validation_pass_through(host: Host, tmp_path: Path) -> None:
+    if not host.is_new:
+        pytest.skip("NOT RUN: validation and diff_output_preservation came with the 2025 branches")
+    data = tiny.images(tmp_path / "images", captions=tiny.CAPTIONS * 3)
+    regular = tiny.images(tmp_path / "regular", captions=("a woman", "a man"))
+    config = tmp_path / "data.toml"
+    config.write_text(
+        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 128\nbatch_size = 1\nvalidation_split = 0.3\n'
+        f'[[datasets.subsets]]\nimage_dir = "{(data / "1_set").as_posix()}"\nnum_repeats = 1\n'
+        f'[[datasets.subsets]]\nimage_dir = "{(regular / "1_set").as_posix()}"\nnum_repeats = 1\nis_reg = true\n'
+        "[datasets.subsets.custom_attributes]\ndiff_output_preservation = true\n",
+        encoding="utf-8",
+    )
+    result = host.train(
+        *EVERY_STEP,
+        train_data_dir=None,
+        dataset_config=config,
+        max_train_steps=8,
+        validate_every_n_steps=4,
+        max_validation_steps=1,
+    )
+    aligned(result)
+    assert "validation steps" in result.log
+
+
+def test_trackers(host: Host, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = host.train(*EVERY_STEP, logging_dir=tmp_path / "logs", log_with="tensorboard")
+    aligned(result)
+    found: set[str] = set()
+    for file in (tmp_path / "logs").rglob("events.*"):
+        reader = EventAccumulator(str(file))
+        reader.Reload()
+        found |= set(reader.Tags()["scalars"])
+    for name in ("text_consistent", "fine_grained", "output", "drift_inside", "drift_outside", "map_mean", "stage"):
+        assert f"spf/{name}" in found
+    assert "loss/current" in found

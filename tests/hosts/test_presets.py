@@ -1,0 +1,69 @@
+"""Every preset is read by the real host's own argument parser, and says nothing that the host does not know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toml
+
+from tests.hosts.conftest import LAUNCHER, REPOSITORY, Host
+
+PRESETS = sorted(p for p in (REPOSITORY / "presets").glob("*.toml") if p.stem != "dataset")
+
+READ = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import launcher
+launcher.prepare(Path({host!r}))
+import sdxl_train_network, train_network
+from library import train_util
+answer = {{}}
+for preset in {presets!r}:
+    module = sdxl_train_network if "sdxl" in Path(preset).stem else train_network
+    parser = module.setup_parser()
+    known = sorted(action.dest for action in parser._actions)
+    sys.argv = ["train_network.py", "--config_file", preset]
+    args = train_util.read_config_from_file(parser.parse_args(), parser)
+    answer[preset] = {{"known": known, "args": {{k: v for k, v in vars(args).items() if k in known}}}}
+from library import config_util
+dataset = config_util.load_user_config({dataset!r})
+args = train_network.setup_parser().parse_args([])
+sanitizer = config_util.ConfigSanitizer(True, True, False, True)
+config_util.BlueprintGenerator(sanitizer).generate(dataset, args, tokenizer=None)
+print("ANSWER" + json.dumps(answer, default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed(host: Host) -> dict[str, dict]:
+    code = READ.format(
+        tests=str(LAUNCHER.parent),
+        host=str(host.folder),
+        presets=[str(p) for p in PRESETS],
+        dataset=str(REPOSITORY / "presets" / "dataset.toml"),
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=host.environment())
+    assert "ANSWER" in done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout.split("ANSWER")[1])
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_preset(parsed: dict[str, dict], preset: Path) -> None:
+    answer = parsed[str(preset)]
+    settings = toml.load(preset)
+    unknown = set(settings) - set(answer["known"])
+    assert not unknown
+    for name, value in settings.items():
+        assert answer["args"][name] == value, name
+        assert type(answer["args"][name]) is type(value), name
+
+
+def test_every_line_has_its_reason() -> None:
+    for preset in PRESETS:
+        for line in preset.read_text(encoding="utf-8").splitlines():
+            assert not line or line.startswith("#") or " # " in line, f"{preset.name}: {line}"

@@ -1,0 +1,74 @@
+"""Runs that stop and go on, and runs on two processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.hosts.conftest import Host, Result
+
+TARGET = "spf_target=blonde hair"
+OFF = (
+    "spf_text_consistent_multiplier=0",
+    "spf_fine_grained_multiplier=0",
+    "spf_output_multiplier=0",
+    "spf_base_preservation=0",
+)
+
+
+def stop_and_resume(host: Host, *network_args: str, module: str) -> tuple[Result, Result]:
+    """Four steps, then from the saved state to eight."""
+    first = host.train(*network_args, module=module, max_train_steps=4, save_state=True, save_every_n_steps=4)
+    assert first.returncode == 0, first.log[-3000:]
+    state = next(p for p in sorted(first.folder.glob("*-state")) if p.is_dir())
+    second = host.train(
+        *network_args, module=module, max_train_steps=8, resume=state, skip_until_initial_step=True, save_state=True
+    )
+    assert second.returncode == 0, second.log[-3000:]
+    return first, second
+
+
+def test_resume_without_weights_equals_plain_resume_byte_for_byte(host: Host) -> None:
+    _, ours = stop_and_resume(host, TARGET, *OFF, "spf_log_every=1", module="spf_plugin.lora")
+    _, plain = stop_and_resume(host, module="networks.lora")
+    ours_tensors, plain_tensors = ours.tensors(), plain.tensors()
+    assert ours_tensors.keys() == plain_tensors.keys()
+    for name, tensor in plain_tensors.items():
+        assert torch.equal(ours_tensors[name], tensor), name
+
+
+def test_resume_in_the_middle_of_stage_2(host: Host) -> None:
+    settings = (TARGET, "spf_stage2_start=2", "spf_log_every=1", "spf_base_preservation=0.5")
+    first, second = stop_and_resume(host, *settings, module="spf_plugin.lora")
+    saved = [json.loads(p.read_text()) for p in sorted(first.folder.glob("*-state/spf_state.json"))]
+    assert {"step": 4} in saved
+    assert "SPF: resumed at step 4, stage 2" in second.message or "resumed at step 4" in second.log
+    final = max(json.loads(p.read_text())["step"] for p in second.folder.glob("*-state/spf_state.json"))
+    assert final == 8
+    assert "drift=" in second.log.split("running training")[1].split("saving checkpoint")[0]
+
+
+def test_two_processes_train_the_same_lora(host: Host) -> None:
+    # What `accelerate launch --multi_gpu --num_processes 2` runs; on a CPU it would ask for MPI instead.
+    launch = [*(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")]
+    result = host.train(
+        TARGET,
+        "spf_stage2_start=0",
+        "spf_log_every=1",
+        "spf_base_preservation=0.5",
+        module="tests.hosts.rank_spy",
+        command=launch,
+        environment={"ACCELERATE_USE_CPU": "true"},
+        max_train_steps=3,
+        train_batch_size=1,
+    )
+    assert result.returncode == 0, result.log[-4000:]
+    ranks = [load_file(Path(result.folder) / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, tensor in ranks[0].items():
+        torch.testing.assert_close(tensor, ranks[1][name], rtol=0, atol=0)
+    assert "drift=" in result.log

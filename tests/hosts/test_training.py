@@ -1,0 +1,123 @@
+"""Training inside real, unmodified sd-scripts checkouts: files, exactness, reference, checkpointing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.hosts.conftest import Host
+
+TARGET = "spf_target=blonde hair"
+EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_log_every=1")
+OFF = (
+    "spf_text_consistent_multiplier=0",
+    "spf_fine_grained_multiplier=0",
+    "spf_output_multiplier=0",
+    "spf_base_preservation=0",
+)
+# LyCORIS 4.1's default preset names a module twice on sd-scripts' SD1.5 UNet and fails there, with and without SPF.
+LYCORIS = ("spf_network=lycoris.kohya", "preset=attn-mlp")
+
+
+def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    difference = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a)
+    return (difference / sum(float(v.double().square().sum()) for v in b.values())) ** 0.5
+
+
+def test_sd15_writes_an_ordinary_lora(host: Host) -> None:
+    result = host.train(*EVERY_STEP)
+    plain = host.train(module="networks.lora")
+    tensors = result.tensors()
+    assert tensors.keys() == plain.tensors().keys()
+    assert len(tensors) == 192 * 3
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    assert relative_error(tensors, plain.tensors()) > 1e-2  # it trained something else than plain LoRA
+
+    settings = json.loads(result.metadata()["ss_network_args"])
+    assert settings["spf_target"] == "blonde hair"
+    assert settings["spf_stage2_start"] == "0"
+    assert settings["spf_map"] == "soft"  # a default, written down all the same
+    assert set(result.metadata()) - set(plain.metadata()) == {"ss_network_args"}  # a host key; plain had no arguments
+
+
+def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
+    result = host.train(
+        *EVERY_STEP,
+        model="sdxl",
+        max_train_steps=2,
+        cache_text_encoder_outputs=True,
+        gradient_checkpointing=True,
+        cache_latents=True,
+    )
+    tensors = result.tensors()
+    assert len(tensors) == 722 * 3
+    assert any(float(t.abs().max()) > 0 for name, t in tensors.items() if "lora_up" in name)
+
+
+@pytest.mark.parametrize("unet_only", [True, False], ids=["unet", "unet+text"])
+def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, unet_only: bool) -> None:
+    """SPF still runs the reference to measure drift, and disturbs no random state, also not dropout's."""
+    flags = {"network_train_unet_only": unet_only, "network_dropout": 0.1, "max_train_steps": 6}
+    measured = host.train(TARGET, *OFF, "spf_log_every=1", **flags).tensors()
+    plain = host.train(module="networks.lora", **flags).tensors()
+    assert measured.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(measured[name], tensor), name
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_checkpointing_changes_nothing(host: Host, model: str) -> None:
+    """Reentrant checkpointing would leave the alignment losses without gradient; SDXL uses it by default."""
+    steps = 8 if model == "sd15" else 3
+    arguments = ("spf_base_preservation=0.3", *EVERY_STEP)
+    with_it = host.train(
+        *arguments, model=model, max_train_steps=steps, gradient_checkpointing=True, learning_rate=1e-3
+    )
+    without = host.train(*arguments, model=model, max_train_steps=steps, learning_rate=1e-3)
+    plain = host.train(module="networks.lora", model=model, max_train_steps=steps, learning_rate=1e-3)
+    assert relative_error(with_it.tensors(), without.tensors()) < 1e-4
+    assert relative_error(without.tensors(), plain.tensors()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["network_dropout"], id="networks.lora+dropout"),
+        pytest.param([*LYCORIS, "algo=lora"], id="lycoris-locon"),
+        pytest.param([*LYCORIS, "algo=lora", "dora_wd=True"], id="lycoris-dora"),
+    ],
+)
+def test_the_reference_is_the_base_model_bit_for_bit(host: Host, arguments: list[str]) -> None:
+    flags: dict[str, object] = {"network_dropout": 0.1} if arguments == ["network_dropout"] else {}
+    words = [] if flags else arguments
+    result = host.train(*EVERY_STEP, *words, module="tests.hosts.spy", max_train_steps=51, train_batch_size=1, **flags)
+    assert result.returncode == 0, result.log[-4000:]
+    steps = json.loads((result.folder / "spy.json").read_text())
+    assert len(steps) >= 50
+    assert any("dora_scale" in name for name in result.tensors()) == ("dora_wd=True" in arguments)
+    assert all(step["equal"] for step in steps)
+    assert all(step["response"] > 1e-4 for step in steps[5:])
+
+
+def test_text_encoder_lora_trains_with_an_untrained_reference(host: Host) -> None:
+    result = host.train(
+        *EVERY_STEP,
+        "spf_base_preservation=0.5",
+        module="tests.hosts.spy",
+        network_train_unet_only=None,
+        max_train_steps=12,
+        text_encoder_lr=1e-2,
+    )
+    tensors = result.tensors()
+    assert len(tensors) == (192 + 12) * 3
+    assert any(float(t.abs().max()) > 0 for name, t in tensors.items() if name.startswith("lora_te") and "up" in name)
+    assert all(step["equal"] for step in json.loads((result.folder / "spy.json").read_text()))
+
+
+def test_cross_attention_only(host: Host) -> None:
+    tensors = host.train(*EVERY_STEP, "spf_train=cross_attention", max_train_steps=2).tensors()
+    assert len(tensors) == 64 * 3
+    assert all("_attn2_" in name for name in tensors)

@@ -1,0 +1,115 @@
+"""Settings: defaults, sources, and messages that name every mistake at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from spf_plugin.config import SPFConfig, check_words, parse, settings_table, split_network_args
+from spf_plugin.errors import SPFError
+from spf_plugin.prompt import Target
+
+
+def test_defaults_are_valid_and_need_only_a_target() -> None:
+    config = parse({"spf_target": "blonde hair"})
+    assert config == dataclasses.replace(SPFConfig(), target=(Target("blonde hair"),))
+    assert config.active
+
+
+def test_metadata_reproduces_the_run() -> None:
+    config = parse({"spf_target": "dress->T-shirt|hat", "spf_map": "paper", "spf_stage2_start": "100"})
+    assert parse(config.to_metadata()) == config
+
+
+def test_only_ours_are_taken() -> None:
+    ours, theirs = split_network_args({"spf_target": "hat", "conv_dim": "4", "algo": "lokr", "dropout": None})
+    assert ours == {"spf_target": "hat"}
+    assert theirs == {"conv_dim": "4", "algo": "lokr", "dropout": None}
+
+
+def test_every_mistake_in_one_message() -> None:
+    with pytest.raises(SPFError) as caught:
+        parse(
+            {
+                "spf_taget": "x",
+                "spf_map": "soffft",
+                "spf_every": "1.5",
+                "spf_base_preservation": "2",
+                "spf_min_timestep": "900",
+                "spf_max_timestep": "100",
+                "spf_layers": "(",
+                "spf_response_multiplier": "1",
+                "spf_output_multiplier": "much",
+                "spf_target": "hat->",
+            }
+        )
+    message = str(caught.value)
+    assert len(caught.value.problems) == 9
+    assert "did you mean spf_target?" in message
+    assert "did you mean soft" in message
+    assert "spf_every='1.5': must be a whole number" in message
+    assert "spf_base_preservation='2': must be from 0 to 0.9" in message
+    assert "spf_min_timestep must be below" in message
+    assert "regular expression" in message
+    assert "spf_output_multiplier='much': must be a number" in message
+    assert "nothing after '->'" in message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "-inf"])
+def test_numbers_must_be_finite_and_in_range(value: str) -> None:
+    with pytest.raises(SPFError):
+        parse({"spf_output_multiplier": value})
+
+
+@pytest.mark.parametrize("value", ["'blonde hair'", '"blonde hair"', "blonde_hair"])
+def test_what_guis_do_to_values(value: str) -> None:
+    (target,) = parse({"spf_target": value}).target
+    assert target.pattern.search("a woman, blonde hair")
+
+
+def test_config_file(tmp_path: Path) -> None:
+    (tmp_path / "spf.toml").write_text(
+        'spf_target = ["hat", "scarf"]\nspf_map_gain = 2.5\nspf_every = 2\n', encoding="utf-8"
+    )
+    config = parse({"spf_config": "spf.toml", "spf_every": "4"}, [Path("elsewhere"), tmp_path])
+    assert [str(t) for t in config.target] == ["hat", "scarf"]
+    assert config.map_gain == 2.5
+    assert config.every == 4  # the command line wins
+    with pytest.raises(SPFError, match="no such file"):
+        parse({"spf_config": "other.toml"}, [tmp_path])
+    (tmp_path / "bad.toml").write_text("spf_target = ", encoding="utf-8")
+    with pytest.raises(SPFError, match="not valid TOML"):
+        parse({"spf_config": "bad.toml"}, [tmp_path])
+    (tmp_path / "typo.toml").write_text("spf_targt = 'hat'", encoding="utf-8")
+    with pytest.raises(SPFError, match="did you mean spf_target"):
+        parse({"spf_config": "typo.toml"}, [tmp_path])
+
+
+def test_stray_words() -> None:
+    assert check_words(["spf_target=blonde hair", "conv_dim=4"]) == []
+    (problem,) = check_words(["spf_target=blonde", "hair"])
+    assert "stray word 'hair'" in problem
+    assert "follows 'spf_target=blonde'" in problem
+    (problem,) = check_words(["spf_target=a=b"])
+    assert "more than one '='" in problem
+
+
+def test_stage2() -> None:
+    assert parse({"spf_stage2_start": "0.25"}).stage2_step(1000) == 250
+    assert parse({"spf_stage2_start": "0.25"}).stage2_step(3) == 1
+    assert parse({"spf_stage2_start": "40"}).stage2_step(1000) == 40
+    assert parse({"spf_stage2_start": "0"}).stage2_step(1000) == 0
+
+
+def test_every_setting_is_in_the_table_with_its_help() -> None:
+    table = settings_table()
+    for field in dataclasses.fields(SPFConfig):
+        assert f"`spf_{field.name}`" in table
+        assert len(field.metadata["help"]) > 20
+
+
+def test_readme_has_the_table_of_this_version() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert settings_table() in readme, "run: python -c 'from spf_plugin.config import *; print(settings_table())'"

@@ -1,0 +1,223 @@
+"""The maths against slow, obvious float64 implementations with explicit loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from spf_plugin import losses, sfcm
+from spf_plugin.probe import group_attention
+
+B, C, H, W, P = 2, 4, 6, 10, 3  # not square
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_group_attention() -> None:
+    b, n, t, heads, d, g = 2, 5, 7, 3, 4, 2
+    query, key = random(b, n, heads * d, seed=1), random(b, t, heads * d, seed=2)
+    groups = (random(b, t, g, seed=3) > 0).float()
+    expected = torch.zeros(b, n, g, dtype=torch.float64)
+    for i in range(b):
+        for position in range(n):
+            for head in range(heads):
+                part = slice(head * d, (head + 1) * d)
+                scores = [
+                    float(query[i, position, part].double() @ key[i, j, part].double()) / math.sqrt(d) for j in range(t)
+                ]
+                total = sum(math.exp(s) for s in scores)
+                for j in range(t):
+                    for group in range(g):
+                        expected[i, position, group] += math.exp(scores[j]) / total / heads * float(groups[i, j, group])
+    torch.testing.assert_close(group_attention(query, key, heads, groups).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def slow_weight(weight: torch.Tensor, positions: int) -> torch.Tensor:
+    """W on a layer's grid by averaging blocks, `[B, N]`."""
+    h, w = sfcm.layer_grid(positions, (H, W))
+    out = torch.zeros(B, h, w, dtype=torch.float64)
+    fh, fw = H // h, W // w
+    for i in range(B):
+        for y in range(h):
+            for x in range(w):
+                out[i, y, x] = weight[i, 0, y * fh : (y + 1) * fh, x * fw : (x + 1) * fw].double().mean()
+    return out.reshape(B, -1)
+
+
+def test_text_consistent() -> None:
+    grids = [H * W, (H // 2) * (W // 2)]
+    a_ref = [random(B, n, P, seed=n).abs() for n in grids]
+    a_res = [random(B, n, P, seed=n + 1).abs() for n in grids]
+    weight = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(5))
+    present = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    expected = torch.zeros(B, dtype=torch.float64)
+    for i in range(B):
+        for ref, res in zip(a_ref, a_res, strict=True):
+            w = slow_weight(weight, ref.shape[1])
+            error, scale, count = 0.0, 0.0, 0
+            for n in range(ref.shape[1]):
+                for g in range(P):
+                    if present[i, g]:
+                        error += float(w[i, n]) * float(res[i, n, g].double() - ref[i, n, g].double()) ** 2
+                        scale += float(ref[i, n, g].double()) ** 2
+                        count += 1
+            expected[i] += (error / count) / (scale / count) / len(grids)
+    torch.testing.assert_close(
+        losses.text_consistent(a_res, a_ref, weight, present).double(), expected, rtol=1e-5, atol=0
+    )
+
+
+def test_fine_grained() -> None:
+    grids = [H * W, (H // 2) * (W // 2)]
+    q_ref = [random(B, n, 8, seed=n) for n in grids]
+    q_res = [random(B, n, 8, seed=n + 1) for n in grids]
+    weight = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(5))
+    expected = torch.zeros(B, dtype=torch.float64)
+    for ref, res in zip(q_ref, q_res, strict=True):
+        w = slow_weight(weight, ref.shape[1])
+        error = (w[..., None] * (res.double() - ref.double()) ** 2).sum(dim=(1, 2)) / ref[0].numel()
+        expected += error / ((ref.double() ** 2).sum(dim=(1, 2)) / ref[0].numel()) / len(grids)
+    torch.testing.assert_close(losses.fine_grained(q_res, q_ref, weight).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_output_and_drift() -> None:
+    res, ref = random(B, C, H, W, seed=1), random(B, C, H, W, seed=2)
+    weight = torch.rand(B, 1, H, W, generator=torch.Generator().manual_seed(5))
+    output, drift = torch.zeros(B, dtype=torch.float64), torch.zeros(B, dtype=torch.float64)
+    for i in range(B):
+        error = energy = inside = 0.0
+        for c in range(C):
+            for y in range(H):
+                for x in range(W):
+                    square = float(res[i, c, y, x].double() - ref[i, c, y, x].double()) ** 2
+                    error += float(weight[i, 0, y, x]) * square
+                    energy += float(ref[i, c, y, x].double()) ** 2
+                    inside += float(weight[i, 0, y, x]) * float(ref[i, c, y, x].double()) ** 2
+        output[i], drift[i] = error / energy, error / inside
+    torch.testing.assert_close(losses.output(res, ref, weight).double(), output, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.relative_drift(res, ref, weight).double(), drift, rtol=1e-5, atol=0)
+
+
+def test_losses_send_gradient_to_the_response_only() -> None:
+    weight, present = torch.ones(B, 1, H, W), torch.ones(B, P)
+    res, ref = random(B, H * W, P, seed=1).requires_grad_(), random(B, H * W, P, seed=2).requires_grad_()
+    eps_res, eps_ref = random(B, C, H, W, seed=3).requires_grad_(), random(B, C, H, W, seed=4).requires_grad_()
+    total = losses.text_consistent([res], [ref], weight, present) + losses.fine_grained([res], [ref], weight)
+    (total + losses.output(eps_res, eps_ref, weight)).sum().backward()
+    assert res.grad is not None
+    assert eps_res.grad is not None
+    assert ref.grad is None
+    assert eps_ref.grad is None
+
+
+def test_losses_vanish_where_nothing_is_aligned() -> None:
+    """W = 0 outside the aligned half: a difference there costs nothing."""
+    weight = torch.ones(1, 1, H, W)
+    weight[..., W // 2 :] = 0
+    ref = random(1, C, H, W)
+    res = ref.clone()
+    res[..., W // 2 :] += 1
+    assert float(losses.output(res, ref, weight)) == 0
+    q_ref = random(1, H * W, 8)
+    q_res = (q_ref.reshape(1, H, W, 8) + (1 - weight[0, 0])[None, ..., None]).reshape(1, H * W, 8)
+    assert float(losses.fine_grained([q_res], [q_ref], weight)) == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "size", "grid"),
+    [(60, (6, 10), (6, 10)), (15, (6, 10), (3, 5)), (6, (6, 10), (2, 3)), (64, (8, 8), (8, 8)), (28, (13, 28), (4, 7))],
+)
+def test_layer_grid(positions: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    assert sfcm.layer_grid(positions, size) == grid
+
+
+def test_layer_grid_refuses_what_no_unet_gives() -> None:
+    with pytest.raises(ValueError, match="59 positions"):
+        sfcm.layer_grid(59, (6, 10))
+
+
+def test_noise_difference() -> None:
+    res, ref = random(B, C, H, W, seed=1), random(B, C, H, W, seed=2)
+    for i in range(B):
+        d = [
+            sum(abs(float(res[i, c, y, x]) - float(ref[i, c, y, x])) for c in range(C)) / C
+            for y in range(H)
+            for x in range(W)
+        ]
+        ordered = sorted(d)
+
+        def quantile(q: float, ordered: list[float] = ordered) -> float:
+            position = q * (len(ordered) - 1)
+            low = math.floor(position)
+            return ordered[low] + (position - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+        low, high = quantile(sfcm.LOW_QUANTILE), quantile(sfcm.HIGH_QUANTILE)
+        expected = [min(max((v - low) / (high - low), 0), 1) for v in d]
+        torch.testing.assert_close(
+            sfcm.noise_difference(res, ref)[i].flatten().double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5
+        )
+    assert float(sfcm.noise_difference(ref, ref).abs().max()) == 0
+
+
+def test_paper_map_is_the_published_recursion() -> None:
+    res, ref = random(1, C, H, W, seed=1), random(1, C, H, W, seed=2)
+    maps, weights = random(1, P, H, W, seed=3).abs(), torch.tensor([[1.0, 0.25, 0.5]])
+    m = sfcm.control_map(
+        "paper", eps_res=res, eps_ref=ref, phrase_maps=maps, target_map=maps[:, :1], weights=weights, gain=3.0
+    )
+    difference = sfcm.noise_difference(res, ref)
+    for y in range(H):
+        for x in range(W):
+            value = float(difference[0, 0, y, x])
+            for p in range(P):
+                low, high = float(maps[0, p].min()), float(maps[0, p].max())
+                a = (float(maps[0, p, y, x]) - low) / (high - low)
+                value = min(max(value - float(weights[0, p]) * a, 0), 1)
+            assert float(m[0, 0, y, x]) == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "hard", "none"])
+def test_every_map_is_a_constant_in_range(kind: str) -> None:
+    res, ref = random(B, C, H, W, seed=1).requires_grad_(), random(B, C, H, W, seed=2)
+    maps = random(B, P, H, W, seed=3).abs().requires_grad_()
+    m = sfcm.control_map(
+        kind, eps_res=res, eps_ref=ref, phrase_maps=maps, target_map=maps[:, :1], weights=torch.ones(B, P), gain=3.0
+    )
+    assert m.shape == (B, 1, H, W)
+    assert m.dtype == torch.float32
+    assert not m.requires_grad
+    assert float(m.min()) >= 0
+    assert float(m.max()) <= 1
+    if kind == "hard":
+        assert set(m.unique().tolist()) <= {0.0, 1.0}
+    if kind == "none":
+        assert float(m.max()) == 0
+
+
+def test_bright_map_finds_a_local_change() -> None:
+    """A change in one corner: the map is full there, grown by one cell, and empty far away."""
+    ref = random(1, C, 16, 16)
+    res = ref + 0.01 * random(1, C, 16, 16, seed=9)
+    res[..., 4:8, 4:8] += 1
+    m = sfcm.control_map(
+        "difference",
+        eps_res=res,
+        eps_ref=ref,
+        phrase_maps=torch.zeros(1, 0, 16, 16),
+        target_map=torch.zeros(1, 1, 16, 16),
+        weights=torch.zeros(1, 0),
+        gain=3.0,
+    )
+    assert float(m[..., 3:9, 3:9].min()) == 1
+    assert float(m[..., 10:, 10:].max()) < 0.1
+
+
+def test_semantic_distance_is_calibrated() -> None:
+    target, unrelated = torch.tensor([1.0, 0, 0]), torch.tensor([[0.0, 1, 0], [0, 0, 1], [0, 1, 1]])
+    phrases = torch.stack([target, torch.tensor([1.0, 1, 0]), torch.tensor([0.0, 1, 0])])
+    w = sfcm.semantic_distance(phrases, target, unrelated)
+    torch.testing.assert_close(w, torch.tensor([0.0, 1 - 1 / math.sqrt(2), 1.0]))

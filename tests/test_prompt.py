@@ -1,0 +1,138 @@
+"""Captions split into base and target, and token spans, with CLIP's real tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import CLIPTokenizer
+
+from spf_plugin.prompt import Prompt, Spans, parse_targets, spans, split, strip_weights
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(tiny.tokenizer_folder(tmp_path_factory.mktemp("clip")))
+
+
+SPLITS = [
+    # caption, targets, base prompt, base phrases
+    ("a woman in a coat, park, blonde hair", "blonde hair", "a woman in a coat, park", ["a woman in a coat", "park"]),
+    ("blonde hair, a woman, park", "blonde hair", "a woman, park", ["a woman", "park"]),
+    ("a woman, blonde hair, park", "blonde hair", "a woman, park", ["a woman", "park"]),
+    ("a woman, Blonde_Hair, park", "blonde hair", "a woman, park", ["a woman", "park"]),
+    ("a woman, blonde hair, park", "blonde_hair", "a woman, park", ["a woman", "park"]),
+    ("a woman with blonde hair", "blonde hair", "a woman", ["a woman"]),
+    ("a woman with blonde hair in a red coat", "blonde hair", "a woman in a red coat", ["a woman in a red coat"]),
+    ("a woman with blonde hair and a hat", "blonde hair", "a woman with a hat", ["a woman with a hat"]),
+    ("a woman with a hat and blonde hair", "hat|blonde hair", "a woman", ["a woman"]),
+    ("a blonde hair woman", "blonde hair", "a woman", ["a woman"]),
+    ("a woman in a dress, street", "dress->T-shirt", "a woman in a T-shirt, street", ["a woman in a", "street"]),
+    ("(blonde hair:1.3), woman", "blonde hair", "woman", ["woman"]),
+    ("a (woman with blonde hair:1.2), x", "blonde hair", "a (woman:1.2), x", ["a (woman:1.2)", "x"]),
+    ("blonde hair", "blonde hair", "", []),
+    ("", "blonde hair", "", []),
+    ("chat, that hats, thatch", "hat", "chat, that hats, thatch", ["chat", "that hats", "thatch"]),
+    ("金髪の女性, 公園", "金髪", "の女性, 公園", ["の女性", "公園"]),
+    ("femme aux cheveux blonds, été", "cheveux blonds", "femme aux, été", ["femme aux", "été"]),
+    ("hat, woman, hat", "hat", "woman", ["woman"]),
+]
+
+
+@pytest.mark.parametrize(("caption", "targets", "base", "phrases"), SPLITS)
+def test_split(caption: str, targets: str, base: str, phrases: list[str]) -> None:
+    prompt = split(caption, parse_targets(targets))
+    assert prompt.full == caption
+    assert prompt.base == base
+    assert prompt.phrases == phrases
+    assert prompt.has_target == (base != caption)
+
+
+def test_long_sentence_becomes_several_phrases() -> None:
+    prompt = split(
+        "a woman standing in front of a curtain wearing a brown jacket with blonde hair", parse_targets("blonde hair")
+    )
+    assert prompt.phrases == ["a woman", "standing", "in front of a curtain", "wearing a brown jacket"]
+
+
+@pytest.mark.parametrize("value", ["", "|", "a|", "->b", "a->", "__"])
+def test_unfinished_targets(value: str) -> None:
+    with pytest.raises(ValueError, match=r"spf_target|->"):
+        parse_targets(value)
+
+
+def words(tokenizer: CLIPTokenizer, prompt: Prompt, found: Spans, *, full: bool) -> tuple[list[str], str]:
+    """The words at the positions of every phrase, and of the target, in the real token sequence."""
+    text = strip_weights(prompt.full if full else prompt.base)
+    ids = tokenizer(text).input_ids  # BOS first, as the UNet sees it
+
+    def say(positions: tuple[int, ...]) -> str:
+        return tokenizer.decode([ids[p] for p in positions]).strip()
+
+    assert found.end == len(ids) - 1
+    return [say(p) for p in found.phrases], say(found.target)
+
+
+@pytest.mark.parametrize(
+    ("caption", "target"),
+    [
+        ("a woman in a coat, park, blonde hair", "blonde hair"),
+        ("blonde hair, a woman in a coat, park", "blonde hair"),
+        ("a woman in a coat, blonde hair, park", "blonde hair"),
+        ("a woman in a (coat:1.2), (blonde hair:1.3), park", "blonde hair"),
+        ("a woman in a coat, unbelievably blonde-ish hair, park", "unbelievably blonde-ish hair"),
+    ],
+)
+def test_spans_name_the_same_words_in_both_prompts(tokenizer: CLIPTokenizer, caption: str, target: str) -> None:
+    prompt = split(caption, parse_targets(target))
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(strip_weights(text), add_special_tokens=False).input_ids
+
+    in_full, said = words(tokenizer, prompt, spans(prompt, tokenize, 77, full=True), full=True)
+    in_base, nothing = words(tokenizer, prompt, spans(prompt, tokenize, 77, full=False), full=False)
+    assert in_full == in_base == ["a woman in a coat", "park"]
+    assert said.replace(" ", "") == target.replace(" ", "")
+    assert nothing == ""
+
+
+def test_spans_of_scripts_without_spaces(tokenizer: CLIPTokenizer) -> None:
+    prompt = split("金髪の女性, 公園", parse_targets("金髪"))
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    found = spans(prompt, tokenize, 77, full=True)
+    everything = [*found.target, *(p for phrase in found.phrases for p in phrase)]
+    assert found.target
+    assert all(found.phrases)
+    assert len(everything) == len(set(everything))  # no token in two groups
+    assert max(everything) < found.end
+
+
+@pytest.mark.parametrize("length", [77, 152, 227, 154, 231], ids=lambda n: f"T={n}")
+def test_spans_over_chunks(tokenizer: CLIPTokenizer, length: int) -> None:
+    """Both layouts of several chunks: joined to BOS + 75 n + EOS, and 77 each with their own BOS and EOS."""
+    caption = ", ".join([f"word{i}" for i in range(40)] + ["blonde hair"] + [f"last{i}" for i in range(40)])
+    prompt = split(caption, parse_targets("blonde hair"))
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    text = tokenize(prompt.full)
+    sequence = [-1] * length  # built chunk by chunk, as the hosts do
+    if length % 77 == 0:
+        for chunk in range(length // 77):
+            part = text[75 * chunk : 75 * chunk + 75]
+            sequence[77 * chunk + 1 : 77 * chunk + 1 + len(part)] = part
+    else:
+        part = text[: length - 2]
+        sequence[1 : 1 + len(part)] = part
+    found = spans(prompt, tokenize, length, full=True)
+    placed = [p for positions in found.phrases for p in positions] + list(found.target)
+    assert len(placed) == len(set(placed))
+    for phrase, positions in zip(prompt.phrases, found.phrases, strict=True):
+        expected = tokenize(phrase)
+        assert [sequence[p] for p in positions] == expected[: len(positions)]
+    assert found.end > max(placed)
+    cut = len(text) > sum(token >= 0 for token in sequence)
+    assert cut or all(len(tokenize(ph)) == len(ps) for ph, ps in zip(prompt.phrases, found.phrases, strict=True))
