@@ -1,0 +1,353 @@
+"""The attachment in a toy loop: what it adds to the loss, what it leaves behind, what it lets pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spf_plugin.adapter import Adapter
+from spf_plugin.attachment import Attachment
+from spf_plugin.config import SPFConfig, parse
+from spf_plugin.errors import SPFError
+from spf_plugin.prompt import Target
+
+WIDTH, TOKENS = 8, 12
+
+
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.to_q, self.to_k, self.to_v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        b, n, c = x.shape
+
+        def heads(t: Tensor) -> Tensor:
+            return t.reshape(b, -1, self.heads, c // self.heads).transpose(1, 2)
+
+        q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
+        out = torch.softmax(q @ k.transpose(-1, -2) * (c // self.heads) ** -0.5, -1) @ v
+        return x + out.transpose(1, 2).reshape(b, n, c)
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Conv2d(4, WIDTH, 1), nn.Conv2d(WIDTH, 4, 1)
+        self.attn2 = CrossAttention()
+
+    def forward(self, z: Tensor, context: Tensor) -> Tensor:
+        x = self.into(z)
+        b, c, h, w = x.shape
+        x = self.attn2(x.flatten(2).transpose(1, 2), context).transpose(1, 2).reshape(b, c, h, w)
+        return self.out(x)
+
+
+class Accelerator:
+    sync_gradients = True
+    process_index = 0
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def backward(self, loss: Tensor) -> None:
+        self.losses.append(float(loss.detach()))
+        loss.backward()
+
+    def end_training(self) -> None:
+        pass
+
+
+class Trainer:
+    def call_unet(
+        self,
+        args: Any,
+        accelerator: Any,
+        unet: UNet,
+        z: Tensor,
+        t: Tensor,
+        conds: Tensor,
+        batch: Any,
+        dtype: Any,
+        **kw: Any,
+    ) -> Tensor:
+        return unet(z, conds)
+
+    def generate_step_logs(self) -> dict[str, float]:
+        return {"loss/current": 1.0}
+
+
+class ToyHost:
+    """The host protocol with words as tokens and a fixed random embedding for each word."""
+
+    text_encoder_trained = False
+    max_train_steps = 10
+    seed = 3
+
+    def __init__(self) -> None:
+        self.trainer, self.accelerator = Trainer(), Accelerator()
+        self.reported: dict[str, float] = {}
+        self.saved: Callable[[], dict[str, Any]] | None = None
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        return [sum(map(ord, word)) % 97 for word in text.replace(",", " , ").split()]
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Tensor:
+        table = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))
+        rows = []
+        for prompt in prompts:
+            ids = [98, *self.tokenize(prompt)][: TOKENS - 1]
+            rows.append(table[torch.tensor([*ids, *[99] * (TOKENS - len(ids))])])
+        return torch.stack(rows)
+
+    def captions(self, batch: Any) -> list[str]:
+        return batch["captions"]
+
+    def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
+        return batch.get("targets", [])
+
+    def recomputable(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def report(self, values: dict[str, float]) -> None:
+        self.reported = values
+
+    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+        self.saved = state
+
+
+class Run:
+    """A host, a UNet with an adapter on to_q, and SPF attached; `step` is one training step."""
+
+    def __init__(self, captions: list[str], **settings: str):
+        torch.manual_seed(0)
+        self.host, self.unet, self.captions = ToyHost(), UNet().requires_grad_(False), captions
+        self.weight = nn.Parameter(0.3 * torch.randn(WIDTH, WIDTH))
+        adapter = Adapter()
+        to_q = self.unet.attn2.to_q
+        with adapter.watching([self.unet]):
+            original = to_q.forward
+            to_q.forward = lambda x: original(x) + x @ self.weight  # type: ignore[method-assign]
+        # The toy adapter is noise all over the image, which a bright map would leave free altogether.
+        usual = {"spf_target": "blonde hair", "spf_stage2_start": "0", "spf_log_every": "1", "spf_map_gain": "0.5"}
+        config = parse({**usual, **settings})
+        self.spf = Attachment(self.host, config, self.unet, adapter)
+        self.spf.open()
+        self.z = torch.randn(len(captions), 4, 12, 16)
+
+    def predict(self, **kwargs: Any) -> Tensor:
+        trainer, t = self.host.trainer, torch.full((len(self.captions),), 500)
+        conds, batch = self.host.encode(self.captions), {"captions": self.captions}
+        return trainer.call_unet(
+            None, self.host.accelerator, self.unet, self.z, t, conds, batch, torch.float32, **kwargs
+        )
+
+    def step(self) -> Tensor:
+        prediction = self.predict()
+        self.host.accelerator.backward(prediction.square().mean())
+        return prediction
+
+
+CAPTIONS = ["a woman, red coat, blonde hair", "a man, blue shirt, blonde hair"]
+
+
+def test_the_first_step_checks_and_the_second_aligns() -> None:
+    run = Run(CAPTIONS)
+    first = run.step()
+    assert run.host.accelerator.losses[0] == pytest.approx(float(first.detach().square().mean()))
+    second = run.step()
+    assert run.host.accelerator.losses[1] > float(second.detach().square().mean())
+    assert set(run.host.reported) == {"drift", "map"}
+    logs = run.host.trainer.generate_step_logs()
+    assert logs["loss/current"] == 1.0
+    assert {"spf/output", "spf/drift_outside", "spf/map_mean", "spf/stage"} <= set(logs)
+
+
+def test_reference_is_the_base_and_gradient_reaches_only_the_adapter() -> None:
+    run = Run(CAPTIONS, spf_base_preservation="0")
+    run.step()
+    run.weight.grad = None
+    run.step()
+    assert run.weight.grad is not None
+    assert float(run.weight.grad.abs().max()) > 0
+    assert all(p.grad is None for p in run.unet.parameters())
+
+
+def test_loss_is_the_sum_of_its_terms() -> None:
+    run = Run(CAPTIONS, spf_base_preservation="0", spf_text_consistent_multiplier="0.5", spf_output_multiplier="2")
+    run.step()
+    prediction = run.step()
+    logs, config = run.spf.logs, run.spf.config
+    expected = sum(weight * logs[f"spf/{name}"] for name, weight in config.multipliers.items())
+    added = run.host.accelerator.losses[1] - float(prediction.detach().square().mean())
+    assert added == pytest.approx(expected, rel=1e-4)
+
+
+def test_preserved_samples_have_no_diffusion_loss() -> None:
+    run = Run(CAPTIONS, spf_base_preservation="0.9", spf_output_multiplier="0", spf_fine_grained_multiplier="0")
+    run.step()
+    for _ in range(6):
+        prediction = run.predict()
+        preserved = run.spf._choose_preserved(torch.tensor([True, True]), 0)
+        gradient = torch.autograd.grad(prediction.square().sum(), run.weight, retain_graph=True, allow_unused=True)[0]
+        if preserved.all():
+            assert gradient is None or float(gradient.abs().max()) == 0
+        run.host.accelerator.backward(prediction.square().mean())
+    assert run.spf.logs["spf/output"] >= 0
+
+
+def test_choice_of_preserved_samples_is_a_function_of_the_step() -> None:
+    a, b = Run(CAPTIONS, spf_base_preservation="0.5"), Run(CAPTIONS, spf_base_preservation="0.5")
+    candidates = torch.ones(64, dtype=torch.bool)
+    a.spf.step = b.spf.step = 7
+    state = torch.get_rng_state()
+    assert torch.equal(a.spf._choose_preserved(candidates, 0), b.spf._choose_preserved(candidates, 0))
+    assert not torch.equal(a.spf._choose_preserved(candidates, 0), a.spf._choose_preserved(candidates, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_dropped_caption_is_left_alone() -> None:
+    run = Run(["", ""])
+    run.step()
+    prediction = run.step()
+    assert run.host.accelerator.losses[1] == pytest.approx(float(prediction.detach().square().mean()))
+
+
+def test_a_caption_without_target_must_agree_everywhere() -> None:
+    run = Run(["a woman, red coat", CAPTIONS[1]], spf_base_preservation="0")
+    run.step()
+    run.step()
+    assert 0 < run.spf.logs["spf/map_mean"] < 1
+    only = Run(["a woman, red coat", "a man"], spf_base_preservation="0")
+    only.step()
+    only.step()
+    assert only.spf.logs["spf/map_mean"] == 0
+    assert "spf/drift_inside" not in only.spf.logs
+
+
+def test_targets_of_single_samples() -> None:
+    run = Run(CAPTIONS)
+    text = run.spf.text.for_batch(CAPTIONS, run.host.encode(CAPTIONS), [None, [Target("blue shirt")]])
+    assert text.base == ["a woman, red coat", "a man, blonde hair"]
+
+
+@pytest.mark.parametrize("how", ["no_grad", "indices", "multiplier"])
+def test_what_is_no_training_step_passes_through(how: str) -> None:
+    run = Run(CAPTIONS)
+    run.step()
+    seen: list[int] = []
+    run.spf._dual_path = lambda *a, **k: seen.append(1)  # type: ignore[assignment,method-assign]
+    if how == "multiplier":
+        run.spf.multiplier = lambda: 0.0
+        run.predict()
+    elif how == "no_grad":
+        with torch.no_grad():
+            run.predict()
+    else:
+        original = Trainer.call_unet
+        assert original
+        run.predict(indices=[0])
+    assert not seen
+
+
+def test_stages_and_every() -> None:
+    run = Run(CAPTIONS, spf_stage2_start="4", spf_every="2")
+    aligned = []
+    for _ in range(8):
+        before = len(run.host.accelerator.losses)
+        prediction = run.step()
+        aligned.append(run.host.accelerator.losses[before] > float(prediction.detach().square().mean()) + 1e-9)
+    assert aligned == [False] * 4 + [True, False, True, False]
+
+
+def test_two_predictions_without_backward_are_refused() -> None:
+    run = Run(CAPTIONS)
+    run.step()
+    run.predict()
+    with pytest.raises(SPFError, match="predicted twice"):
+        run.predict()
+
+
+def test_a_model_whose_hooks_see_no_graph_is_refused() -> None:
+    run = Run(CAPTIONS)
+    run.unet.attn2.to_q.forward = lambda x: x.detach()  # type: ignore[method-assign]
+    with pytest.raises(SPFError, match="carry no gradient"):
+        run.step()
+
+
+@pytest.mark.parametrize("end", ["close", "end_training", "exception"])
+def test_everything_is_put_back(end: str) -> None:
+    run = Run(CAPTIONS)
+    run.step()
+    run.step()
+    if end == "close":
+        run.spf.close()
+    elif end == "end_training":
+        run.host.accelerator.end_training()
+    else:
+        run.z = torch.zeros(2, 3, 12, 16)
+        with pytest.raises(RuntimeError):
+            run.step()
+    assert "call_unet" not in vars(run.host.trainer)
+    assert "generate_step_logs" not in vars(run.host.trainer)
+    assert set(vars(run.host.accelerator)) == {"losses"}
+    assert not any(module._forward_hooks for module in run.unet.modules())
+    assert run.spf._pending is None
+
+
+def test_stacked_with_another_wrapper() -> None:
+    """Somebody wraps call_unet after us; when we leave, theirs stays and reaches the original."""
+    run = Run(CAPTIONS)
+    ours, calls = run.host.trainer.call_unet, []
+
+    def theirs(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    run.host.trainer.call_unet = theirs  # type: ignore[method-assign]
+    run.step()
+    run.spf.close()
+    run.step()
+    assert len(calls) == 2
+    assert vars(run.host.trainer)["call_unet"] is theirs
+
+
+def test_no_tensor_of_a_step_survives_it() -> None:
+    import gc
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    run = Run(CAPTIONS)
+    for _ in range(5):
+        run.step()
+    before = tensors()
+    for _ in range(200):
+        run.step()
+    assert tensors() == before
+
+
+def test_state() -> None:
+    run = Run(CAPTIONS)
+    for _ in range(3):
+        run.step()
+    assert run.host.saved is not None
+    assert run.host.saved() == {"step": 3}
+    run.spf._load_state({"step": 8})
+    assert run.spf.step == 8
+
+
+def test_config_without_weights_only_measures() -> None:
+    off = {f"spf_{n}_multiplier": "0" for n in SPFConfig().multipliers}
+    run = Run(CAPTIONS, spf_base_preservation="0", **off)
+    run.step()
+    prediction = run.step()
+    assert run.host.accelerator.losses[1] == pytest.approx(float(prediction.detach().square().mean()))
+    assert run.spf.logs["spf/drift_outside"] > 0
