@@ -47,11 +47,11 @@ def run(command: list[str], *, dry: bool = False, quiet: bool = False) -> None:
         raise Stop(f"this command failed with exit status {result.returncode}: {shlex.join(command)}")
 
 
-# -- into sd-scripts ----------------------------------------------------------------------------------------------------
+# -- into sd-scripts ------------------------------------------------------------------------------------------------
 
 
 def check_host(folder: Path) -> str:
-    """The loop family of an sd-scripts folder, by what its source offers (some installers edit it, so hashes say nothing).
+    """The loop family of an sd-scripts folder, by what its source offers (some installers edit it: no hashes).
 
     Raises:
         Stop: not sd-scripts, or a release that SPF does not support.
@@ -123,8 +123,8 @@ def install(folder: Path, *, dry: bool) -> None:
         print("spf_plugin: already installed, this version")
     else:
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall"]
-        if importlib.util.find_spec("setuptools"):
-            command.append("--no-build-isolation")
+        if importlib.util.find_spec("setuptools") and importlib.util.find_spec("wheel"):
+            command.append("--no-build-isolation")  # nothing to download
         run([*command, str(ROOT)], dry=dry, quiet=True)
     target = folder / "networks" / SHIM.name
     if target.exists() and filecmp.cmp(SHIM, target, shallow=False):
@@ -137,10 +137,11 @@ def install(folder: Path, *, dry: bool) -> None:
             partial = target.with_suffix(".partial")
             shutil.copyfile(SHIM, partial)
             os.replace(partial, target)
+    preset = shlex.quote(str(ROOT / "presets" / "sd15-8gb.toml"))
     print(
         "\nTrain (nothing of sd-scripts is edited):\n"
         f"  cd {shlex.quote(str(folder))}\n"
-        f"  accelerate launch train_network.py --config_file {shlex.quote(str(ROOT / 'presets' / 'sd15-8gb.toml'))} \\\n"
+        f"  accelerate launch train_network.py --config_file {preset} \\\n"
         '      --network_module spf_plugin.lora --network_args "spf_target=blonde hair" \\\n'
         "      --train_data_dir DATA --output_dir OUT --output_name NAME"
     )
@@ -156,7 +157,7 @@ def uninstall(folder: Path, *, dry: bool) -> None:
             target.unlink()
 
 
-# -- demo and tests -----------------------------------------------------------------------------------------------------
+# -- demo and tests -------------------------------------------------------------------------------------------------
 
 
 def environment(*names: str) -> Path:

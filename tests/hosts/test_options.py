@@ -135,7 +135,8 @@ def test_the_hosts_own_preservation_and_validation_pass_through(host: Host, tmp_
     regular = tiny.images(tmp_path / "regular", captions=("a woman", "a man"))
     config = tmp_path / "data.toml"
     config.write_text(
-        '[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 128\nbatch_size = 1\nvalidation_split = 0.3\n'
+        '[general]\ncaption_extension = ".txt"\n'
+        "[[datasets]]\nresolution = 128\nbatch_size = 1\nvalidation_split = 0.3\n"
         f'[[datasets.subsets]]\nimage_dir = "{(data / "1_set").as_posix()}"\nnum_repeats = 1\n'
         f'[[datasets.subsets]]\nimage_dir = "{(regular / "1_set").as_posix()}"\nnum_repeats = 1\nis_reg = true\n'
         "[datasets.subsets.custom_attributes]\ndiff_output_preservation = true\n",

@@ -1,0 +1,108 @@
+"""The installer: into an environment of its own, beside a folder shaped like sd-scripts. No pinned package moves."""
+
+from __future__ import annotations
+
+import os
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment that sees this one's packages, as a user's sd-scripts environment has torch and the rest."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = "import site; print(site.getsitepackages()[0])"
+    packages = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    (packages / "outer.pth").write_text("\n".join(site.getsitepackages()), encoding="utf-8")
+    return python
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    folder = tmp_path / "sd scripts"
+    (folder / "networks").mkdir(parents=True)
+    (folder / "library").mkdir()
+    (folder / "networks" / "lora.py").write_text("")
+    (folder / "sdxl_train_network.py").write_text("")
+    source = "class NetworkTrainer:\n    def call_unet(self): ...\n    def process_batch(self): ...\n"
+    (folder / "train_network.py").write_text(source)
+    return folder
+
+
+def run(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(python), str(ROOT / "install.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def freeze(python: Path) -> set[str]:
+    done = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True)
+    return {line for line in done.stdout.splitlines() if not line.startswith("spf-plugin")}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
+    packages, files = freeze(python), tree(host)
+
+    dry = run(python, "--sd-scripts", host, "--dry-run")
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert "would copy spf_lora.py" in dry.stdout
+    assert tree(host) == files
+
+    first = run(python, "--sd-scripts", host)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "process_batch loop" in first.stdout
+    assert "accelerate launch train_network.py" in first.stdout
+    assert freeze(python) == packages
+    installed = tree(host)
+    assert set(installed) - set(files) == {str(Path("networks") / "spf_lora.py")}
+
+    again = run(python, "--sd-scripts", host)
+    assert again.returncode == 0
+    assert tree(host) == installed
+    assert "copying" not in again.stdout
+
+    away = run(python, "--sd-scripts", host, "--uninstall")
+    assert away.returncode == 0, away.stdout + away.stderr
+    assert tree(host) == files
+    assert freeze(python) == packages
+
+
+def test_a_shim_that_is_not_ours_stays(python: Path, host: Path) -> None:
+    (host / "networks" / "spf_lora.py").write_text("mine = 1\n")
+    done = run(python, "--sd-scripts", host)
+    assert done.returncode != 0
+    assert "is not ours" in done.stderr
+    assert (host / "networks" / "spf_lora.py").read_text() == "mine = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("class NetworkTrainer: ...", "older than v0.7.0"),
+        ("def call_unet(): ...\ndef get_noise_pred_and_target(): ...", "2024 development branch"),
+    ],
+)
+def test_unsupported_releases(host: Path, source: str, message: str) -> None:
+    (host / "train_network.py").write_text(source)
+    done = run(Path(sys.executable), "--sd-scripts", host)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_not_sd_scripts(tmp_path: Path) -> None:
+    done = run(Path(sys.executable), "--sd-scripts", tmp_path)
+    assert done.returncode != 0
+    assert "train_network.py is missing" in done.stderr
+    assert "Traceback" not in done.stderr
