@@ -6,9 +6,8 @@ saving) is what it would do without SPF. SPF is attached beside it.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +20,7 @@ from spf_plugin.attachment import Attachment, Host
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import KohyaHost, raw_network_args
+from spf_plugin.saving import save_normalised
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
 
@@ -147,20 +147,7 @@ def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -
         )
 
     adapters.on_apply(network, applying)
-    _save_with_settings(network, config)
+    save_normalised(network, config)
     network.spf = attachment  # type: ignore[assignment]
     host.trainer.spf = attachment
     return network
-
-
-def _save_with_settings(network: nn.Module, config: SPFConfig) -> None:
-    """Write every SPF setting into `ss_network_args` of the saved file, also those that came from a file or default."""
-    original: Callable[..., None] = network.save_weights  # type: ignore[assignment]
-
-    def save_weights(file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
-        if metadata is not None and "ss_network_args" in metadata:
-            arguments = {**(json.loads(metadata["ss_network_args"]) or {}), **config.to_metadata()}
-            metadata = {**metadata, "ss_network_args": json.dumps(arguments)}
-        original(file, dtype, metadata)
-
-    network.save_weights = save_weights  # type: ignore[assignment]

@@ -17,7 +17,7 @@ LEVELS: list[set[str]] = [
     {"config", "sfcm"},
     {"losses", "probe", "adapter", "text"},
     {"objective"},
-    {"attachment"},
+    {"attachment", "saving"},
     {"hosts.kohya"},
     {"lora"},
 ]

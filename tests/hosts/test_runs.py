@@ -72,3 +72,5 @@ def test_two_processes_train_the_same_lora(host: Host) -> None:
     for name, tensor in ranks[0].items():
         torch.testing.assert_close(tensor, ranks[1][name], rtol=0, atol=0)
     assert "drift=" in result.log
+    left = set(json.loads((result.folder / "left.json").read_text()))
+    assert left <= {"end_training", "spf", "flag_tensor", "trackers"}, left  # the spy's own, and a name to find SPF by

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from tests.hosts.conftest import Host
 
@@ -40,7 +42,25 @@ def test_sd15_writes_an_ordinary_lora(host: Host) -> None:
     assert settings["spf_target"] == "blonde hair"
     assert settings["spf_stage2_start"] == "0"
     assert settings["spf_map"] == "soft"  # a default, written down all the same
+    changes_the_image(host, "sd15", result.file)
     assert set(result.metadata()) - set(plain.metadata()) == {"ss_network_args"}  # a host key; plain had no arguments
+
+
+def image(pipeline: DiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "height": 128, "width": 128, "output_type": "np"}
+    return torch.from_numpy(pipeline("a woman, blonde hair", generator=generator, **options).images)
+
+
+def changes_the_image(host: Host, model: str, file: Path) -> None:
+    """diffusers' own loader takes the file without a word, and the picture is another one."""
+    pipeline = DiffusionPipeline.from_pretrained(host.models[model], safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    before = image(pipeline)
+    pipeline.load_lora_weights(file)
+    assert float((image(pipeline) - before).abs().max()) > 1e-3
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(image(pipeline), before)
 
 
 def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
@@ -55,6 +75,7 @@ def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
     tensors = result.tensors()
     assert len(tensors) == 722 * 3
     assert any(float(t.abs().max()) > 0 for name, t in tensors.items() if "lora_up" in name)
+    changes_the_image(host, "sdxl", result.file)
 
 
 @pytest.mark.parametrize("unet_only", [True, False], ids=["unet", "unet+text"])

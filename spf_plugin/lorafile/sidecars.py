@@ -1,0 +1,152 @@
+"""The files beside a LoRA that WebUI cards read: ``NAME.json`` and ``NAME.preview.png``.
+
+Read in A1111 modules/extra_networks.py and modules/ui_extra_networks.py (Forge the same), ComfyUI app/model_manager.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spf_plugin.errors import SPFError
+from spf_plugin.lorafile.inspect import AnyBase, network_args
+from spf_plugin.lorafile.writer import replacing
+
+# A1111's spelling of base models in the card; "Unknown" is never hidden.
+SD_VERSION: dict[AnyBase, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "flux": "Flux"}
+_IMAGES = {
+    ".png": b"\x89PNG\r\n\x1a\n",
+    ".jpg": b"\xff\xd8\xff",
+    ".jpeg": b"\xff\xd8\xff",
+    ".webp": b"RIFF",
+    ".gif": b"GIF8",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card shows and puts into the prompt.
+
+    Attributes:
+        activation_text: Added to the prompt behind ``<lora:NAME:WEIGHT>``.
+        preferred_weight: Weight in that tag; 0 means the WebUI's default.
+        sd_version: ``SD1``, ``SD2``, ``SDXL``, ``Flux`` (Forge) or ``Unknown``.
+        negative_text: Added to the negative prompt.
+        description: Shown on the card.
+        notes: Shown in the card's editor.
+    """
+
+    activation_text: str = ""
+    preferred_weight: float = 0.0
+    sd_version: str = "Unknown"
+    negative_text: str = ""
+    description: str = ""
+    notes: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """The object that A1111's editor writes, with its key names."""
+        return {
+            "description": self.description,
+            "sd version": self.sd_version,
+            "activation text": self.activation_text,
+            "preferred weight": self.preferred_weight,
+            "negative text": self.negative_text,
+            "notes": self.notes,
+        }
+
+
+def target_phrases(metadata: Mapping[str, str]) -> list[str]:
+    """Target phrases that the file was trained with, from ``ss_network_args``; else its ModelSpec trigger phrase.
+
+    ``dress->T-shirt`` gives ``T-shirt``: the phrase that the prompt needs.
+    """
+    target = network_args(metadata).get("spf_target")
+    if isinstance(target, str):
+        phrases = [part.rpartition("->")[2].replace("_", " ").strip() for part in target.split("|")]
+        return [phrase for phrase in phrases if phrase]
+    trigger = metadata.get("modelspec.trigger_phrase", "").strip()
+    return [trigger] if trigger else []
+
+
+def _stem(lora: str | Path) -> Path:
+    """The LoRA's path without its extension; the name may contain further dots."""
+    return Path(os.path.splitext(lora)[0])
+
+
+def write_card(lora: str | Path, card: Card, *, force: bool = False) -> Path:
+    """Write ``NAME.json`` beside the LoRA.
+
+    Args:
+        lora: The LoRA file.
+        card: What to write.
+        force: Update an existing file; keys of other programs in it are kept.
+
+    Returns:
+        The file written.
+
+    Raises:
+        SPFError: It exists and `force` is not given, or it exists and is not a JSON object.
+    """
+    path = _stem(lora).with_name(_stem(lora).name + ".json")
+    content: dict[str, object] = {}
+    if os.path.lexists(path):
+        if not force:
+            raise SPFError(f"{path} exists; --force updates it and keeps what it does not know.")
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise SPFError(f"{path} cannot be read as JSON ({error}). Move it away first.") from None
+        if not isinstance(old, dict):
+            raise SPFError(f"{path} is not a card (a JSON object). Move it away first.")
+        content = old
+    content |= card.as_json()
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=4, ensure_ascii=False).encode())
+    return path
+
+
+def existing_preview(lora: str | Path) -> Path | None:
+    """The preview that a WebUI shows for this LoRA, found by its own rule."""
+    stem = _stem(lora)
+    for extension in _IMAGES:
+        for middle in ("", ".preview"):
+            path = stem.with_name(f"{stem.name}{middle}{extension}")
+            if os.path.lexists(path):
+                return path
+    return None
+
+
+def write_preview(lora: str | Path, image: str | Path, *, force: bool = False) -> Path:
+    """Copy an image to ``NAME.preview.EXT`` beside the LoRA, byte for byte.
+
+    Args:
+        lora: The LoRA file.
+        image: A png, jpg, webp or gif file.
+        force: Replace an existing ``NAME.preview.EXT``. A preview under another name stays and may win.
+
+    Returns:
+        The file written.
+
+    Raises:
+        SPFError: The LoRA has a preview already and `force` is not given, or `image` is no such image.
+    """
+    image = Path(image)
+    extension = image.suffix.lower()
+    if extension not in _IMAGES:
+        raise SPFError(f"{image}: a preview must be one of {', '.join(_IMAGES)}.")
+    present = existing_preview(lora)
+    if present is not None and not force:
+        raise SPFError(f"{present} exists; --force replaces it.")
+    try:
+        content = image.read_bytes()
+    except OSError as error:
+        raise SPFError(f"{image} cannot be read ({error.strerror}).") from None
+    if not content.startswith(_IMAGES[extension]):
+        raise SPFError(f"{image} is not a {extension[1:]} image. Save it in the format of its name.")
+    path = _stem(lora).with_name(f"{_stem(lora).name}.preview{extension}")
+    with replacing(path) as file:
+        file.write(content)
+    return path

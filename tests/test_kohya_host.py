@@ -1,0 +1,124 @@
+"""What the kohya host decides without a checkout: which trainers it takes, and how it reads a data set."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spf_plugin.config import parse
+from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya import KohyaHost, raw_network_args, trainer_problem, training_frame
+from spf_plugin.lora import create_network
+
+
+class Monolithic:
+    def call_unet(self) -> None: ...
+
+
+class Processing(Monolithic):
+    def get_noise_pred_and_target(self) -> None: ...
+
+    def process_batch(self) -> None: ...
+
+    def call_unet(self) -> None: ...
+
+
+class SdxlNetworkTrainer(Processing):
+    def call_unet(self) -> None: ...
+
+
+class Sd3NetworkTrainer(Processing):
+    def get_noise_pred_and_target(self) -> None: ...
+
+
+class ThirdFamily:
+    def call_unet(self) -> None: ...
+
+    def get_noise_pred_and_target(self) -> None: ...
+
+
+@pytest.mark.parametrize("trainer", [Monolithic, Processing, SdxlNetworkTrainer])
+def test_supported_trainers(trainer: type) -> None:
+    assert trainer_problem(trainer()) is None
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        (Sd3NetworkTrainer, "Sd3NetworkTrainer is not supported: it predicts without call_unet"),
+        (ThirdFamily, "ThirdFamily belongs to a 2024 development branch"),
+        (object, "object has no call_unet"),
+    ],
+)
+def test_refused_trainers_are_named(trainer: type, reason: str) -> None:
+    problem = trainer_problem(trainer())
+    assert problem is not None
+    assert reason in problem
+
+
+def test_no_trainer_at_all() -> None:
+    assert training_frame() is None
+    with pytest.raises(SPFError, match="no sd-scripts trainer is calling"):
+        create_network(1.0, 4, 4, None, None, None, spf_target="x")  # type: ignore[arg-type]
+
+
+def test_arguments_are_found_in_the_callers_frame() -> None:
+    args = SimpleNamespace(network_module="spf_plugin.lora", network_args=["spf_target=a", "b"])
+    assert args
+    assert raw_network_args() == ["spf_target=a", "b"]
+
+
+def host(images: dict[str, tuple[str, Any]], **options: Any) -> KohyaHost:
+    """A host over a data set of `key: (caption, subset)`."""
+    defaults = {
+        "network_train_text_encoder_only": False,
+        "save_model_as": "safetensors",
+        "train_data_dir": None,
+        "dataset_config": None,
+        "seed": 1,
+    }
+    data = SimpleNamespace(
+        image_data={key: SimpleNamespace(caption=caption, is_reg=False) for key, (caption, _) in images.items()},
+        image_to_subset={key: subset for key, (_, subset) in images.items()},
+    )
+    names = {
+        "self": Processing(),
+        "args": SimpleNamespace(**{**defaults, **options}),
+        "train_dataset_group": SimpleNamespace(datasets=[data]),
+    }
+    return KohyaHost(SimpleNamespace(f_locals=names), [])  # type: ignore[arg-type]
+
+
+def subset(prefix: str | None = None, suffix: str | None = None, target: str | None = None) -> SimpleNamespace:
+    attributes = {"spf_target": target} if target else {}
+    return SimpleNamespace(caption_prefix=prefix, caption_suffix=suffix, custom_attributes=attributes)
+
+
+def test_caption_prefix_and_wildcard_lists_count() -> None:
+    config = parse({"spf_target": "blonde hair"})
+    assert host({"a": ("a woman", subset(suffix="blonde hair"))}).problems(config) == []
+    assert host({"a": (["a woman", "a woman, blonde hair"], subset())}).problems(config) == []  # type: ignore[dict-item]
+
+
+def test_targets_of_subsets() -> None:
+    images = {"a": ("a woman, hat", subset(target="hat")), "b": ("a man, scarf", subset(target="scarf"))}
+    assert host(images).problems(parse({})) == []
+    wrong = {"a": ("a woman", subset(target="hat"))}
+    (problem,) = host(wrong).problems(parse({}))
+    assert "occurs in none of the 1 captions" in problem
+    (problem,) = host({"a": ("a woman", subset(target="hat->"))}).problems(parse({}))
+    assert "custom_attributes.spf_target" in problem
+
+
+def test_an_unused_target_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert host({"a": ("a woman, hat", subset())}).problems(parse({"spf_target": "hat|scraf"})) == []
+    assert "no caption contains 'scraf'" in caplog.text
+
+
+def test_empty_captions_point_to_the_extension() -> None:
+    (problem,) = host({"a": ("", subset())}).problems(parse({"spf_target": "hat"}))
+    assert "--caption_extension" in problem
