@@ -27,7 +27,7 @@ def save_normalised(network: nn.Module, config: SPFConfig) -> None:
     """Make `network.save_weights` write every SPF setting into `ss_network_args`, and a file that loads everywhere.
 
     A LoRA that cannot be normalised (not a number somewhere) is kept beside the wanted name, as
-    `NAME.rejected.safetensors`, and logged as an error: hours of training are not thrown away, and a good earlier file is
+    `NAME.rejected.safetensors`, and logged as an error: hours of training are not lost, and a good earlier file is
     not replaced by it.
     """
     original: Callable[..., None] = network.save_weights  # type: ignore[assignment]

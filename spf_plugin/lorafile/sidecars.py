@@ -5,6 +5,7 @@ Read in A1111 modules/extra_networks.py and modules/ui_extra_networks.py (Forge 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile.inspect import AnyBase, network_args
 from spf_plugin.lorafile.writer import replacing
+from spf_plugin.prompt import parse_targets
 
 # A1111's spelling of base models in the card; "Unknown" is never hidden.
 SD_VERSION: dict[AnyBase, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "flux": "Flux"}
@@ -61,12 +63,12 @@ class Card:
 def target_phrases(metadata: Mapping[str, str]) -> list[str]:
     """Target phrases that the file was trained with, from ``ss_network_args``; else its ModelSpec trigger phrase.
 
-    ``dress->T-shirt`` gives ``T-shirt``: the phrase that the prompt needs.
+    ``dress->T-shirt`` gives ``dress``: what the captions said, and what the prompt needs.
     """
-    target = network_args(metadata).get("spf_target")
-    if isinstance(target, str):
-        phrases = [part.rpartition("->")[2].replace("_", " ").strip() for part in target.split("|")]
-        return [phrase for phrase in phrases if phrase]
+    said = network_args(metadata).get("spf_target")
+    if isinstance(said, str) and said:
+        with contextlib.suppress(ValueError):
+            return [target.phrase.replace("_", " ") for target in parse_targets(said)]
     trigger = metadata.get("modelspec.trigger_phrase", "").strip()
     return [trigger] if trigger else []
 

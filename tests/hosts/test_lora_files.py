@@ -1,0 +1,54 @@
+"""LoRA files from real training runs: the doctor's verdict, and the weight deltas that diffusers makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from spf_plugin.lorafile import inspect
+from spf_plugin.lorafile.loaders import verdicts
+from tests.hosts.conftest import Host
+from tests.hosts.test_training import LYCORIS
+
+ARGUMENTS = ("spf_target=blonde hair", "spf_stage2_start=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "loads"),
+    [
+        pytest.param([], True, id="networks.lora"),
+        pytest.param([*LYCORIS, "algo=lora"], True, id="locon"),
+        pytest.param([*LYCORIS, "algo=lokr"], False, id="lokr"),
+    ],
+)
+def test_files_of_a_run(host: Host, words: list[str], loads: bool) -> None:
+    result = host.train(*ARGUMENTS, *words, max_train_steps=3)
+    tensors = result.tensors()
+    contents = inspect.from_file(result.file)
+    found = {v.loader: v.status for v in verdicts(contents, inspect.describe(contents))}
+    if not loads:  # diffusers reads no LoKr; the WebUIs do
+        assert found["diffusers"] == "fails"
+        assert found["ComfyUI"] == "loads"
+        return
+    # The tiny widths are not SD1.5's, which the doctor notices; what is left must be loadable.
+    assert set(found.values()) <= {"loads", "differs"}
+
+    pipeline = DiffusionPipeline.from_pretrained(host.models["sd15"], safety_checker=None)
+    before = {name: p.detach().clone() for name, p in pipeline.unet.named_parameters()}
+    pipeline.load_lora_weights(result.file)
+    pipeline.fuse_lora()
+    after = {name.replace(".base_layer", ""): p.detach() for name, p in pipeline.unet.named_parameters()}
+    checked = 0
+    for name, weight in before.items():
+        module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if f"{module}.alpha" not in tensors or name.startswith("time_embedding"):
+            continue  # LyCORIS trains the time embedding too; diffusers has no LoRA there, and the doctor says so
+        down, up = tensors[f"{module}.lora_down.weight"].double(), tensors[f"{module}.lora_up.weight"].double()
+        scale = float(tensors[f"{module}.alpha"]) / down.shape[0]
+        delta = scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        torch.testing.assert_close(after[name].double() - weight.double(), delta, rtol=1e-3, atol=1e-5)
+        checked += 1
+    beyond = {name.split(".")[0] for name in tensors if "time_embedding" in name}
+    assert (checked + len(beyond)) * 3 == len(tensors)
+    assert (found["diffusers"] == "differs") == bool(beyond)
