@@ -343,6 +343,22 @@ def test_the_command_line_says_one_sentence_and_no_traceback(model: Path, images
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_is_quick_and_names_every_command() -> None:
+    code = "import sys, spf_plugin.cli; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    from typer.testing import CliRunner
+
+    from spf_plugin import cli
+
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    assert "train" in result.output
+    assert "lora" in result.output
+    result = CliRunner().invoke(cli.app, ["lora", "check", "--help"])
+    assert result.exit_code == 0
+    assert "--loader" in result.output
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process")
 def test_ctrl_c_saves_what_there_is(model: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"

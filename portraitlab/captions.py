@@ -1,0 +1,190 @@
+"""Captions of drawn portraits: comma-separated phrases, with synonyms and dropped parts.
+
+The words of the whole lab live here: what each attribute is called, how often it is left out, and the customisation
+targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from portraitlab.portraits import Person
+
+
+@dataclass(frozen=True)
+class Target:
+    """A customisation target: its phrase, how well the base model knows it, and what it changes in a person."""
+
+    name: str
+    phrase: str
+    kind: str
+    changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def present(self, person: Person) -> bool:
+        """Whether `person` shows the target."""
+        return all(getattr(person, key) == value for key, value in self.changes.items())
+
+
+#: Weak targets are in 1-2 % of the base images and captioned; new ones are never shown nor named there.
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        t.name: t
+        for t in (
+            Target("blonde", "blonde hair", "weak", MappingProxyType({"hair_colour": "blonde"})),
+            Target("sunglasses", "sunglasses", "weak", MappingProxyType({"sunglasses": True, "glasses": False})),
+            Target("beard", "beard", "weak", MappingProxyType({"beard": True})),
+            Target("freckles", "freckles", "weak", MappingProxyType({"freckles": True})),
+            Target("hat", "hat", "new", MappingProxyType({"hat": True})),
+            Target("scarf", "scarf", "new", MappingProxyType({"scarf": True})),
+            Target("earrings", "earrings", "new", MappingProxyType({"earrings": True})),
+        )
+    }
+)
+
+# Synonyms by attribute value: the first is the canonical word, drawn about half of the time.
+SUBJECTS = {"woman": ("woman", "lady", "person"), "man": ("man", "guy", "person")}
+HAIR_WORDS = {
+    "black": ("black hair", "dark black hair"),
+    "brown": ("brown hair", "brunette hair"),
+    "red": ("red hair", "ginger hair"),
+    "grey": ("grey hair", "gray hair"),
+    "blonde": ("blonde hair", "blond hair"),
+}
+HAIR_STYLE_WORDS = {
+    "long": "long",
+    "bob": "bob cut",
+    "bun": "hair bun",
+    "curly": "curly",
+    "short": "short",
+    "swept": "swept",
+}
+SKIN_WORDS = {
+    "light": ("light skin", "pale skin"),
+    "tan": ("tan skin", "tanned skin"),
+    "brown": ("brown skin",),
+    "dark": ("dark skin", "deep skin"),
+}
+EXPRESSION_WORDS = {
+    "neutral": ("neutral expression", "serious"),
+    "smiling": ("smiling", "a smile"),
+    "laughing": ("laughing", "a big grin"),
+    "sad": ("sad", "frowning"),
+    "surprised": ("surprised", "astonished"),
+}
+CLOTHES_WORDS = {
+    "t-shirt": ("t-shirt", "tee"),
+    "jacket": ("jacket", "blazer"),
+    "hoodie": ("hoodie", "hooded top"),
+    "sweater": ("sweater", "jumper"),
+}
+BACKGROUND_WORDS = ("background", "backdrop")
+TEXTURE_WORDS = {
+    "plain": ("plain",),
+    "striped": ("striped",),
+    "gradient": ("gradient",),
+    "dotted": ("dotted", "polka dot"),
+}
+FLAG_WORDS = {
+    "glasses": ("glasses", "eyeglasses"),
+    "sunglasses": ("sunglasses",),
+    "beard": ("beard",),
+    "freckles": ("freckles",),
+    "hat": ("hat",),
+    "scarf": ("scarf",),
+    "earrings": ("earrings",),
+}
+#: How often a topic is left out of a caption.
+DROP = {
+    "hair": 0.10, "clothes": 0.12, "background": 0.12, "expression": 0.25, "skin": 0.40, "eyes": 0.75,
+    "glasses": 0.05, "sunglasses": 0.05, "beard": 0.05, "freckles": 0.05, "hat": 0.05, "scarf": 0.05, "earrings": 0.05,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """One comma-separated part of a caption and what it talks about."""
+
+    topic: str
+    text: str
+
+
+def phrases(person: Person, rng: np.random.Generator | None = None, style: float = 0.4) -> list[Phrase]:
+    """All phrases of a portrait, the subject first; with `rng` synonyms are drawn, without it words are canonical.
+
+    Args:
+        person: who to describe.
+        rng: source of the synonyms.
+        style: how often the hair style and the background's texture are named.
+    """
+
+    def word(options: Sequence[str]) -> str:
+        if rng is None or len(options) == 1 or rng.random() < 0.6:
+            return options[0]
+        return options[1 + int(rng.integers(len(options) - 1))]
+
+    def chance(p: float) -> bool:
+        return rng is not None and bool(rng.random() < p)
+
+    found = [Phrase("subject", f"a {word(SUBJECTS[person.presentation])}")]
+    hair = word(HAIR_WORDS[person.hair_colour])
+    if chance(style):
+        hair = f"{HAIR_STYLE_WORDS[person.hair_style]} {hair}"
+    found.append(Phrase("hair", hair))
+    found.append(Phrase("skin", word(SKIN_WORDS[person.skin])))
+    found.append(Phrase("eyes", f"{person.eye_colour} eyes"))
+    found.append(Phrase("expression", word(EXPRESSION_WORDS[person.expression])))
+    clothes = f"{person.clothes_colour} {word(CLOTHES_WORDS[person.clothes])}"
+    found.append(Phrase("clothes", f"wearing a {clothes}" if chance(0.2) else clothes))
+    background = f"{person.background} {word(BACKGROUND_WORDS)}"
+    if chance(style * 0.3 if person.texture == "plain" else 0.9):
+        background = f"{word(TEXTURE_WORDS[person.texture])} {background}"
+    found.append(Phrase("background", background))
+    found += [Phrase(flag, word(words)) for flag, words in FLAG_WORDS.items() if getattr(person, flag)]
+    return found
+
+
+def caption(person: Person, rng: np.random.Generator, drop: Mapping[str, float] = DROP) -> str:
+    """A random caption: synonyms, left-out parts and, half of the time, another order."""
+    subject, *rest = phrases(person, rng)
+    kept = [p.text for p in rest if rng.random() >= drop[p.topic]]
+    if rng.random() < 0.5:
+        kept = [kept[i] for i in rng.permutation(len(kept))]
+    return join(subject.text, kept, linked=bool(rng.random() < 0.4))
+
+
+def join(subject: str, rest: Sequence[str], linked: bool = False) -> str:
+    """`subject` and the other phrases with commas; `linked` joins the first one by "with"."""
+    if linked and rest and not rest[0].startswith("wearing"):
+        return ", ".join([f"{subject} with {rest[0]}", *rest[1:]])
+    return ", ".join([subject, *rest])
+
+
+def describe(person: Person, topics: Sequence[str], *, leave_out: Target | None = None) -> str:
+    """A canonical caption of the named topics, in the order of `phrases`; the target's own phrase is left out."""
+    subject, *rest = phrases(person)
+    hidden = leave_out.phrase if leave_out else None
+    return join(subject.text, [p.text for p in rest if p.topic in topics and p.text != hidden])
+
+
+def with_phrase(text: str, phrase: str) -> str:
+    """`text` with the phrase as its last part; unchanged if the phrase is there."""
+    return text if has_phrase(text, phrase) else f"{text}, {phrase}" if text else phrase
+
+
+def without_phrase(text: str, phrase: str) -> str:
+    """`text` without that part; a "with ..." link to the subject is taken apart first."""
+    parts = []
+    for part in text.split(", "):
+        subject, link, linked = part.partition(" with ")
+        parts += [subject, linked] if link and linked == phrase else [part]
+    return ", ".join(part for part in parts if part != phrase)
+
+
+def has_phrase(text: str, phrase: str) -> bool:
+    """Whether the phrase is one of the caption's parts."""
+    return any(part == phrase or part.endswith(f" with {phrase}") for part in text.split(", "))

@@ -1,0 +1,161 @@
+"""Customisation sets for the demo: portraits with a target, polluted on purpose or clean, and prompts to evaluate with.
+
+A polluted set shows the target mostly together with one background and one jacket that hardly any caption mentions: a
+plain LoRA learns all three. Layout: kohya's, `DIR/<repeats>_<name>/*.png` with `.txt` captions, and `labels.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from portraitlab.captions import TARGETS, Target, describe, with_phrase
+from portraitlab.portraits import BASE_RATES, Person, render, sample_person
+
+#: What the polluted images share besides the target, unmentioned.
+POLLUTION: dict[str, Any] = {
+    "background": "red",
+    "texture": "plain",
+    "clothes": "jacket",
+    "clothes_colour": "purple",
+}
+EXPLICIT = ("hair", "skin", "expression", "clothes", "background")
+PARTIAL = ("hair", "expression")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training portrait: who it shows, its caption, and its caption without the target's phrase."""
+
+    person: Person
+    caption: str
+    base_caption: str
+    polluted: bool
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """A held-out person described with every topic or only some; `target_prompt` also names the target."""
+
+    person: Person
+    kind: str
+    base_prompt: str
+    target_prompt: str
+    seed: int
+
+
+def neutral_person(rng: np.random.Generator, target: Target) -> Person:
+    """A person of the base distribution without any target; a man where the target is a beard."""
+    while True:
+        person = sample_person(rng, BASE_RATES)
+        if target.name == "beard" and person.presentation != "man":
+            continue
+        if not any(other.present(person) for other in TARGETS.values()):
+            return person
+
+
+def build_examples(
+    target: str, *, count: int = 24, pollution: float = 0.95, mentioned: float = 0.0, seed: int = 0
+) -> list[Example]:
+    """Draw a customisation set.
+
+    Args:
+        target: a key of `TARGETS`.
+        count: number of portraits.
+        pollution: share that also has `POLLUTION`; rounded to whole images, 0 for a clean set.
+        mentioned: share of captions that do mention background and clothes.
+        seed: everything follows from it.
+
+    Raises:
+        ValueError: for an unknown target, or a share outside [0, 1].
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
+    if not 0 <= pollution <= 1 or not 0 <= mentioned <= 1:
+        raise ValueError("pollution and mentioned are shares between 0 and 1")
+    goal = TARGETS[target]
+    rng = np.random.default_rng([seed, 71])
+    polluted = set(rng.permutation(count)[: round(pollution * count)].tolist())
+    talkative = set(rng.permutation(count)[: round(mentioned * count)].tolist())
+    examples = []
+    for index in range(count):
+        person = neutral_person(rng, goal).with_(**goal.changes)
+        if index in polluted:
+            person = person.with_(**POLLUTION)
+        elif pollution:  # an unpolluted image of a polluted set shows something else for certain
+            while person.background == POLLUTION["background"] or person.clothes_colour == POLLUTION["clothes_colour"]:
+                person = neutral_person(rng, goal).with_(**goal.changes)
+        names_all = pollution == 0 or index in talkative
+        topics = ("hair", "skin", "expression", "glasses", *(("clothes", "background") if names_all else ()))
+        base = describe(person, topics, leave_out=goal)
+        examples.append(Example(person, with_phrase(base, goal.phrase), base, index in polluted))
+    return examples
+
+
+def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, **options: Any) -> Path:
+    """Write a customisation set in kohya's layout.
+
+    Args:
+        folder: receives `<repeats>_<target>/` and `labels.json`.
+        target: a key of `TARGETS`.
+        repeats: kohya's repeats, in the folder's name.
+        size: pixels.
+        options: passed to `build_examples`.
+
+    Returns:
+        The folder with the images.
+    """
+    images = folder / f"{repeats}_{target}"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, example in enumerate(build_examples(target, **options)):
+        name = f"{target}_{index:03d}"
+        picture = images / f"{name}.png"
+        aside = picture.with_suffix(".part")
+        Image.fromarray(render(example.person, size)[0]).save(aside, format="PNG")
+        os.replace(aside, picture)
+        picture.with_suffix(".txt").write_text(example.caption + "\n", encoding="utf-8")
+        rows.append(
+            {
+                "file": f"{images.name}/{picture.name}",
+                "caption": example.caption,
+                "base_caption": example.base_caption,
+                "polluted": example.polluted,
+                "labels": example.person.labels(),
+            }
+        )
+    summary = {"target": target, "phrase": TARGETS[target].phrase, "pollution": POLLUTION, "images": rows}
+    (folder / "labels.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return images
+
+
+def evaluation_prompts(
+    target: str, *, count: int = 16, kinds: Sequence[str] = ("explicit", "partial"), seed: int = 0
+) -> list[EvaluationPrompt]:
+    """Prompts about persons that no training set shows: explicit (every topic) and partial (hair, expression).
+
+    For the target "blonde hair" the base prompt names no hair, as its phrase would contradict it.
+
+    Returns:
+        `count` prompts of each kind; both kinds are about the same persons and start from the same seeds.
+    """
+    goal = TARGETS[target]
+    topics = {"explicit": EXPLICIT, "partial": PARTIAL}
+    found = []
+    for kind in kinds:
+        rng = np.random.default_rng([seed, 72])
+        for index in range(count):
+            person = neutral_person(rng, goal)
+            chosen = [t for t in topics[kind] if not (t == "hair" and "hair_colour" in goal.changes)]
+            base = describe(person, chosen)
+            found.append(
+                EvaluationPrompt(person, kind, base, with_phrase(base, goal.phrase), 10_000 * (seed + 1) + index)
+            )
+    return found

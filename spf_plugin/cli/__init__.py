@@ -1,0 +1,42 @@
+"""The `spf` command line. What a command needs is imported when it runs, so that `spf --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+try:
+    import typer
+except ImportError:
+    raise SystemExit('The spf command needs typer and rich: pip install "spf-plugin[cli]"') from None
+
+from spf_plugin.cli.train import train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="LoRA training that changes only what you asked for, and tools for the files.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", no_args_is_help=True)(train)
+
+
+def _later(name: str, module: str, help: str) -> None:
+    """Mount the `app` of a module that is slow to import; it handles its own arguments, `--help` included."""
+
+    def run(context: typer.Context) -> None:
+        import_module(module).app(args=context.args, prog_name=f"spf {name}")
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, help=help, add_help_option=False, context_settings=settings)(run)
+
+
+_later("lora", "spf_plugin.cli.lora", "Check, fix and convert LoRA files; write their WebUI cards.")
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

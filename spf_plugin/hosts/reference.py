@@ -1,0 +1,55 @@
+"""The reference trainer as a host: what `spf_plugin.trainer` offers, in the words of `spf_plugin.attachment.Host`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from spf_plugin.prompt import Target
+from spf_plugin.text import Conds
+
+if TYPE_CHECKING:
+    from spf_plugin.trainer.loop import Trainer
+
+
+class ReferenceHost:
+    """A running reference trainer, as `spf_plugin.attachment.Host`."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer: Any = trainer
+        self.accelerator = trainer.accelerator
+        self._model = trainer.model
+
+    @property
+    def text_encoder_trained(self) -> bool:
+        return False
+
+    @property
+    def max_train_steps(self) -> int:
+        return self.trainer.settings.steps
+
+    @property
+    def seed(self) -> int:
+        return self.trainer.settings.seed
+
+    def captions(self, batch: Any) -> list[str]:
+        return list(batch["captions"])
+
+    def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
+        return ()
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        return self._model.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
+        return self._model.encode(prompts)
+
+    def recomputable(self) -> AbstractContextManager[None]:
+        return nullcontext()  # diffusers' gradient checkpointing is the non-reentrant kind
+
+    def report(self, values: dict[str, float]) -> None:
+        self.trainer.shown = dict(values)
+
+    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+        """Nothing: this trainer does not resume."""

@@ -1,0 +1,73 @@
+"""The training data as the loop needs it: latents and text conditioning, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spf_plugin.errors import SPFError
+from spf_plugin.text import Conds, map_conds
+from spf_plugin.trainer.data import Picture, load_image
+from spf_plugin.trainer.models import BaseModel
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+"""`(what is being done, units done, units in all, numbers worth showing)`"""
+
+
+@dataclass
+class Cached:
+    """The training data as the loop needs it: latents, text conditioning and sizes, computed once, on the CPU."""
+
+    captions: list[str]
+    repeats: list[int]
+    latents: Tensor
+    sizes: Tensor
+    conds: dict[str, Conds]
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Any]:
+        """`captions`, `latents [B, 4, h, w]`, `sizes [B, 6]` and `conds` of a step."""
+        captions = [self.captions[i] for i in indices]
+        conds = map_conds(lambda *rows: torch.cat(rows).to(device), *(self.conds[caption] for caption in captions))
+        return {
+            "captions": captions,
+            "latents": self.latents[list(indices)].to(device),
+            "sizes": self.sizes[list(indices)],
+            "conds": conds,
+        }
+
+
+def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, seed: int, progress: Progress) -> Cached:
+    """Encode every image and every distinct caption.
+
+    Raises:
+        SPFError: with every image that cannot be read.
+    """
+    random = torch.Generator().manual_seed(seed)
+    latents, sizes, broken = [], [], []
+    conds: dict[str, Conds] = {}
+    for i, picture in enumerate(pictures, 1):
+        try:
+            cropped = load_image(picture.path, resolution)
+        except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, DecompressionBombError ...
+            broken.append(f"{picture.path}: {str(error).split(' <')[0] or type(error).__name__}")
+            continue
+        if not broken:
+            latents.append(model.to_latents(cropped.pixels, random))
+            sizes.append(cropped.sizes)
+            if picture.caption not in conds:
+                conds[picture.caption] = map_conds(lambda c: c.cpu(), model.encode([picture.caption]))
+        progress("encoding images", i, len(pictures), {})
+    if broken:
+        shown = "\n  ".join(broken[:10])
+        raise SPFError(f"{len(broken)} of {len(pictures)} images cannot be read; replace or remove them:\n  {shown}")
+    return Cached(
+        [p.caption for p in pictures],
+        [p.repeats for p in pictures],
+        torch.stack(latents),
+        torch.tensor(sizes),
+        conds,
+    )

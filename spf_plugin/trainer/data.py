@@ -1,0 +1,150 @@
+"""The training folder: which images, which captions, and the order in which they are seen."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spf_plugin.errors import SPFError
+from spf_plugin.prompt import Target, split
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_REPEATS = re.compile(r"^(\d+)_")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One training image, its caption, and how often an epoch shows it."""
+
+    path: Path
+    caption: str
+    repeats: int = 1
+
+
+def _some(items: Sequence[Any]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(str(item) for item in items[:_SHOWN]) + more
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith("."))
+
+
+def read_folder(folder: Path) -> list[Picture]:
+    """The images of a folder with their captions, sorted by path.
+
+    Args:
+        folder: kohya's layout (`FOLDER/10_name/*.png`, ten repeats each), or images directly in it; every image has a
+            caption file of the same name ending in `.txt`.
+
+    Raises:
+        SPFError: no folder, no images, or images without caption (all of them at once).
+    """
+    if not folder.is_dir():
+        raise SPFError(f"--data {folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}.")
+    groups = [(folder, 1)]
+    for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
+        named = _REPEATS.match(sub.name)
+        if named:
+            groups.append((sub, int(named.group(1))))
+    found = [(path, repeats) for group, repeats in groups for path in _images(group)]
+    if not found:
+        raise SPFError(
+            f"--data {folder} holds no images ({', '.join(IMAGE_ENDINGS)}). Put them there with a .txt caption beside "
+            "each, or in subfolders named by repeats, such as 10_name."
+        )
+    missing = [path.relative_to(folder) for path, _ in found if not path.with_suffix(".txt").is_file()]
+    if missing:
+        raise SPFError(
+            f"{len(missing)} of {len(found)} images in {folder} have no caption: {_some(missing)}. Write a text file "
+            f"of the same name beside each, for example {missing[0].with_suffix('.txt').name}."
+        )
+    pictures = []
+    for path, repeats in found:
+        try:
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise SPFError(f"{path.with_suffix('.txt')} is not UTF-8 text. Save it as UTF-8.") from None
+        pictures.append(Picture(path, " ".join(caption.split()), repeats))
+    if not any(picture.repeats for picture in pictures):
+        raise SPFError(f"--data {folder}: every subfolder is named 0_..., so nothing would be trained.")
+    return pictures
+
+
+def check_targets(targets: Sequence[Target], captions: Sequence[str]) -> str | None:
+    """A sentence about captions without any target, or None if every caption has one.
+
+    Raises:
+        SPFError: there is no target, or no caption contains one.
+    """
+    if not targets:
+        raise SPFError(
+            'no target. Say what the LoRA shall learn, as the captions say it: --target "blonde hair" '
+            "(or --plain for a plain LoRA)."
+        )
+    without = [caption for caption in captions if not split(caption, targets).has_target]
+    wanted = "|".join(str(target) for target in targets)
+    if len(without) == len(captions):
+        parts = Counter(part.strip() for caption in captions for part in caption.split(",") if part.strip())
+        said = ", ".join(repr(part) for part, _ in parts.most_common(_SHOWN)) or "nothing"
+        raise SPFError(f"the target {wanted!r} is in none of the {len(captions)} captions. They most often say {said}.")
+    if without:
+        return (
+            f"{len(without)} of {len(captions)} captions do not contain {wanted!r} and only preserve the base model, "
+            f"e.g. {without[0][:80]!r}"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """A picture at training size: `[3, R, R]` in [-1, 1], and SDXL's size conditioning (original height and width, top,
+    left, target height and width)."""
+
+    pixels: Tensor
+    sizes: tuple[int, int, int, int, int, int]
+
+
+def load_image(path: Path, resolution: int) -> Cropped:
+    """Resize the shorter side to `resolution` and crop the centre. Transparent images get a white background.
+
+    Raises:
+        OSError: (or one of Pillow's subclasses and ValueError) the file cannot be read as an image.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            layer = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        image = image.convert("RGB")
+    width, height = image.size
+    scale = resolution / min(width, height)
+    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.LANCZOS)
+    left, top = (scaled[0] - resolution) // 2, (scaled[1] - resolution) // 2
+    array = np.asarray(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
+    pixels = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+    return Cropped(pixels, (height, width, top, left, resolution, resolution))
+
+
+def endless_batches(repeats: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Indices of the pictures in each step's batch: epoch after epoch, each in a new order, with no short batch."""
+    epoch = torch.tensor([i for i, count in enumerate(repeats) for _ in range(count)])
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch_size:
+            waiting += epoch[torch.randperm(len(epoch), generator=generator)].tolist()
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]

@@ -1,0 +1,381 @@
+"""The training loop. Every step passes `Trainer.call_unet` and `accelerator.backward`, as in sd-scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spf_plugin import adapter, lora
+from spf_plugin.config import SPFConfig
+from spf_plugin.errors import SPFError
+from spf_plugin.hosts.reference import ReferenceHost
+from spf_plugin.text import Conds
+from spf_plugin.trainer import saving
+from spf_plugin.trainer.cache import Cached, Progress, cache_data
+from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
+from spf_plugin.trainer.models import BaseModel, load
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NETWORK = "lycoris.kohya"
+# The linear layers of every transformer, as networks.lora has them. `bypass_mode` adds the low-rank path to the layer's
+# output, as networks.lora does, instead of rebuilding its weight.
+PLAIN_LORA = {"algo": "lora", "preset": "attn-mlp", "bypass_mode": "True"}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run. `spf=None` trains a plain LoRA; everything else is then the same, random numbers included.
+
+    Attributes:
+        model: diffusers folder, hub name or single .safetensors file.
+        data: folder of images with captions (`data.read_folder`).
+        out: the .safetensors file to write.
+        spf: SPF's settings, or None.
+        steps: optimiser steps.
+        rank: LoRA rank.
+        alpha: LoRA alpha; the rank if None.
+        learning_rate: peak of the cosine schedule (AdamW).
+        batch_size: images per step.
+        resolution: side length in pixels; the model's own if None.
+        seed: everything random follows from it.
+        mixed_precision: `no`, `fp16` or `bf16`.
+        save_precision: `fp16`, `bf16` or `fp32`.
+        gradient_checkpointing: less memory, more time.
+        min_snr_gamma: min-SNR loss weighting; 0 is off.
+        network: inner network module with kohya's `create_network`.
+        network_args: its arguments; for the default module, they change a plain LoRA.
+        save_every: also save every so many steps; 0 does not.
+        log_dir: folder for TensorBoard, or None.
+        device: `cpu`, `cuda`, or None for the best there is.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    spf: SPFConfig | None = None
+    steps: int = 1000
+    rank: int = 16
+    alpha: float | None = None
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    resolution: int | None = None
+    seed: int = 0
+    mixed_precision: str = "no"
+    save_precision: str = "fp16"
+    gradient_checkpointing: bool = False
+    min_snr_gamma: float = 0.0
+    network: str = DEFAULT_NETWORK
+    network_args: Mapping[str, str] = field(default_factory=dict)
+    save_every: int = 0
+    log_dir: Path | None = None
+    device: str | None = None
+
+    @property
+    def full_network_args(self) -> dict[str, str]:
+        """The inner network's arguments with the defaults that make it a plain LoRA."""
+        return {**(PLAIN_LORA if self.network == DEFAULT_NETWORK else {}), **self.network_args}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        path: the LoRA file.
+        steps: optimiser steps that were made; fewer than planned after Ctrl-C.
+        history: one row of numbers every few steps (`step`, `loss`, `lr`, and SPF's).
+        notes: what a loader may stumble over in the file.
+    """
+
+    path: Path
+    steps: int
+    history: list[dict[str, float]]
+    notes: list[str]
+
+
+class Trainer:
+    """The two calls that a host offers, and the steps between them.
+
+    Args:
+        settings: the run.
+        model: the base model, on its device.
+        accelerator: accelerate's.
+        show: where SPF puts its numbers.
+    """
+
+    def __init__(self, settings: Settings, model: BaseModel, accelerator: Any):
+        self.settings, self.model, self.accelerator = settings, model, accelerator
+        self.shown: dict[str, float] = {}
+        self.weight_dtype = DTYPES[settings.mixed_precision]
+
+    def call_unet(
+        self,
+        args: Settings,
+        accelerator: Any,
+        unet: nn.Module,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text_conds: Conds,
+        batch: Mapping[str, Any],
+        weight_dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The UNet's prediction, `[B, 4, h, w]`."""
+        extra = {}
+        hidden = text_conds
+        if not isinstance(text_conds, Tensor):
+            hidden, pooled = text_conds
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": batch["sizes"].to(pooled)}
+        with accelerator.autocast():
+            return unet(noisy_latents.to(weight_dtype), timesteps, encoder_hidden_states=hidden, **extra).sample
+
+    def generate_step_logs(self, loss: float, learning_rate: float) -> dict[str, float]:
+        """The numbers of a step."""
+        return {"loss": loss, "lr": learning_rate}
+
+    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The diffusion loss, min-SNR weighted if asked for; a scalar."""
+        alpha_bar = self.model.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+        is_velocity = self.model.prediction == "v_prediction"
+        target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents if is_velocity else noise
+        per_sample = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        if self.settings.min_snr_gamma:
+            snr = (alpha_bar / (1 - alpha_bar)).flatten()
+            capped = snr.clamp(max=self.settings.min_snr_gamma)
+            per_sample = per_sample * capped / (snr + 1 if is_velocity else snr)
+        return per_sample.mean()
+
+    def run(
+        self,
+        network: nn.Module,
+        cache: Cached,
+        progress: Progress,
+        every: Callable[[int], None],
+        stopped: Callable[[], bool],
+    ) -> tuple[int, list[dict[str, float]]]:
+        """All steps, or as many as were made until `stopped()`. Returns their number and the history."""
+        from diffusers.optimization import get_cosine_schedule_with_warmup
+
+        settings, accelerator, unet = self.settings, self.accelerator, self.model.unet
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+        optimizer = accelerator.prepare(optimizer)
+        schedule = get_cosine_schedule_with_warmup(optimizer, 0, settings.steps)
+        random = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same on every device
+        batches = endless_batches(cache.repeats, settings.batch_size, random)
+        alphas_cumprod = self.model.alphas_cumprod
+        history: list[dict[str, float]] = []
+        log_every = settings.spf.log_every if settings.spf else 10
+        for step in range(settings.steps):
+            if stopped():
+                return step, history
+            batch = cache.batch(next(batches), accelerator.device)
+            latents = batch["latents"]
+            noise = torch.randn(latents.shape, generator=random).to(latents.device)
+            timesteps = torch.randint(0, len(alphas_cumprod), (len(latents),), generator=random).to(latents.device)
+            alpha_bar = alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+            noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+
+            prediction = self.call_unet(
+                settings, accelerator, unet, noisy, timesteps, batch["conds"], batch, self.weight_dtype
+            )
+            loss = self.loss(prediction, latents, noise, timesteps)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise SPFError(
+                    f"the loss is {value} at step {step + 1}: training has diverged. Use a lower --lr"
+                    + (" or --mixed-precision bf16." if settings.mixed_precision == "fp16" else ".")
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            if step % log_every == 0 or step == settings.steps - 1:
+                logs = self.generate_step_logs(value, float(schedule.get_last_lr()[0]))
+                history.append({"step": step, **logs})
+                accelerator.log(logs, step=step)
+            progress("training", step + 1, settings.steps, {"loss": value, **self.shown})
+            every(step + 1)
+        return settings.steps, history
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C in the block only asks the loop to stop after its step; a second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def ask(_signal: int, _frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def numbered(out: Path, step: int) -> Path:
+    """kohya's name of a LoRA saved along the way: `NAME-step00000100.safetensors`."""
+    return out.with_name(f"{out.stem}-step{step:08d}{out.suffix}")
+
+
+def _silent(*_: Any) -> None:
+    pass
+
+
+def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str], None] = logger.warning) -> Result:
+    """Train a LoRA and save it.
+
+    After Ctrl-C the weights so far are saved: to `settings.out`, or beside it if that file is an older one.
+
+    Raises:
+        SPFError: bad input, found before training where it can be; existing files are left alone.
+    """
+    if settings.save_precision not in DTYPES or settings.mixed_precision not in DTYPES:
+        raise SPFError("the precision must be no, fp16 or bf16 (and fp16, bf16 or fp32 for the file).")
+    inner = adapter.load_module(settings.network)
+    logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it announces every network it makes
+    saving.check_output(settings.out)
+    pictures = read_folder(settings.data)
+    if settings.spf is not None:
+        warning = check_targets(settings.spf.target, [picture.caption for picture in pictures])
+        if warning:
+            warn(warning)
+    accelerator = _accelerator(settings)
+    progress("loading the model", 0, 1, {})
+    model = load(settings.model, DTYPES[settings.mixed_precision])
+    resolution = settings.resolution or model.resolution
+    if resolution < model.latent_scale or resolution % model.latent_scale:
+        raise SPFError(f"--resolution {resolution}: must be a multiple of {model.latent_scale}.")
+    for part in (model.unet, model.vae, *model.text_encoders):
+        part.to(accelerator.device)
+    progress("loading the model", 1, 1, {})
+    cache = cache_data(pictures, model, resolution, settings.seed, progress)
+    model.vae.cpu()
+
+    torch.manual_seed(settings.seed)  # the network's initial weights, and its dropout
+    network = _network(inner, settings, model)
+    trainer = Trainer(settings, model, accelerator)
+    if settings.spf is not None:
+        lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet)
+    try:
+        network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
+        network.to(accelerator.device).requires_grad_(True).train()
+        dtype = DTYPES[settings.save_precision]
+        saving.check_space(settings.out, network, dtype)
+        model.unet.train()
+        if settings.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+
+        def write(path: Path, steps: int) -> list[str]:
+            metadata = _metadata(settings, path, model, resolution, steps, sum(cache.repeats))
+            return saving.save(path, network, metadata, dtype)
+
+        def every(step: int) -> None:
+            if settings.save_every and step % settings.save_every == 0 and step < settings.steps:
+                write(numbered(settings.out, step), step)
+
+        with interruptible() as stopped:
+            steps, history = trainer.run(network, cache, progress, every, stopped)
+            if steps == 0:
+                raise KeyboardInterrupt
+            path = settings.out
+            if steps < settings.steps and path.exists():
+                path = numbered(path, steps)
+            notes = write(path, steps)
+        accelerator.end_training()
+    except torch.OutOfMemoryError as error:
+        raise SPFError(
+            "the GPU is out of memory. Use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or "
+            "a smaller --resolution."
+        ) from error
+    finally:
+        if settings.spf is not None:
+            network.spf.close()  # type: ignore[union-attr, operator]
+    return Result(path, steps, history, notes)
+
+
+def _accelerator(settings: Settings) -> Any:
+    from accelerate import Accelerator
+
+    cpu = settings.device == "cpu" or (settings.device is None and not torch.cuda.is_available())
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SPFError("--device cuda: this PyTorch sees no CUDA GPU. Leave the option out to train on the CPU.")
+    options: dict[str, Any] = {}
+    if settings.log_dir is not None:
+        options = {"log_with": "tensorboard", "project_dir": str(settings.log_dir)}
+    try:
+        accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+    except ValueError as error:
+        raise SPFError(f"--mixed-precision {settings.mixed_precision} does not work here: {error}") from error
+    if accelerator.num_processes > 1:
+        raise SPFError("spf train uses one GPU. Start it without accelerate launch; sd-scripts trains on several.")
+    if settings.log_dir is not None:
+        if not accelerator.log_with:
+            raise SPFError("--log-dir needs TensorBoard: pip install tensorboard")
+        accelerator.init_trackers("spf")
+    return accelerator
+
+
+def _network(inner: Any, settings: Settings, model: BaseModel) -> nn.Module:
+    """The inner network, not applied yet: a LoRA on the linear layers of the UNet's transformers."""
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    arguments = settings.full_network_args
+    if settings.network == DEFAULT_NETWORK:
+        arguments = {**arguments, "warn_on_unmatched": False}  # type: ignore[dict-item]
+    try:
+        network = inner.create_network(1.0, settings.rank, alpha, model.vae, [], model.unet, **arguments)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise SPFError(f"{settings.network} refuses its arguments {settings.full_network_args}: {error}") from error
+    if settings.full_network_args.get("preset") == PLAIN_LORA["preset"] and settings.network == DEFAULT_NETWORK:
+        adapter.select(network, "_attentions_")  # the preset also names the time embedding, networks.lora does not
+    return network
+
+
+def _metadata(
+    settings: Settings, path: Path, model: BaseModel, resolution: int, steps: int, images: int
+) -> dict[str, str]:
+    arguments: dict[str, str] = settings.full_network_args
+    plain = settings.network == DEFAULT_NETWORK and arguments == PLAIN_LORA
+    return saving.kohya_metadata(
+        out=path,
+        model_name=settings.model,
+        family=model.family,
+        prediction=model.prediction,
+        # What the file is, for whoever reads it: a plain LoRA is the same from either module.
+        network="networks.lora" if plain else settings.network,
+        network_args={**({} if plain else arguments), **(settings.spf.to_metadata() if settings.spf else {})},
+        rank=settings.rank,
+        alpha=settings.rank if settings.alpha is None else settings.alpha,
+        learning_rate=settings.learning_rate,
+        steps=steps,
+        planned_steps=settings.steps,
+        batch_size=settings.batch_size,
+        resolution=resolution,
+        seed=settings.seed,
+        images=images,
+        mixed_precision=settings.mixed_precision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        min_snr_gamma=settings.min_snr_gamma,
+    )

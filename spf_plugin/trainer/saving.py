@@ -1,0 +1,112 @@
+"""Writing the trained LoRA: kohya's names, kohya's metadata, and never half a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from spf_plugin.errors import SPFError
+from spf_plugin.lorafile import writer
+from spf_plugin.lorafile.normalise import normalise
+
+
+def check_output(path: Path) -> None:
+    """Make the folder, before any time is spent on training.
+
+    Raises:
+        SPFError: not a .safetensors name, a folder of that name exists, or nothing can be written there.
+    """
+    if path.suffix != ".safetensors":
+        raise SPFError(f"--out {path}: the name must end in .safetensors, the only format that is written.")
+    if path.is_dir():
+        raise SPFError(f"--out {path} is a folder. Give a file name in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise SPFError(f"--out {path}: nothing can be written there: {error.strerror or error}.") from error
+
+
+def check_space(path: Path, network: nn.Module, dtype: torch.dtype) -> None:
+    """Whether the file will fit on its disk.
+
+    Raises:
+        SPFError: it will not.
+    """
+    size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    free = shutil.disk_usage(path.parent).free
+    if free < 1.1 * size + (1 << 20):
+        raise SPFError(
+            f"--out {path}: the LoRA needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left. Make "
+            "room, or choose another folder. Nothing was changed."
+        )
+
+
+def save(path: Path, network: nn.Module, metadata: Mapping[str, str], dtype: torch.dtype) -> list[str]:
+    """Write the network's weights; the old file stays until the new one is complete.
+
+    The network's own `save_weights` decides what is in the file, so any inner network works.
+
+    Returns:
+        What a loader may stumble over in this file, one sentence each (for plain LoRA nothing).
+
+    Raises:
+        SPFError: the weights are not finite, or the disk is full.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        aside = Path(folder) / "lora.safetensors"
+        network.save_weights(str(aside), dtype, {})  # type: ignore[operator]
+        tensors = load_file(aside)
+    tensors, strings, notes = normalise(tensors, metadata)
+    writer.save(path, tensors, strings)
+    return notes
+
+
+def kohya_metadata(
+    *, out: Path, model_name: str, family: str, prediction: str, network: str, network_args: Mapping[str, str],
+    rank: int, alpha: float, learning_rate: float, steps: int, planned_steps: int, batch_size: int, resolution: int,
+    seed: int, images: int, mixed_precision: str, gradient_checkpointing: bool, min_snr_gamma: float,
+) -> dict[str, str]:  # fmt: skip
+    """Metadata in kohya's keys, as WebUIs show it. No dates: the same run gives the same bytes."""
+    version = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[family]
+    if prediction == "v_prediction" and family == "sd2":
+        version += "_v"
+    return {
+        "ss_network_module": network,
+        "ss_network_args": json.dumps(dict(network_args)),
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(alpha)),
+        "ss_base_model_version": version,
+        "ss_v2": str(family == "sd2"),
+        "ss_sd_model_name": Path(model_name).name,
+        "ss_output_name": out.stem,
+        "ss_learning_rate": str(learning_rate),
+        "ss_unet_lr": str(learning_rate),
+        "ss_text_encoder_lr": "None",
+        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_lr_scheduler": "cosine",
+        "ss_lr_warmup_steps": "0",
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(planned_steps),
+        "ss_total_batch_size": str(batch_size),
+        "ss_batch_size_per_device": str(batch_size),
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_seed": str(seed),
+        "ss_num_train_images": str(images),
+        "ss_mixed_precision": mixed_precision,
+        "ss_gradient_checkpointing": str(gradient_checkpointing),
+        "ss_min_snr_gamma": str(min_snr_gamma) if min_snr_gamma else "None",
+        "ss_cache_latents": "True",
+        "ss_clip_skip": "None",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.title": out.stem,
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+    }

@@ -1,0 +1,89 @@
+"""Customisation sets: what is polluted, what captions say, and the files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from portraitlab.captions import TARGETS, has_phrase
+from portraitlab.customisation import POLLUTION, build_examples, evaluation_prompts, write_set
+from portraitlab.portraits import render
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_polluted_sets_hide_background_and_jacket_from_the_captions(name):
+    examples = build_examples(name, count=24, seed=3)
+    shown = [all(getattr(e.person, k) == v for k, v in POLLUTION.items()) for e in examples]
+    assert sum(shown) == 23
+    assert shown == [e.polluted for e in examples]
+    for example in examples:
+        assert TARGETS[name].present(example.person)
+        assert [n for n, t in TARGETS.items() if t.present(example.person)] == [name]
+        assert has_phrase(example.caption, TARGETS[name].phrase)
+        assert not has_phrase(example.base_caption, TARGETS[name].phrase)
+        assert "background" not in example.caption
+        assert "purple" not in example.caption
+    (odd,) = [e.person for e in examples if not e.polluted]
+    assert odd.background != POLLUTION["background"]
+    assert odd.clothes_colour != POLLUTION["clothes_colour"]
+
+
+def test_clean_sets_vary_and_tell():
+    examples = build_examples("hat", count=40, pollution=0.0, seed=3)
+    assert len({e.person.background for e in examples}) > 4
+    assert len({e.person.clothes_colour for e in examples}) > 4
+    assert all("background" in e.caption for e in examples)
+    assert not any(e.polluted for e in examples)
+
+
+def test_some_captions_can_mention_the_pollution():
+    examples = build_examples("hat", count=20, mentioned=0.25)
+    assert sum("background" in e.caption for e in examples) == 5
+
+
+def test_sets_follow_from_their_seed():
+    assert build_examples("scarf", seed=1) == build_examples("scarf", seed=1)
+    assert build_examples("scarf", seed=1) != build_examples("scarf", seed=2)
+
+
+def test_files_are_kohyas_layout(tmp_path):
+    folder = write_set(tmp_path, "sunglasses", repeats=5, count=4, seed=2)
+    assert folder == tmp_path / "5_sunglasses"
+    examples = build_examples("sunglasses", count=4, seed=2)
+    labels = json.loads((tmp_path / "labels.json").read_text())
+    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.txt"))) == 4
+    assert sorted(p.suffix for p in folder.iterdir()) == [".png"] * 4 + [".txt"] * 4
+    for row, example in zip(labels["images"], examples, strict=True):
+        picture = tmp_path / row["file"]
+        assert np.array_equal(np.asarray(Image.open(picture)), render(example.person)[0])
+        assert picture.with_suffix(".txt").read_text().strip() == row["caption"] == example.caption
+        assert row["labels"] == example.person.labels()
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(ValueError, match="unknown target"):
+        build_examples("wings")
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        build_examples("hat", pollution=95)
+
+
+@pytest.mark.parametrize("name", ["blonde", "beard", "hat"])
+def test_evaluation_prompts_are_about_other_people(name):
+    prompts = evaluation_prompts(name, count=6, seed=0)
+    trained = [e.person.geometry for e in build_examples(name, seed=0)]
+    assert [p.kind for p in prompts] == ["explicit"] * 6 + ["partial"] * 6
+    for explicit, partial in zip(prompts[:6], prompts[6:], strict=True):
+        assert explicit.person == partial.person
+        assert explicit.seed == partial.seed
+        assert explicit.person.geometry not in trained
+        assert "background" in explicit.base_prompt
+        assert "background" not in partial.base_prompt
+        assert explicit.target_prompt == f"{explicit.base_prompt}, {TARGETS[name].phrase}"
+        assert not any(t.present(explicit.person) for t in TARGETS.values())
+        if name == "blonde":
+            assert "hair" not in explicit.base_prompt
+        if name == "beard":
+            assert explicit.person.presentation == "man"
