@@ -1,7 +1,6 @@
 """Tiny models with the real block structures, seeded, built in seconds: SD1.5 and SDXL in diffusers format.
 
-Widths are as small as the structures allow (32 groups in every group norm). sd-scripts reads SD1.5's widths from module
-constants, which `tests/hosts/launcher.py` sets to match.
+Widths are as small as the structures allow (32 groups in every group norm).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
 
-sd-scripts takes UNet widths from module constants; they are set to those of `tests/tiny.py` before a script starts.
+sd-scripts takes UNet widths from module constants; they are set to those of the model before a script starts.
 `torchvision` may be a build whose C++ operators do not load beside a CPU-only torch: the schemas it registers at import
 are declared first. Both belong to the tests, not to the plugin.
 """
@@ -54,23 +54,31 @@ def _frozen_models_without_ddp() -> None:
 
 
 def prepare(host: Path) -> None:
-    """Make the host importable as its scripts expect, with the tiny widths."""
+    """Make the host importable as its scripts expect."""
     torch.set_num_threads(1)
     _torchvision_importable()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _frozen_models_without_ddp()
     sys.path.insert(0, str(host))
     os.chdir(host)
+
+
+def set_widths(model: Path) -> None:
+    """Give sd-scripts' UNets the widths of a model in diffusers format."""
     from library import original_unet, sdxl_original_unet
 
-    original_unet.BLOCK_OUT_CHANNELS = (32, 64, 128, 128)
-    original_unet.TIMESTEP_INPUT_DIM = 32
-    original_unet.TIME_EMBED_DIM = 128
-    sdxl_original_unet.MODEL_CHANNELS = 32
-    sdxl_original_unet.TIME_EMBED_DIM = 128
+    widths = json.loads((model / "unet" / "config.json").read_text(encoding="utf-8"))["block_out_channels"]
+    if len(widths) == 3:
+        sdxl_original_unet.MODEL_CHANNELS = widths[0]
+        sdxl_original_unet.TIME_EMBED_DIM = 4 * widths[0]
+    else:
+        original_unet.BLOCK_OUT_CHANNELS = tuple(widths)
+        original_unet.TIMESTEP_INPUT_DIM = widths[0]
+        original_unet.TIME_EMBED_DIM = 4 * widths[0]
 
 
 def run(script: Path, arguments: list[str]) -> None:
+    set_widths(Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1]))
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 

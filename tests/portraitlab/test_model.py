@@ -120,7 +120,7 @@ def test_shipped_model_loads_has_sd15s_blocks_and_is_small():
     for key, value in SD15_BLOCKS.items():
         found = pipe.unet.config[key]
         assert (list(found) if isinstance(value, list) else found) == value, key
-    assert list(pipe.unet.config["block_out_channels"]) == [32, 64, 128, 128]
+    assert list(pipe.unet.config["block_out_channels"]) == [64, 64, 128, 128]
     assert pipe.unet.config["cross_attention_dim"] == pipe.text_encoder.config.hidden_size == 64
     assert pipe.vae.config["scaling_factor"] == SCALING_FACTOR
     assert pipe.safety_checker is None
