@@ -86,6 +86,7 @@ def create_network(
     host, config, theirs = _prepare(text_encoder, kwargs)
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
+    save_normalised(network, config)
     return attach(network, host, config, unet)
 
 
@@ -116,6 +117,7 @@ def create_network_from_weights(
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
     )
+    save_normalised(network, config)
     return attach(network, host, config, unet), weights
 
 
@@ -147,7 +149,6 @@ def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -
         )
 
     adapters.on_apply(network, applying)
-    save_normalised(network, config)
     network.spf = attachment  # type: ignore[assignment]
     host.trainer.spf = attachment
     return network
