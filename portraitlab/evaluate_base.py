@@ -70,8 +70,8 @@ def target_shares(pipe: Any, judge: Any, count: int, seed: int, **options: Any) 
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = MODEL_FOLDER,
     judge_file: Annotated[Path, typer.Option("--judge", help="Judge weights.")] = JUDGE_FILE,
-    count: Annotated[int, typer.Option(help="Prompts.", min=1)] = 96,
-    targets: Annotated[int, typer.Option(help="Prompts per target, with and without; 0 skips them.", min=0)] = 16,
+    count: Annotated[int, typer.Option(help="Prompts.", min=1)] = 64,
+    targets: Annotated[int, typer.Option(help="Prompts per target, with and without; 0 skips them.", min=0)] = 8,
     steps: int = 25,
     guidance: float = 3.5,
     seed: int = 7,

@@ -22,7 +22,7 @@ It was trained from scratch on the portraits that `portraitlab.portraits` draws:
 
 | part | what |
 |---|---|
-| UNet | SD1.5's blocks, widths (32, 64, 128, 128), 2 heads, cross-attention 64; 8.6 M parameters |
+| UNet | SD1.5's blocks, widths (64, 64, 128, 128), 2 heads, cross-attention 64; 9.7 M parameters |
 | text encoder | CLIP, 2 layers of width 64, 77 tokens, CLIP's own vocabulary (49408) |
 | autoencoder | factor 8, 4 channels, widths (16, 32, 64, 64); latents x 0.18215 have unit variance |
 | schedule | scaled linear .00085-.012, 1000 steps, noise prediction; the folder's scheduler is DDIM |

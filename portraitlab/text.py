@@ -52,13 +52,14 @@ def save_tokenizer(folder: Path, source: Path | None = None) -> Any:
     symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m.split()) for m in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {token: index for index, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    vocab = json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":"))
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=END, model_max_length=MAX_TOKENS
     )
     tokenizer.save_pretrained(folder)
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")  # save_pretrained writes it indented, 0.2 MB longer
     return tokenizer
 
 

@@ -61,7 +61,7 @@ def run(model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def trained(run: Any) -> loop.Result:
-    return run("spf", SPF, steps=6)
+    return run("spf", SPF, steps=4)
 
 
 def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
@@ -87,7 +87,7 @@ def test_the_file_has_kohyas_names_shapes_and_metadata(trained: loop.Result) -> 
     assert metadata["ss_network_module"] == "networks.lora"
     assert metadata["ss_base_model_version"] == "sd_v1"
     assert metadata["ss_network_dim"] == "4"
-    assert metadata["ss_steps"] == "6"
+    assert metadata["ss_steps"] == "4"
     assert '"spf_target": "blonde hair"' in metadata["ss_network_args"]
     assert '"spf_stage2_start": "0"' in metadata["ss_network_args"]
 
@@ -114,11 +114,11 @@ def test_diffusers_loads_it_and_the_image_changes(trained: loop.Result, model: P
 
 
 def test_plain_and_spf_differ_and_only_spf_logs_its_terms(trained: loop.Result, run: Any) -> None:
-    plain = run("plain", steps=6)
+    plain = run("plain", steps=4)
     assert not same(load_file(plain.path), load_file(trained.path))
     assert {"step", "loss", "lr", "spf/drift_outside", "spf/map_mean", "spf/output"} <= trained.history[-1].keys()
     assert plain.history[-1].keys() == {"step", "loss", "lr"}
-    assert [row["step"] for row in trained.history] == list(range(6))
+    assert [row["step"] for row in trained.history] == list(range(4))
 
 
 def test_without_weights_spf_is_plain_lora_byte_for_byte(run: Any) -> None:
@@ -129,16 +129,16 @@ def test_without_weights_spf_is_plain_lora_byte_for_byte(run: Any) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(trained: loop.Result, run: Any) -> None:
-    checkpointed = run("checkpointed", SPF, steps=6, gradient_checkpointing=True)
+    checkpointed = run("checkpointed", SPF, steps=4, gradient_checkpointing=True)
     a, b = load_file(trained.path), load_file(checkpointed.path)
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-3, rtol=1e-2) for k in a)
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(run: Any, trained: loop.Result) -> None:
     content = trained.path.read_bytes()
-    again = run("spf", SPF, steps=6)  # the same name: it is in the metadata
+    again = run("spf", SPF, steps=4)  # the same name: it is in the metadata
     assert again.path.read_bytes() == content
-    other = run("other", SPF, steps=6, seed=4)
+    other = run("other", SPF, steps=4, seed=4)
     assert not same(load_file(other.path), load_file(again.path))
 
 
@@ -151,7 +151,7 @@ def test_nothing_of_spf_is_left_on_the_trainer(run: Any, monkeypatch: pytest.Mon
         seen.append((self, set(vars(self)), set(vars(self.accelerator))))
 
     monkeypatch.setattr(loop.Trainer, "__init__", remember)
-    run("clean", SPF)
+    run("clean", SPF, steps=1)
     trainer, before, accelerator_before = seen[0]
     assert not {"call_unet", "generate_step_logs"} & set(vars(trainer))
     assert not {"backward", "end_training"} & set(vars(trainer.accelerator))
@@ -161,14 +161,14 @@ def test_nothing_of_spf_is_left_on_the_trainer(run: Any, monkeypatch: pytest.Mon
 
 def test_cross_attention_only_and_intermediate_files(run: Any) -> None:
     config = SPFConfig(target=HAIR, stage2_start=0.0, train="cross_attention")
-    result = run("cross", config, save_every=2)
+    result = run("cross", config, save_every=2, steps=3)
     tensors = load_file(result.path)
     assert len(tensors) == 64 * 3
     assert all("_attn2_" in name for name in tensors)
     between = load_file(loop.numbered(result.path, 2))
     assert between.keys() == tensors.keys()
     assert not same(between, tensors)
-    assert not loop.numbered(result.path, 4).exists()
+    assert not loop.numbered(result.path, 3).exists()
 
 
 def test_min_snr_weights_are_those_of_the_paper() -> None:

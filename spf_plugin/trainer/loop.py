@@ -138,7 +138,10 @@ class Trainer:
         hidden = text_conds
         if not isinstance(text_conds, Tensor):
             hidden, pooled = text_conds
-            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": batch["sizes"].to(pooled)}
+            extra["added_cond_kwargs"] = {
+                "text_embeds": pooled,
+                "time_ids": batch["sizes"].to(pooled.device, torch.float32),
+            }
         with accelerator.autocast():
             return unet(noisy_latents.to(weight_dtype), timesteps, encoder_hidden_states=hidden, **extra).sample
 

@@ -181,7 +181,7 @@ def test_sidecar(good: Path, tmp_path: Path) -> None:
     assert card == {
         "description": "",
         "sd version": "SDXL",
-        "activation text": "blonde hair, red T-shirt",
+        "activation text": "blonde hair, dress",
         "preferred weight": 0.8,
         "negative text": "",
         "notes": "n é",
@@ -226,7 +226,7 @@ def test_previews_must_be_images(good: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "want"),
     [
-        ({"ss_network_args": '{"spf_target": "a_b|c->d e"}'}, ["a b", "d e"]),
+        ({"ss_network_args": '{"spf_target": "a_b|c->d e"}'}, ["a b", "c"]),
         ({"ss_network_args": "{", "modelspec.trigger_phrase": " tok "}, ["tok"]),
         ({"ss_network_args": "[1]"}, []),
         ({"ss_network_args": '{"spf_target": 3}'}, []),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from portraitlab.customisation import neutral_person
 from portraitlab.judge import Judge, save_judge
 from portraitlab.measure import score, shows, untouched_region
 from portraitlab.portraits import counterfactual
+from spf_plugin import cli
 from tests import tiny
 from tests.portraitlab.test_report import check_page
 
@@ -73,11 +71,8 @@ def test_the_page_names_the_commands_that_make_its_loras(finished: tuple[Path, A
         words = shlex.split(command)[1:]
         words[words.index("portraitlab/model")] = str(root / "model")
         words[words.index(f"{name}.safetensors")] = str(root / f"{name}.safetensors")
-        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        done = subprocess.run(
-            [sys.executable, "-m", "spf_plugin.cli", *words], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(cli.app, words)
+        assert done.exit_code == 0, done.output
         ours = load_file(root / "out" / "seed0" / f"blonde-{name}.safetensors")
         theirs = load_file(root / f"{name}.safetensors")
         assert ours.keys() == theirs.keys()
