@@ -30,6 +30,7 @@ def aligned(result: Result) -> None:
     [
         pytest.param({"weighted_captions": True}, id="weighted"),
         pytest.param({"max_token_length": 225, "clip_skip": 2}, id="225-tokens"),
+        pytest.param({"v2": True, "v_parameterization": True, "max_token_length": 150}, id="sd2-code-path"),
         pytest.param({"weighted_captions": True, "max_token_length": 150}, id="weighted-150"),
         pytest.param(
             {
