@@ -39,7 +39,7 @@ ONLY_MEASURE = {
     "output_multiplier": 0.0,
     "base_preservation": 0.0,
 }
-RANK, LEARNING_RATE, BATCH, MIN_SNR_GAMMA = 8, 1e-3, 8, 5.0
+RANK, LEARNING_RATE, BATCH, MIN_SNR_GAMMA = 8, 2e-3, 8, 5.0
 SAMPLER_STEPS, GUIDANCE = 20, 3.5
 EVALUATION_SEED = 0
 
@@ -218,7 +218,7 @@ def table(comparison: Comparison) -> Table:
 def main(
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="runs/demo-TARGET")] = None,
     target: Annotated[str, typer.Option(help=f"What to teach: {', '.join(TARGETS)}.")] = "blonde",
-    steps: Annotated[int, typer.Option(min=4, help="Training steps of each LoRA.")] = 300,
+    steps: Annotated[int, typer.Option(min=4, help="Training steps of each LoRA.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Training seed; also draws the training set.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Several seeds instead, such as 0,1,2.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind (explicit, partial).")] = 12,
