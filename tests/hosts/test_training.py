@@ -92,7 +92,7 @@ def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, unet_only: b
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_checkpointing_changes_nothing(host: Host, model: str) -> None:
     """Reentrant checkpointing would leave the alignment losses without gradient; SDXL uses it by default."""
-    steps = 8 if model == "sd15" else 3
+    steps = 8
     arguments = ("spf_base_preservation=0.3", *EVERY_STEP)
     with_it = host.train(
         *arguments, model=model, max_train_steps=steps, gradient_checkpointing=True, learning_rate=1e-3
