@@ -286,7 +286,8 @@ def write_report(
         "numbers_text": (
             "A small judge network, trained on drawn portraits only, reads hair, clothes, background and more off "
             "every picture. Each model draws the same prompts from the same seeds; the base model's picture for the "
-            "prompt without the target is what everything is compared with."
+            "prompt without the target is what everything is compared with. Its own bars show what adding the words does "
+            "before anything is trained."
         ),
         "tiles": _tiles(comparison),
         "table": _table(comparison),
@@ -300,7 +301,7 @@ def write_report(
         "map_columns": 1 + len(TIMESTEPS),
         "phrases": phrases,
         "curves": {
-            "text": "The same story in numbers that cost nothing to watch: SPF writes them to the progress bar.",
+            "text": "The same story as it happens: SPF writes this number to the progress bar while it trains.",
             "drift": page.data_uri(drift),
             "drift_alt": "Drift of both LoRAs over the training steps",
             "drift_caption": (
