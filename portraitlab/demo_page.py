@@ -286,8 +286,8 @@ def write_report(
         "numbers_text": (
             "A small judge network, trained on drawn portraits only, reads hair, clothes, background and more off "
             "every picture. Each model draws the same prompts from the same seeds; the base model's picture for the "
-            "prompt without the target is what everything is compared with. Its own bars show what adding the words does "
-            "before anything is trained."
+            "prompt without the target is what everything is compared with. Its own bars show what adding the words "
+            "does before anything is trained."
         ),
         "tiles": _tiles(comparison),
         "table": _table(comparison),

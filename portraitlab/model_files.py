@@ -14,6 +14,10 @@ from portraitlab import environment  # noqa: F401  (before diffusers)
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 JUDGE_FILE = MODEL_FOLDER / "judge" / "judge.safetensors"
+#: Cheap decoders of the embedded model's latents: `linear.safetensors` and the folder `tiny`.
+DECODERS = MODEL_FOLDER.parent / "decoders"
+#: Small CLIP models of portraits: the first may guide training, the second only scores.
+CLIP_FOLDERS = (MODEL_FOLDER.parent / "clip" / "guide", MODEL_FOLDER.parent / "clip" / "scorer")
 
 
 def load_pipeline(folder: Path = MODEL_FOLDER, device: str = "cpu") -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,53 @@ def bpe_path() -> Path:
     raise FileNotFoundError(f"{BPE_FILE} comes with the package open_clip_torch: pip install open_clip_torch")
 
 
-def save_tokenizer(folder: Path, source: Path | None = None) -> Any:
+def clip_merges(source: Path | None = None) -> list[str]:
+    """The merge rules of CLIP's tokenizer, `"left right"`, in their order.
+
+    Args:
+        source: CLIP's byte-pair file; the one inside open_clip by default.
+    """
+    lines = gzip.decompress((source or bpe_path()).read_bytes()).decode("utf-8").split("\n")
+    return lines[1 : 49152 - 256 - 2 + 1]
+
+
+def merges_for(words: Iterable[str], merges: Sequence[str]) -> list[str]:
+    """Those of CLIP's merge rules that these words need: with them alone, they are cut up just as with all.
+
+    Args:
+        words: lower-case words without spaces.
+        merges: every rule, in order.
+    """
+    rank = {tuple(rule.split()): i for i, rule in enumerate(merges)}
+    needed: set[int] = set()
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while True:
+            pairs = [pair for pair in pairwise(parts) if pair in rank]
+            if not pairs:
+                break
+            best = min(pairs, key=rank.__getitem__)
+            needed.add(rank[best])
+            joined: list[str] = []
+            for part in parts:  # every occurrence, from the left
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+    return [merges[i] for i in sorted(needed)]
+
+
+def save_tokenizer(folder: Path, merges: Sequence[str] | None = None) -> Any:
     """Write CLIP's tokenizer to `folder` in transformers' format and return it loaded.
 
     Args:
         folder: receives vocab.json, merges.txt and the configuration.
-        source: CLIP's byte-pair file; the one inside open_clip by default.
+        merges: its merge rules; all of CLIP's by default.
     """
     from transformers import CLIPTokenizer
 
-    lines = gzip.decompress((source or bpe_path()).read_bytes()).decode("utf-8").split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]
+    merges = clip_merges() if merges is None else merges
     symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m.split()) for m in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)

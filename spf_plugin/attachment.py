@@ -1,8 +1,8 @@
 """Runs the dual path inside somebody else's training loop, through two calls: `call_unet` and `accelerator.backward`.
 
 Per step: the reference pass (adapter bypassed, base prompt, no grad), then the response pass (adapter on, the host's
-own call), then the losses; they wait until the host calls `backward`, and are added to the loss it passes. Nothing of a
-step outlives it.
+own call), then the losses; they wait until the host calls `backward`, and are added to the loss it passes. The response
+term waits as a gradient with respect to the prediction. Nothing of a step outlives it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spf_plugin import patching
+from spf_plugin import patching, response
 from spf_plugin.adapter import Adapter
 from spf_plugin.config import SPFConfig
+from spf_plugin.enhancement import Enhancement, ImageHost
 from spf_plugin.errors import SPFError
 from spf_plugin.objective import Objective, Path, dual_path
 from spf_plugin.probe import capture, find_layers
@@ -27,9 +28,10 @@ from spf_plugin.text import BatchText, Conds, TextHost, TextSide, as_type, map_c
 logger = logging.getLogger(__name__)
 
 PRESERVE_AT_LEAST = 1.0  # base-preservation samples have no diffusion loss; their output loss always counts
+PROBE_SCALE = 2.0**12  # the diffusion loss's gradient at a float16 prediction would vanish unscaled
 
 
-class Host(TextHost, Protocol):
+class Host(TextHost, ImageHost, Protocol):
     """What SPF needs of a training loop. A new host is one new class with these members."""
 
     trainer: (
@@ -76,6 +78,7 @@ class Attachment:
         unet: the model whose cross-attention is compared.
         adapter: switches the trained modules off.
         multiplier: the adapter's present multiplier; at 0 SPF lets everything pass.
+        enhancement: the response term, or None.
 
     Raises:
         SPFError: `spf_layers` matches nothing.
@@ -88,7 +91,9 @@ class Attachment:
         unet: nn.Module,
         adapter: Adapter,
         multiplier: Callable[[], float] = lambda: 1.0,
+        enhancement: Enhancement | None = None,
     ):
+        self.enhancement = enhancement
         self.host, self.config, self.adapter, self.multiplier = host, config, adapter, multiplier
         self.layers = find_layers(unet, config.layers)
         self.text = TextSide(host, config.target, adapter.bypassed)
@@ -96,6 +101,7 @@ class Attachment:
         self.logs: dict[str, float] = {}
         self._micro_step = 0  # call_unet calls since the last optimiser step (gradient accumulation)
         self._pending: Tensor | None = None
+        self._pending_response: tuple[Tensor, Tensor] | None = None  # prediction, gradient with respect to it
         self._checked = False
         self._patches = ExitStack()
         self._open = False
@@ -122,7 +128,7 @@ class Attachment:
     def close(self) -> None:
         """Put back every patch. Safe to call twice."""
         self._open = False
-        self._pending = None
+        self._pending = self._pending_response = None
         self._patches.close()
 
     def _wrap(self, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +197,7 @@ class Attachment:
         aligned = in_range.to(text.empty.device) & ~text.empty
         if not aligned.any():
             return predict(text_conds)
-        return self._dual_path(predict, text_conds, text, aligned, micro_step)
+        return self._dual_path(predict, text_conds, text, aligned, micro_step, noisy_latents, timesteps, batch)
 
     def _check(self, predict: Callable[[Conds], Tensor], text_conds: Conds) -> Tensor:
         """The first prediction of a run: does what the probe collects carry a graph? Else SPF would train nothing."""
@@ -209,8 +215,9 @@ class Attachment:
         return prediction
 
     def _dual_path(
-        self, predict: Callable[[Conds], Tensor], conds: Conds, text: BatchText, aligned: Tensor, micro_step: int
-    ) -> Tensor:
+        self, predict: Callable[[Conds], Tensor], conds: Conds, text: BatchText, aligned: Tensor, micro_step: int,
+        noisy_latents: Tensor, timesteps: Tensor, batch: Any,
+    ) -> Tensor:  # fmt: skip
         config, trained = self.config, self.host.text_encoder_trained
         base_conds = self.text.reference_conds(text, conds, text_encoder_trained=trained)
         with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
@@ -247,10 +254,25 @@ class Attachment:
             self._pending = result.loss
         if self.step % config.log_every == 0:
             self._log(result)
-        if not preserved.any():
-            return prediction
-        # These samples reproduce the base model instead of denoising the training image.
-        return torch.where(preserved.view(-1, 1, 1, 1), prediction.detach(), prediction)
+        if preserved.any():
+            # These samples reproduce the base model instead of denoising the training image.
+            prediction = torch.where(preserved.view(-1, 1, 1, 1), prediction.detach(), prediction)
+        if self.enhancement is not None and self._aligns_now() and self.step % config.response_every == 0:
+            term = self.enhancement(
+                noisy_latents=noisy_latents,
+                timesteps=timesteps,
+                prediction=prediction,
+                reference=reference.eps,
+                text=text,
+                which=text.has_target & aligned & self.enhancement.candidates(timesteps).to(aligned.device),
+                control_map=result.map,
+                batch=batch,
+            )
+            if term is not None:
+                self._pending_response = prediction, term.gradient * config.response_multiplier
+                self.logs["spf/response"] = float(term.loss)
+            self.logs["spf/response_skipped"] = float(self.enhancement.skipped)
+        return prediction
 
     def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor:
         """A share of the samples, `[B]` bool. Its own generator, seeded by the step: no global random state is touched,
@@ -263,21 +285,37 @@ class Attachment:
 
     def _backward(self, original: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
         pending, self._pending = self._pending, None
+        enhancing, self._pending_response = self._pending_response, None
+        added = loss
         if pending is not None:
-            loss = loss + pending.to(loss.device, loss.dtype)
+            added = added + pending.to(loss.device, loss.dtype)
+        if enhancing is not None:
+            added = added + self._response_term(loss, *enhancing)
+        loss = added
         original(loss, **kwargs)
         if self.host.accelerator.sync_gradients:
             self.step += 1
             self._micro_step = 0
+
+    def _response_term(self, loss: Tensor, prediction: Tensor, gradient: Tensor) -> Tensor:
+        """A term of value 0 whose gradient at `prediction` is `gradient`, limited beside the host's own loss."""
+        (beside,) = torch.autograd.grad(loss * PROBE_SCALE, prediction, retain_graph=True, allow_unused=True)
+        if beside is None:
+            raise SPFError("the host's loss does not depend on what call_unet returned; SPF does not know this loop")
+        gradient, ratio = response.limited(gradient, beside.float() / PROBE_SCALE, self.config.response_max_ratio)
+        self.logs["spf/response_ratio"] = ratio
+        self.logs["spf/response_limited"] = float(ratio > self.config.response_max_ratio)
+        term = (gradient * prediction.float()).sum()
+        return (term - term.detach()).to(loss.dtype)
 
     def _log(self, result: Objective) -> None:
         values = {f"spf/{name}": float(value) for name, value in result.terms.items()}
         values["spf/drift_inside"] = float(result.drift_inside)
         values["spf/drift_outside"] = float(result.drift_outside)
         values["spf/map_mean"] = float(result.map_mean)
-        self.logs = {
-            name: value for name, value in values.items() if value == value
-        }  # an empty map has no drift inside
+        kept = {name: value for name, value in self.logs.items() if name.startswith("spf/response")}
+        # An empty map has no drift inside.
+        self.logs = kept | {name: value for name, value in values.items() if value == value}
         self.host.report({"drift": values["spf/drift_outside"], "map": values["spf/map_mean"]})
 
     def _step_logs(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:

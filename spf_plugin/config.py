@@ -22,6 +22,8 @@ PREFIX = "spf_"
 MAPS = ("soft", "paper", "difference", "target", "hard", "none")
 TRAIN = ("all", "cross_attention")
 LAYERS = ("last", "all")
+RESPONSES = ("off", "anchor", "directional")
+REGIONS = ("map", "all")
 
 
 def _text(value: Any) -> str:
@@ -50,6 +52,13 @@ def _integer(low: int, high: float = math.inf) -> Callable[[Any], int]:
     return convert
 
 
+def _boolean(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError("must be true or false")
+    return text in ("true", "1", "yes")
+
+
 def _choice(choices: Sequence[str]) -> Callable[[Any], str]:
     def convert(value: Any) -> str:
         if str(value) not in choices:
@@ -75,13 +84,6 @@ def _choice_or_regex(choices: Sequence[str]) -> Callable[[Any], str]:
 
 def _targets(value: Any) -> tuple[Target, ...]:
     return parse_targets([str(v) for v in value] if isinstance(value, list | tuple) else str(value))
-
-
-def _unavailable(value: Any) -> float:
-    number = _number(0.0)(value)
-    if number > 0:
-        raise ValueError("above 0 needs the response enhancement, which this release does not contain; leave it at 0")
-    return number
 
 
 def _setting(default: Any, convert: Callable[[Any], Any], help: str) -> Any:
@@ -125,8 +127,37 @@ class SPFConfig:
         "Share of the samples that get the base prompt and must reproduce the base model everywhere; stops the target "
         "from leaking into prompts without it.",
     )
-    response_multiplier: float = _setting(
-        0.0, _unavailable, "Weight of the response enhancement (not in this release: only 0 is accepted)."
+    response: str = _setting(
+        "off",
+        _choice(RESPONSES),
+        "Response enhancement by a CLIP model: `off`, `anchor` (the prediction stands to the target's text as the "
+        "training image does), or `directional` (the image changes as the text does).",
+    )
+    response_multiplier: float = _setting(1.0, _number(0.0), "Weight of the response enhancement, where it is on.")
+    response_max_ratio: float = _setting(
+        0.3,
+        _number(0.0),
+        "Its gradient is held to at most this share of the diffusion loss's gradient, at the prediction.",
+    )
+    response_max_timestep: int = _setting(
+        600, _integer(1, 1000), "Only below this timestep: above it, what one prediction shows is mostly noise."
+    )
+    response_every: int = _setting(1, _integer(1), "Every N-th aligned step only; saves time.")
+    response_region: str = _setting(
+        "map", _choice(REGIONS), "Where it may act: `map`, inside the control map only, or `all`."
+    )
+    clip: str = _setting(
+        "ViT-B-32:laion2b_s34b_b79k",
+        _text,
+        "The CLIP model: open_clip's `MODEL:PRETRAINED` (a tag, or a local .safetensors checkpoint), or a transformers "
+        "CLIP folder.",
+    )
+    clip_offload: bool = _setting(False, _boolean, "Keep the CLIP model on the CPU between its uses.")
+    decoder: str = _setting(
+        "auto",
+        _text,
+        "Latents to pixels for it: `linear` (cheapest), `tiny` (an AutoencoderTiny, also as a folder or hub name), "
+        "`vae` (the run's own), a matrix fitted by `spf decoder`, or `auto` (`linear` for the known VAEs, else `vae`).",
     )
     stage2_start: float = _setting(
         0.25,
@@ -164,9 +195,14 @@ class SPFConfig:
         }
 
     @property
+    def enhances(self) -> bool:
+        """Whether the response term is on."""
+        return self.response != "off" and self.response_multiplier > 0
+
+    @property
     def active(self) -> bool:
         """Whether SPF changes training at all. If not, it only measures drift."""
-        return any(self.multipliers.values()) or self.base_preservation > 0
+        return any(self.multipliers.values()) or self.base_preservation > 0 or self.enhances
 
     def stage2_step(self, max_train_steps: int) -> int:
         """The first optimiser step (0-based) of stage 2."""

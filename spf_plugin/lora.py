@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spf_plugin import adapter as adapters
+from spf_plugin import enhancement
 from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment, Host
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
@@ -39,9 +40,9 @@ def _stop_on_stray_words() -> None:
 _stop_on_stray_words()
 
 
-def _prepare(text_encoder: Any, kwargs: dict[str, Any]) -> tuple[KohyaHost, SPFConfig, dict[str, Any]]:
+def _prepare(text_encoder: Any, vae: Any, kwargs: dict[str, Any]) -> tuple[KohyaHost, SPFConfig, dict[str, Any]]:
     """The host, the settings and the inner network's arguments; or one error that lists every mistake."""
-    host = KohyaHost.find(text_encoder)
+    host = KohyaHost.find(text_encoder, vae)
     ours, theirs = split_network_args(kwargs)
     config: SPFConfig | None = None
     problems: list[str] = []
@@ -75,7 +76,7 @@ def create_network(
         multiplier: passed to the inner network, like everything below that is not an `spf_` setting.
         network_dim: rank.
         network_alpha: alpha.
-        vae: not used by SPF.
+        vae: decodes for the response term, if `spf_decoder` says so.
         text_encoder: one, or a list (SDXL).
         unet: the host's UNet.
         **kwargs: `--network_args`: `spf_` settings are SPF's, all others the inner network's.
@@ -83,7 +84,7 @@ def create_network(
     Raises:
         SPFError: with every mistake found, before anything is created.
     """
-    host, config, theirs = _prepare(text_encoder, kwargs)
+    host, config, theirs = _prepare(text_encoder, vae, kwargs)
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
     save_normalised(network, config)
@@ -112,7 +113,7 @@ def create_network_from_weights(
         return inner.create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
         )
-    host, config, theirs = _prepare(text_encoder, kwargs)
+    host, config, theirs = _prepare(text_encoder, vae, kwargs)
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
@@ -127,14 +128,17 @@ def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -
     The attachment is at `network.spf`; `network.spf.close()` detaches it (the end of training does, too).
 
     Raises:
-        SPFError: `spf_train` or `spf_layers` matches nothing.
+        SPFError: `spf_train` or `spf_layers` matches nothing; the response term's models cannot be loaded.
     """
     previous = getattr(host.trainer, "spf", None)
     if previous is not None:
         previous.close()  # an earlier run of the same trainer object that ended in an exception
     adapters.select(network, config.train)
     adapter = Adapter()
-    attachment = Attachment(host, config, unet, adapter, multiplier=lambda: getattr(network, "multiplier", 1.0))
+    enhanced = enhancement.load(config, host) if config.enhances else None
+    attachment = Attachment(
+        host, config, unet, adapter, multiplier=lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced
+    )
 
     @contextmanager
     def applying(models: Sequence[nn.Module]) -> Iterator[None]:

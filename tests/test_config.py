@@ -40,7 +40,7 @@ def test_every_mistake_in_one_message() -> None:
                 "spf_min_timestep": "900",
                 "spf_max_timestep": "100",
                 "spf_layers": "(",
-                "spf_response_multiplier": "1",
+                "spf_response": "ankor",
                 "spf_output_multiplier": "much",
                 "spf_target": "hat->",
             }

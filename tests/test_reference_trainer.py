@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -404,3 +405,13 @@ def test_an_interrupted_run_does_not_replace_an_older_file(run: Any, monkeypatch
     assert result.path == loop.numbered(older.path, 3)
     assert older.path.read_bytes() == content
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("mode", ["anchor", "directional"])
+def test_response_enhancement(run: Any, trained: loop.Result, tmp_path: Path, mode: str) -> None:
+    settings = replace(SPF, response=mode, clip=str(tiny.clip(tmp_path / "clip")), response_max_timestep=1000)
+    enhanced = run(f"response-{mode}", settings, steps=4)
+    limited = run(f"response-{mode}-limited", replace(settings, response_max_ratio=0.0), steps=4)
+    assert not same(load_file(enhanced.path), load_file(trained.path))
+    assert same(load_file(limited.path), load_file(trained.path))
+    assert all("spf/response" in row for row in enhanced.history[1:])

@@ -170,3 +170,20 @@ def images(
         Image.fromarray(pixels).save(target / f"{i:02d}.png")
         (target / f"{i:02d}.txt").write_text(caption, encoding="utf-8")
     return folder
+
+
+def clip(folder: Path) -> Path:
+    """A random transformers CLIP of 32 px with a real, small tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from portraitlab.text import clip_merges, merges_for, save_tokenizer
+
+    torch.manual_seed(0)
+    size = len(save_tokenizer(folder, merges_for(["blonde", "hair", "woman"], clip_merges())))
+    text = {"vocab_size": size, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 20, "eos_token_id": size - 1,
+            "bos_token_id": size - 2, "pad_token_id": size - 1}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    return folder

@@ -86,7 +86,8 @@ class KohyaHost:
         SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.
     """
 
-    def __init__(self, frame: FrameType, text_encoders: Sequence[Any]):
+    def __init__(self, frame: FrameType, text_encoders: Sequence[Any], vae: Any = None):
+        self.vae = vae
         names = frame.f_locals
         self.trainer = names["self"]
         self.args = names["args"]
@@ -96,10 +97,11 @@ class KohyaHost:
         self._tokenizers = names.get("tokenizers")
         self._progress_bar_seen = False
         self._postfix: dict[str, float] = {}
+        self._scheduler: Any = None  # made after the network: looked for at the first step
         self.weight_dtype = names.get("weight_dtype")
 
     @classmethod
-    def find(cls, text_encoder: Any) -> KohyaHost:
+    def find(cls, text_encoder: Any, vae: Any = None) -> KohyaHost:
         """The trainer that is calling `create_network` now."""
         frame = training_frame()
         if frame is None:
@@ -111,7 +113,7 @@ class KohyaHost:
         if problem:
             raise SPFError(problem)
         encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
-        host = cls(frame, encoders)
+        host = cls(frame, encoders, vae)
         if host.accelerator is None or not hasattr(host.accelerator, "register_save_state_pre_hook"):
             raise SPFError(f"{type(host.trainer).__name__} has no accelerator at this point. {SUPPORTED}")
         return host
@@ -215,6 +217,34 @@ class KohyaHost:
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         attributes = batch.get("custom_attributes") or []
         return [parse_targets(a[CUSTOM_TARGET]) if a and a.get(CUSTOM_TARGET) else None for a in attributes]
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    @property
+    def family(self) -> str:
+        return "sdxl" if self.is_sdxl else "sd"
+
+    @property
+    def vae_scaling_factor(self) -> float:
+        return float(self.trainer.vae_scale_factor)
+
+    @property
+    def prediction_type(self) -> str:
+        return "v_prediction" if self.args.v_parameterization else "epsilon"
+
+    @property
+    def alphas_cumprod(self) -> Any:
+        """The noise schedule of the loop that is calling, zero-terminal-SNR changes included."""
+        if self._scheduler is None:
+            found = (f.f_locals["noise_scheduler"] for f in _frames() if "noise_scheduler" in f.f_locals)
+            self._scheduler = next(found, None)
+            if self._scheduler is None:
+                raise SPFError(f"found no noise_scheduler among the callers. {SUPPORTED}")
+        return self._scheduler.alphas_cumprod
+
+    def clean_images(self, batch: Any) -> tuple[Any, Any]:
+        latents, pixels = batch.get("latents"), batch.get("images")
+        return (None if latents is None else latents * self.vae_scaling_factor), pixels
 
     # -- text -----------------------------------------------------------------------------------------------------
 

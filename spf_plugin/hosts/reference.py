@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from spf_plugin.prompt import Target
 from spf_plugin.text import Conds
 
@@ -38,6 +40,29 @@ class ReferenceHost:
 
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         return ()
+
+    @property
+    def vae(self) -> Any:
+        return self._model.vae
+
+    @property
+    def vae_scaling_factor(self) -> float:
+        return float(self._model.vae.config.scaling_factor)
+
+    @property
+    def family(self) -> str:
+        return "sdxl" if self._model.family == "sdxl" else "sd"
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        return self._model.alphas_cumprod
+
+    @property
+    def prediction_type(self) -> str:
+        return self._model.prediction
+
+    def clean_images(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        return batch["latents"], None
 
     def tokenize(self, text: str) -> Sequence[int]:
         return self._model.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids

@@ -77,8 +77,13 @@ def test_malformed_value(host: Host) -> None:
     assert "spf_output_multiplier='high': must be a number" in stops(host, TARGET, "spf_output_multiplier=high")
 
 
-def test_response_is_not_there_yet(host: Host) -> None:
-    assert "spf_response_multiplier='1'" in stops(host, TARGET, "spf_response_multiplier=1")
+def test_a_missing_or_broken_clip(host: Host, tmp_path: Path) -> None:
+    message = stops(host, TARGET, "spf_response=anchor", f"spf_clip={tmp_path / 'nothing'}")
+    assert "there is no such folder" in message
+    folder = tiny.clip(tmp_path / "clip")
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    message = stops(host, TARGET, "spf_response=anchor", f"spf_clip={folder}")
+    assert f"spf_clip={folder} cannot be loaded" in message
 
 
 def test_unmatched_layers_and_modules(host: Host) -> None:

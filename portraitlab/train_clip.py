@@ -1,0 +1,175 @@
+"""Train a small CLIP on drawn portraits: `python -m portraitlab.train_clip --seed 0`.
+
+Two are in the repository, from two seeds: one guides training (`spf_response`), the other only scores, so that what is
+gained is not the guide's own blind spot. Every word and every part of the renderer is in the training data, as a real
+CLIP has seen hats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from portraitlab import environment
+from portraitlab.autoencoder import to_tensor
+from portraitlab.captions import DROP, FLAG_WORDS, TARGETS, caption, phrases
+from portraitlab.model_files import CLIP_FOLDERS
+from portraitlab.portraits import BALANCED_RATES, CLOTHES_COLOURS, HAIR_COLOURS, Person, sample_person
+from portraitlab.text import clip_merges, merges_for, save_tokenizer
+from portraitlab.train_base import Progressor
+from portraitlab.train_judge import damage, draw
+
+SIZE, TOKENS = 96, 40
+SINGLE = 0.3  # share of texts that are one phrase alone, as a target is
+app = typer.Typer(add_completion=False)
+
+
+def words() -> list[str]:
+    """Every word that captions use."""
+    rng = np.random.default_rng(0)
+    texts = [caption(sample_person(rng, BALANCED_RATES), rng, dict.fromkeys(DROP, 0.0)) for _ in range(4000)]
+    return sorted({word for text in texts for word in re.findall(r"[a-z]+|[^\sa-z]+", text.lower())})
+
+
+def build(vocabulary: int) -> Any:
+    """A fresh `CLIPModel`: a vision transformer on 96 px and a text transformer, 1.1 million parameters."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 16,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def text_of(person: Person, rng: np.random.Generator) -> str:
+    """A caption, or one phrase of it alone."""
+    if rng.random() < SINGLE:
+        parts = phrases(person, rng)[1:]
+        rare = [part for part in parts if part.topic in FLAG_WORDS]
+        chosen = rare if rare and rng.random() < 0.6 else parts
+        return chosen[int(rng.integers(len(chosen)))].text
+    return caption(person, rng)
+
+
+def tokens(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, `[N, 40]`."""
+    return dict(tokenizer(list(texts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"))
+
+
+def resized(pixels: Tensor) -> Tensor:
+    """Pixels `[N, 3, 128, 128]` in [-1, 1] as the vision transformer takes them (mean and deviation one half)."""
+    return F.interpolate(pixels, size=(SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@torch.no_grad()
+def zero_shot(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Tensor) -> dict[str, float]:
+    """Share of portraits whose attribute the model names right, by the nearest of the possible phrases.
+
+    Flags are told by "FLAG" against the mean of the other phrases' texts: right where images with it lie nearer to its
+    text than images without (area under the curve).
+    """
+    model.eval()
+    images = torch.cat(
+        [F.normalize(model.get_image_features(pixel_values=resized(part)), dim=-1) for part in pixels.split(100)]
+    )
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return F.normalize(model.get_text_features(**tokens(tokenizer, texts)), dim=-1)
+
+    scores = {}
+    for name, values, form in (
+        ("hair_colour", tuple(HAIR_COLOURS), "{} hair"),
+        ("background", tuple({p.background for p in persons}), "{} background"),
+        ("clothes_colour", tuple(CLOTHES_COLOURS), "{} " + "jacket"),
+    ):
+        best = (images @ embed([form.format(v) for v in values]).T).argmax(1)
+        scores[name] = float(np.mean([values[int(b)] == getattr(p, name) for b, p in zip(best, persons, strict=True)]))
+    for target in TARGETS.values():
+        there = torch.tensor([target.present(p) for p in persons])
+        similarity = images @ embed([target.phrase])[0]
+        scores[f"{target.name} (AUC)"] = float((similarity[there][:, None] > similarity[~there][None]).float().mean())
+    return scores
+
+
+@app.command()
+def main(
+    seed: Annotated[int, typer.Option(help="0 makes the guide, 1 the scorer.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="beside the model")] = None,
+    portraits: Annotated[int, typer.Option(help="Distinct portraits.", min=64)] = 12_000,
+    images: Annotated[int, typer.Option(help="Images seen in training.", min=64)] = 80_000,
+    batch: Annotated[int, typer.Option(min=8)] = 100,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Train, report how well it names attributes of held-out portraits, and write the model."""
+    torch.set_num_threads(threads)
+    environment.keep_freed_memory()
+    torch.manual_seed(seed)
+    folder = out or CLIP_FOLDERS[seed]
+    tokenizer = save_tokenizer(folder, merges_for(words(), clip_merges()))
+    model = build(len(tokenizer))
+    persons, pictures = draw(seed, 61, portraits)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    steps = images // batch
+    model.train()
+    with Progressor("CLIP") as progress:
+        for step in range(steps):
+            rng = np.random.default_rng([seed, 62, step])
+            chosen = rng.integers(0, portraits, batch)
+            pixels = torch.cat([damage(part, rng) for part in to_tensor(pictures[chosen]).split(batch // 4)])
+            texts = tokens(tokenizer, [text_of(persons[i], rng) for i in chosen])
+            for group in optimiser.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            logits = model(pixel_values=resized(pixels), **texts).logits_per_text
+            labels = torch.arange(batch)
+            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))
+            progress((step + 1) * batch, images, float(loss.detach()))
+    held, held_pictures = draw(seed, 64, 1000)
+    scores = zero_shot(model, tokenizer, held, to_tensor(held_pictures))
+    model.half().save_pretrained(folder)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": SIZE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    summary = {"seed": seed, "images": images, "zero_shot": scores}
+    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for name, value in scores.items():
+        print(f"{name:<22}{value:>8.3f}")
+
+
+if __name__ == "__main__":
+    app()

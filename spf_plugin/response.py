@@ -1,0 +1,92 @@
+"""Response enhancement (method, section 4): the target shall show in what the trained model would draw.
+
+Pure functions. Symbols: `z_t` noisy latents, `abar` cumulative signal level of a timestep, `x0` the clean latents that
+one prediction stands for, `I` and `T` CLIP's image and text embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_SIGNAL = 1e-3  # a zero-terminal-SNR schedule ends at 0; the weight of such a sample is 0, this keeps it finite
+_EPS = 1e-6
+
+
+def one_step_prediction(noisy_latents: Tensor, prediction: Tensor, abar: Tensor, prediction_type: str) -> Tensor:
+    """`x0` from one prediction.
+
+    `epsilon`: `(z_t - sqrt(1 - abar) eps) / sqrt(abar)`; `v_prediction`: `sqrt(abar) z_t - sqrt(1 - abar) v`.
+
+    Args:
+        noisy_latents: `z_t`, `[B, C, h, w]`.
+        prediction: the UNet's output, same shape.
+        abar: `[B]`.
+        prediction_type: `epsilon` or `v_prediction`.
+
+    Returns:
+        `[B, C, h, w]`, float32.
+
+    Raises:
+        ValueError: another prediction type.
+    """
+    signal = abar.float().view(-1, 1, 1, 1)
+    z, p = noisy_latents.float(), prediction.float()
+    if prediction_type == "epsilon":
+        signal = signal.clamp_min(MIN_SIGNAL)
+        return (z - (1 - signal).sqrt() * p) / signal.sqrt()
+    if prediction_type == "v_prediction":
+        return signal.sqrt() * z - (1 - signal).sqrt() * p
+    raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.float(), b.float(), dim=-1, eps=_EPS)
+
+
+def anchor(image_res: Tensor, image_data: Tensor, text_target: Tensor) -> Tensor:
+    """`1 - cos(I(x0_res) - T(target), I(x0) - T(target))`: the prediction stands to the text as the real image does.
+
+    The difference vectors share CLIP's constant gap between images and texts, which direct supervision would train on.
+
+    Args:
+        image_res: `I` of the prediction, `[B, E]`, unit norm, with graph.
+        image_data: `I` of the training image, `[B, E]`, unit norm.
+        text_target: `T` of the target phrase, `[B, E]`, unit norm.
+
+    Returns:
+        `[B]`, float32.
+    """
+    return 1 - _cosine(image_res - text_target, (image_data - text_target).detach())
+
+
+def directional(image_res: Tensor, image_ref: Tensor, text_full: Tensor, text_base: Tensor) -> Tensor:
+    """`1 - cos(I(x0_res) - I(x0_ref), T(full) - T(base))`: the image changes as the text does (StyleGAN-NADA's form).
+
+    Args:
+        image_res: `I` of the response path's prediction, `[B, E]`, unit norm, with graph.
+        image_ref: `I` of the reference path's.
+        text_full: `T` of the whole caption, `[B, E]`, unit norm.
+        text_base: `T` of the base prompt.
+
+    Returns:
+        `[B]`, float32.
+    """
+    return 1 - _cosine(image_res - image_ref.detach(), (text_full - text_base).detach())
+
+
+def limited(gradient: Tensor, beside: Tensor, max_ratio: float) -> tuple[Tensor, float]:
+    """Scale a gradient down to at most `max_ratio` times the norm of another one.
+
+    Args:
+        gradient: of the response term with respect to the prediction, any shape.
+        beside: of the diffusion loss with respect to the same prediction, same shape.
+        max_ratio: of the two norms.
+
+    Returns:
+        The gradient, and the ratio of the norms before the limit.
+    """
+    ours, theirs = torch.linalg.vector_norm(gradient.float()), torch.linalg.vector_norm(beside.float())
+    ratio = float(ours / theirs.clamp_min(1e-12))
+    return gradient * min(1.0, max_ratio / max(ratio, 1e-12)), ratio
