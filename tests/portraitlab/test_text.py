@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import pytest
 from portraitlab.captions import caption
 from portraitlab.model_files import MODEL_FOLDER
 from portraitlab.portraits import BALANCED_RATES, sample_person
-from portraitlab.text import bpe_path, build_text_encoder, byte_symbols, save_tokenizer, token_ids
+from portraitlab.text import (
+    bpe_path,
+    build_text_encoder,
+    byte_symbols,
+    clip_merges,
+    merges_for,
+    save_tokenizer,
+    token_ids,
+)
 
 pytest.importorskip("ftfy")
 
@@ -71,3 +80,14 @@ def test_shipped_tokenizer_is_this_one(ours):
 def test_text_encoder_takes_the_whole_vocabulary(ours):
     states = build_text_encoder()(token_ids(ours, ["a man, blonde hair"]))[0]
     assert states.shape == (1, 77, 64)
+
+
+def test_few_merges_cut_known_words_as_all_merges_do(ours, tmp_path):
+    """The small tokenizer of the portrait CLIPs: other numbers, the same pieces."""
+    rng = np.random.default_rng(1)
+    texts = [caption(sample_person(rng, BALANCED_RATES), rng) for _ in range(60)]
+    words = {word for text in texts for word in re.findall(r"[a-z]+|[^\sa-z]+", text)}
+    small = save_tokenizer(tmp_path, merges_for(words, clip_merges()))
+    assert len(small) < 1000 < len(ours)
+    for text in texts:
+        assert small.tokenize(text) == ours.tokenize(text)
