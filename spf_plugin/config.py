@@ -225,9 +225,17 @@ def _strip_quotes(value: Any) -> Any:
 
 
 def split_network_args(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(spf settings, everything else)`: what does not start with `spf_` belongs to the inner network."""
-    ours = {k: v for k, v in kwargs.items() if k.startswith(PREFIX)}
-    return ours, {k: v for k, v in kwargs.items() if k not in ours}
+    """`(spf settings, everything else)`: what does not start with `spf_` belongs to the inner network.
+
+    kohya_ss quotes a word with special characters as a whole: `'spf_layers=.*up.*'` is a key `'spf_layers` here.
+    """
+    ours, theirs = {}, {}
+    for key, value in kwargs.items():
+        quote = key[:1]
+        if quote and quote in "'\"" and key[1:].startswith(PREFIX) and str(value).endswith(quote):
+            key, value = key[1:], str(value)[:-1]
+        (ours if key.startswith(PREFIX) else theirs)[key] = value
+    return ours, theirs
 
 
 def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:

@@ -57,6 +57,14 @@ def test_every_mistake_in_one_message() -> None:
     assert "nothing after '->'" in message
 
 
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_word_that_is_quoted_as_a_whole(quote: str) -> None:
+    """kohya_ss does that to words with special characters, and sd-scripts splits at the first equals sign."""
+    ours, theirs = split_network_args({f"{quote}spf_layers": f".*up.*{quote}", f"{quote}block": f"4{quote}"})
+    assert ours == {"spf_layers": ".*up.*"}
+    assert theirs == {f"{quote}block": f"4{quote}"}
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "-inf"])
 def test_numbers_must_be_finite_and_in_range(value: str) -> None:
     with pytest.raises(SPFError):

@@ -10,6 +10,8 @@ try:
 except ImportError:
     raise SystemExit('The spf command needs typer and rich: pip install "spf-plugin[cli]"') from None
 
+from spf_plugin.cli.decoder import decoder
+from spf_plugin.cli.plan import plan
 from spf_plugin.cli.train import train
 
 app = typer.Typer(
@@ -19,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train", no_args_is_help=True)(train)
+app.command("plan", no_args_is_help=True)(plan)
+app.command("decoder", no_args_is_help=True)(decoder)
 
 
 def _later(name: str, module: str, help: str) -> None:
@@ -32,6 +36,8 @@ def _later(name: str, module: str, help: str) -> None:
 
 
 _later("lora", "spf_plugin.cli.lora", "Check, fix and convert LoRA files; write their WebUI cards.")
+_later("check", "spf_plugin.cli.check", "See what a training run will do, and what is wrong with it.")
+_later("doctor", "spf_plugin.cli.doctor", "Say what is installed here and whether sd-scripts fits, for bug reports.")
 
 
 def main() -> None:

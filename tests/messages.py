@@ -1,0 +1,104 @@
+"""The messages that users can meet, read from the source: texts with a gap where a value goes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "spf_plugin"
+GAP = "\0"
+#: Where a message is made and raised later: `module: functions` (all of them where empty).
+MADE = {
+    "config.py": set(),
+    "prompt.py": {"parse_targets"},
+    "hosts/kohya.py": {"trainer_problem", "problems", "_target_problems"},
+    "cli/train.py": {"key_values"},
+    "check/source.py": {"parse_words", "close"},
+}
+#: Functions that return messages.
+RETURNED = {"trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
+#: ValueErrors of the mathematics, which no setting leads to.
+INTERNAL = {"sfcm.py", "losses.py"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of the source; `text` has `GAP` for every value."""
+
+    text: str
+    place: str
+
+    def holds(self, quote: str) -> bool:
+        """Whether the words of a quote, with `...` for its gaps, stand in this message in their order."""
+        position = 0
+        for words in quote.split("..."):
+            words = words.strip(" .")  # "...." is a gap before a full stop, or behind one
+            found = self.text.find(words, position)
+            if found < 0:
+                return False
+            position = found + len(words)
+        return True
+
+
+def _texts(node: ast.expr | None) -> Iterator[str]:
+    """The text of an expression with gaps; both sides of a choice; every element of a list."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        choices = [list(_texts(part)) or [GAP] for part in node.values]
+        yield from map("".join, product(*choices))
+    elif isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.IfExp):
+        yield from (list(_texts(node.value.body)) or [GAP]) + (list(_texts(node.value.orelse)) or [GAP])
+    elif isinstance(node, ast.BinOp):
+        left = list(_texts(node.left)) or [GAP]
+        right = list(_texts(node.right)) or [GAP]
+        yield from (a + b for a in left[:1] for b in right[:1])
+    elif isinstance(node, ast.IfExp):
+        yield from (*_texts(node.body), *_texts(node.orelse))
+    elif isinstance(node, ast.List | ast.Tuple):
+        for element in node.elts:
+            yield from _texts(element)
+    elif isinstance(node, ast.ListComp):
+        yield from _texts(node.elt)
+
+
+def _found(path: Path) -> Iterator[Message]:
+    name = path.relative_to(PACKAGE).as_posix()
+    made = MADE.get(name)
+
+    def visit(node: ast.AST, function: str) -> Iterator[tuple[str, int]]:
+        here = made is not None and (not made or function in made)
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            raises = called == "SPFError" or (called == "ValueError" and here)
+            if node.args and (raises or (called == "append" and here)):
+                for text in _texts(node.args[0]):
+                    yield text, node.lineno
+        if isinstance(node, ast.Return | ast.Assign) and here and function in RETURNED:
+            for text in _texts(node.value):
+                yield text, node.lineno
+        if isinstance(node, ast.AugAssign) and here:
+            for text in _texts(node.value):
+                yield text, node.lineno
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, function)
+
+    for text, line in visit(ast.parse(path.read_text(encoding="utf-8")), ""):
+        if len(text.replace(GAP, "").split()) > 1 and not text.startswith("|"):
+            yield Message(text, f"{name}:{line}")
+
+
+def all_messages() -> list[Message]:
+    """Every message of every module."""
+    paths = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).as_posix() not in INTERNAL]
+    return [message for path in paths for message in _found(path)]
+
+
+if __name__ == "__main__":
+    for message in all_messages():
+        print(message.place, message.text.replace(GAP, "..."))

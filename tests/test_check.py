@@ -1,0 +1,390 @@
+"""`spf check`: a good run passes, every planted mistake is found, and the split is the one that training makes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+from typer.testing import CliRunner
+
+from spf_plugin.check import tokens
+from spf_plugin.check.host_options import OPTIONS
+from spf_plugin.check.run import Report, check
+from spf_plugin.check.sets import together
+from spf_plugin.check.spelling import kind_of
+from spf_plugin.cli.check import app
+from spf_plugin.config import parse
+from spf_plugin.text import TextSide
+from tests.check_sets import CAPTIONS, MISTAKES, Run, good
+from tests.hosts.conftest import HOSTS, LAUNCHER
+
+REPOSITORY = Path(__file__).parents[1]
+TOKENIZER = REPOSITORY / "portraitlab" / "model" / "tokenizer"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    return good(tmp_path)
+
+
+def look(run: Run, **words: Any) -> Report:
+    return check(run.config, words, tokenizer=run.folder / "none")  # estimated tokens: loading a tokenizer takes long
+
+
+def codes(report: Report, *levels: str) -> set[str]:
+    return {f.code for f in report.findings if f.level in (levels or ("error", "warning", "note"))}
+
+
+def test_nothing_is_wrong_with_a_good_run(run: Run) -> None:
+    report = look(run)
+    assert not report.findings
+    assert (report.images, report.steps_per_epoch) == (6, 60)
+
+
+@pytest.mark.parametrize(
+    ("code", "level", "spoil"), MISTAKES, ids=[f"{i}-{code}" for i, (code, _, _) in enumerate(MISTAKES)]
+)
+def test_planted_mistake(run: Run, code: str, level: str, spoil: Callable[[Run], object]) -> None:
+    spoil(run)
+    report = look(run)
+    found = [f for f in report.findings if f.code == code]
+    assert [f.level for f in found][:1] == [level], report.findings
+    assert report.failed == any(f.level == "error" for f in report.findings)
+    if level != "error":
+        assert not report.failed, report.findings
+    result = CliRunner().invoke(app, [str(run.config), "--tokenizer", "none"], env={"COLUMNS": "80"})
+    assert result.exit_code == int(report.failed), result.output
+    said = re.sub(r"\W+", "", result.output)  # the terminal wraps
+    assert re.sub(r"\W+", "", found[0].message) in said
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def codes_of_the_source() -> set[str]:
+    """The second argument of every `Finding(...)` and `data.add(...)`, and the codes that stand in tables."""
+    found = set()
+    for path in (REPOSITORY / "spf_plugin" / "check").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        found |= set(
+            re.findall(r'(?:Finding|data\.add)\(\s*(?:"\w+"|"error" if [^,]+ else "\w+"),\s*"([a-z0-9-]+)"', text)
+        )
+        found |= set(re.findall(r'": \("([a-z0-9-]+)", "', text)) | set(
+            re.findall(r'\((?:classes|nothing), "([a-z-]+)"', text)
+        )
+    return found
+
+
+def test_every_finding_is_planted_and_on_the_page() -> None:
+    planted = {code for code, _, _ in MISTAKES}
+    assert len(planted) >= 20
+    assert codes_of_the_source() - planted == {"images-not-read"}  # Pillow is here
+    assert len(codes_of_the_source()) > 60
+    page = (REPOSITORY / "docs" / "check.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z0-9-]+)`", page, re.MULTILINE)) == planted | {"images-not-read"}
+
+
+# -- the split and the tokens are training's --------------------------------------------------------------------------
+
+
+def test_spans_are_those_of_training(run: Run) -> None:
+    report = check(run.config, {}, tokenizer=TOKENIZER)
+    assert report.tokenizer == str(TOKENIZER)
+    loaded = CLIPTokenizer.from_pretrained(TOKENIZER)
+
+    def tokenize(text: str) -> list[int]:
+        return loaded(text, add_special_tokens=False).input_ids
+
+    side = TextSide(SimpleNamespace(tokenize=tokenize), parse({"spf_target": "blonde hair"}).target, lambda: None)  # type: ignore[arg-type]
+    batch = side.for_batch(CAPTIONS, torch.zeros(len(CAPTIONS), 77, 4))
+    for i, row in enumerate(report.as_json()["captions"]):
+        assert row["base"] == batch.base[i]
+        assert batch.full_groups[i, :, -1].nonzero().flatten().tolist() == row["target_tokens"]
+        for p, phrase in enumerate(row["phrases"]):
+            assert batch.full_groups[i, :, p].nonzero().flatten().tolist() == phrase["tokens"]
+            assert batch.base_groups[i, :, p].nonzero().flatten().tolist() == phrase["tokens_in_base"]
+            ids = loaded(row["caption"]).input_ids
+            assert loaded.decode([ids[t] for t in phrase["tokens"]]).strip() == phrase["text"]
+
+
+@pytest.mark.parametrize(("length", "cut"), [(None, 75), (150, 150), (225, 225)])
+def test_the_limits_of_the_text_encoder(run: Run, length: int | None, cut: int) -> None:
+    run.caption(0, "a woman" + ", a tree" * ((cut - 6) // 3) + ", blonde hair")
+    assert "caption-cut" not in codes(check(run.config, {"max_token_length": length}, tokenizer=TOKENIZER))
+    run.caption(0, "a woman" + ", a tree" * (cut // 3) + ", blonde hair")
+    report = check(run.config, {"max_token_length": length}, tokenizer=TOKENIZER)
+    assert {"caption-cut", "target-cut"} <= codes(report)
+    (first, *_) = [row for row in report.rows if row.cut]
+    assert (first.limit, first.full.target) == (cut, ())
+
+
+def test_tokens_are_estimated_and_said_so(run: Run) -> None:
+    result = CliRunner().invoke(app, [str(run.config), "--tokenizer", "none"])
+    assert "estimates" in result.output
+    assert "~" in result.output
+    assert look(run).as_json()["tokens_estimated"] is True
+    loaded = CLIPTokenizer.from_pretrained(TOKENIZER)
+    for caption in CAPTIONS:
+        real = len(loaded(caption, add_special_tokens=False).input_ids)
+        assert abs(len(tokens.estimate(caption)) - real) <= 2
+
+
+def test_where_a_tokenizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    snapshot = tmp_path / "hf" / "hub" / "models--openai--clip-vit-large-patch14" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "model" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "cache" / "openai_clip-vit-large-patch14").mkdir(parents=True)
+    found = list(tokens.folders(str(tmp_path / "model"), str(tmp_path / "cache")))
+    assert found.index(tmp_path / "model" / "tokenizer") < found.index(
+        tmp_path / "cache" / snapshot.parent.parent.name[8:].replace("--", "_")
+    )
+    assert snapshot in found
+    assert found[-1] == TOKENIZER
+
+
+# -- the host's rules -------------------------------------------------------------------------------------------------
+
+
+def test_dataset_toml_and_folders_say_the_same(run: Run) -> None:
+    by_folder = look(run)
+    run.dataset(
+        "[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = [512, 512]\n"
+        "[[datasets.subsets]]\nimage_dir = 'data/10_hair'\nnum_repeats = 10\n"
+    )
+    by_config = look(run)
+    assert not by_config.findings
+    assert [row.prompt for row in by_config.rows] == [row.prompt for row in by_folder.rows]
+    assert by_config.steps_per_epoch == by_folder.steps_per_epoch
+
+
+def test_metadata_prefix_suffix_wildcards_and_targets_of_subsets(run: Run) -> None:
+    rows = {"p0": {"caption": "a woman", "tags": "hat"}, "p1.png": {"tags": "{red|blue} scarf"}}
+    (run.folder / "meta.json").write_text(json.dumps(rows), encoding="utf-8")
+    run.dataset(
+        "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'data/10_hair'\n"
+        "metadata_file = 'meta.json'\ncaption_prefix = 'photo,'\ncaption_suffix = ', end'\nenable_wildcard = true\n"
+        "custom_attributes = { spf_target = 'hat|red scarf|blue scarf' }\n"
+    )
+    report = look(run)
+    assert not codes(report, "error")
+    assert [row.prompt.full for row in report.rows] == [
+        "photo, a woman,hat , end",
+        "photo, red scarf , end",
+        "photo, blue scarf , end",
+    ]
+    assert [row.prompt.target for row in report.rows] == ["hat", "red scarf", "blue scarf"]
+
+
+def test_the_command_line_wins_and_is_read_as_the_host_reads_it(run: Run) -> None:
+    words = ["--network_args", "spf_target=green hair", "conv_dim=4", "--max-train-steps=7"]
+    result = CliRunner().invoke(app, [str(run.config), *words, "--json", "--tokenizer", "none"])
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert answer["settings"]["spf_target"] == "green hair"
+    assert answer["findings"][0]["code"] == "stops"
+
+
+def test_a_data_folder_alone(run: Run) -> None:
+    result = CliRunner().invoke(app, ["data", "--target", "blonde hair", "--json", "--tokenizer", "none"])
+    answer = json.loads(result.stdout)
+    assert (result.exit_code, answer["images"], answer["findings"]) == (0, 6, [])
+    result = CliRunner().invoke(app, ["data/10_hair", "--target", "blonde hair", "--json", "--tokenizer", "none"])
+    assert result.exit_code == 0  # spf train takes such a folder
+    assert [f["code"] for f in json.loads(result.stdout)["findings"]] == ["loose-images"]
+    assert CliRunner().invoke(app, ["data", "--tokenizer", "none"]).exit_code == 1  # no target
+
+
+def test_a_dataset_toml_alone(run: Run) -> None:
+    run.dataset("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'data/10_hair'\ncaption_extension = '.txt'\n")
+    result = CliRunner().invoke(app, ["dataset.toml", "--target", "blonde hair", "--json", "--tokenizer", "none"])
+    answer = json.loads(result.stdout)
+    assert (result.exit_code, answer["images"], answer["findings"]) == (0, 6, [])
+
+
+def test_spf_config_is_found_beside_the_data(run: Run) -> None:
+    (run.folder / "data" / "hair.toml").write_text("spf_target = 'blonde hair'\nspf_map = 'hard'\n", encoding="utf-8")
+    run.args("spf_config=hair.toml")
+    report = look(run)
+    assert not report.findings
+    assert report.config is not None
+    assert report.config.map == "hard"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nope.toml"], "there is no such file"),
+        (["run.toml", "--taget", "x"], "did you mean target"),
+        (["run.toml", "stray"], "stray word 'stray'"),
+        (["run.toml", "--seed", "1", "2"], "stray word '2'"),
+        (["bad.toml"], "bad.toml is not valid TOML"),
+        (["windows.toml"], "forward slashes"),
+    ],
+)
+def test_what_cannot_be_read(run: Run, words: list[str], says: str) -> None:
+    (run.folder / "bad.toml").write_text("seed = \n", encoding="utf-8")
+    (run.folder / "windows.toml").write_text('train_data_dir = "C:\\photos"\n', encoding="utf-8")
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "kind"),
+    [
+        ("hats", "hat", "plural"),
+        ("sunglass", "sunglasses", "plural"),
+        ("dresses", "dress", "plural"),
+        ("t shirt", "t-shirt", "hyphen"),
+        ("tshirt", "T-shirt", "hyphen"),
+        ("blond hair", "blonde hair", "typo"),
+        ("frekcles", "freckles", "typo"),
+        ("hair blonde", "blonde hair", "order"),
+        ("brown hair", "blonde hair", None),
+        ("red jacket", "red hat", None),
+        ("cat", "hat", None),
+        ("bald", "beard", None),
+    ],
+)
+def test_near_misses(text: str, target: str, kind: str | None) -> None:
+    assert kind_of(text, target) == kind
+
+
+def test_what_goes_with_the_target(run: Run) -> None:
+    """27 of 28 with sunglasses also say beach; the word counts through different phrases, and is counted by images."""
+    for path in run.images.iterdir():
+        path.unlink()
+    from PIL import Image
+
+    for i in range(36):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(run.images / f"p{i}.png")
+        place = ("on a beach", "beach at night", "sunny beach")[i % 3] if i < 27 else f"room number {chr(97 + i % 9)}"
+        run.caption(i, f"a woman, {place}" + (", sunglasses" if i < 28 else ", hat"))
+    run.args("spf_target=sunglasses")
+    report = look(run)
+    assert together(report.rows)[0] == ("beach", 27, 28, 0, 8)
+    assert "27 of 28 images with 'sunglasses' also say 'beach' (without it 0 of 8)" in str(report.findings)
+
+
+# -- against the real host --------------------------------------------------------------------------------------------
+
+ASK = """
+import json, os, sys
+from pathlib import Path
+from types import SimpleNamespace
+sys.path[:0] = [{tests!r}, {host!r}]
+import launcher
+launcher.prepare(Path({host!r}))
+import sdxl_train_network, train_network
+from library import config_util, train_util
+try:
+    from library import strategy_base, strategy_sd
+    strategy_base.LatentsCachingStrategy.set_strategy(
+        strategy_sd.SdSdxlLatentsCachingStrategy(True, False, 1, False))
+except ImportError:
+    pass
+parsers = [train_network.setup_parser(), sdxl_train_network.setup_parser()]
+known = sorted({{a.dest for p in parsers for a in p._actions}} - {{"help"}})
+os.chdir({folder!r})
+answers = []
+for config in {configs!r}:
+    sys.argv = ["train_network.py", "--config_file", config]
+    args = train_util.read_config_from_file(parsers[0].parse_args(), parsers[0])
+    train_util.prepare_dataset_args(args, True)
+    if args.dataset_config:
+        user = config_util.load_user_config(args.dataset_config)
+    elif args.in_json:
+        user = {{"datasets": [{{"subsets": [{{"image_dir": args.train_data_dir, "metadata_file": args.in_json}}]}}]}}
+    else:
+        user = {{"datasets": [{{"subsets": config_util.generate_dreambooth_subsets_config_by_subdirs(
+            args.train_data_dir, args.reg_data_dir)}}]}}
+    sanitizer = config_util.ConfigSanitizer(True, True, False, True)
+    try:
+        tokenizer = SimpleNamespace(model_max_length=77)
+        blueprint = config_util.BlueprintGenerator(sanitizer).generate(user, args, tokenizer=tokenizer)
+        group = config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)
+        group = group[0] if isinstance(group, tuple) else group
+        rows = []
+        for dataset in group.datasets:
+            for info in dataset.image_data.values():
+                subset = dataset.image_to_subset[info.image_key]
+                rows.append([os.path.basename(info.absolute_path), info.num_repeats,
+                             dataset.process_caption(subset, info.caption)])
+        answers.append(sorted(rows))
+    except BaseException as error:
+        answers.append(f"{{type(error).__name__}}: {{error}}")
+print("ANSWER" + json.dumps({{"known": known, "answers": answers}}))
+"""
+
+
+@pytest.mark.skipif(not HOSTS, reason="NO sd-scripts CHECKOUT FOUND (see README, Tests)")
+@pytest.mark.parametrize("host", HOSTS, ids=lambda p: p.name)
+def test_the_host_reads_the_same(tmp_path: Path, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same configs through the host's own code: the same images, repeats and captions, or a refusal of both."""
+    names = {
+        "target-missing",
+        "dataset-config",
+        "class-caption",
+        "more-lines",
+        "bom",
+        "caption-extension",
+        "no-repeats",
+    }
+    names |= {"image-missing", "folder-without-repeats", "empty-caption-file", "not-utf8", "loose-images"}
+    runs = []
+    for i, (code, _, spoil) in enumerate([("good", "", lambda r: None), *MISTAKES]):
+        if code in names | {"good"}:
+            monkeypatch.chdir(tmp_path)
+            run = good(tmp_path / f"{i:02d}-{code}")
+            monkeypatch.chdir(run.folder)
+            spoil(run)
+            text = run.config.read_text(encoding="utf-8")  # one working folder for all: absolute names
+            text = text.replace('"data"', json.dumps(str(run.folder / "data"))).replace(
+                '"dataset.toml"', json.dumps(str(run.folder / "dataset.toml"))
+            )
+            run.config.write_text(
+                text.replace('"meta.json"', json.dumps(str(run.folder / "meta.json"))), encoding="utf-8"
+            )
+            if (run.folder / "dataset.toml").exists():
+                dataset = (run.folder / "dataset.toml").read_text(encoding="utf-8")
+                run.dataset(dataset.replace('"data/', f'"{(run.folder / "data").as_posix()}/'))
+                run.set(dataset_config=str(run.folder / "dataset.toml"))
+            runs.append(run)
+    code = ASK.format(
+        tests=str(LAUNCHER.parent), host=str(host), folder=str(tmp_path), configs=[str(r.config) for r in runs]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "ANSWER" in done.stdout, done.stderr[-3000:]
+    answer = json.loads(done.stdout.split("ANSWER")[1])
+    assert set(answer["known"]) <= OPTIONS
+    monkeypatch.chdir(tmp_path)
+    for run, theirs in zip(runs, answer["answers"], strict=True):
+        report = look(run)
+        if isinstance(theirs, str):
+            assert report.failed, f"{run.folder.name}: the host says {theirs}"
+            continue
+        ours = [[e.path.name, e.subset.num_repeats, e.prompts[0]] for e in report.data.entries]
+        assert sorted(ours) == theirs or run.folder.name.endswith("image-missing"), run.folder.name
+
+
+def test_core_needs_no_terminal_packages() -> None:
+    code = (
+        "import sys\n"
+        "import spf_plugin.check.run\n"
+        "assert not {'typer', 'rich', 'transformers', 'diffusers', 'PIL'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
