@@ -74,6 +74,10 @@ def export(work: Path, out: Path) -> dict[str, Any]:
         tokenizer = save_tokenizer(aside / "tokenizer")
         build_pipeline(unet.half(), text.half(), vae.half(), tokenizer).save_pretrained(aside)
         save_tokenizer(aside / "tokenizer")  # the pipeline wrote an indented vocabulary, 0.2 MB longer
+        for config in aside.rglob("config.json"):  # not where this machine keeps its files
+            words = json.loads(config.read_text())
+            words.pop("_name_or_path", None)
+            config.write_text(json.dumps(words, indent=2) + "\n")
         (aside / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         for source in sorted(p for p in aside.rglob("*") if p.is_file()):
             target = out / source.relative_to(aside)

@@ -37,7 +37,7 @@ def colours(pixels: Tensor, side: int) -> Tensor:
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = MODEL_FOLDER,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = DECODERS,
-    portraits: Annotated[int, typer.Option(help="Distinct portraits.", min=8)] = 1200,
+    portraits: Annotated[int, typer.Option(help="Distinct portraits.", min=8)] = 800,
     images: Annotated[int, typer.Option(help="Images the tiny decoder sees.", min=8)] = 12_000,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
@@ -67,7 +67,7 @@ def main(
 
     tiny = AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8), num_encoder_blocks=(1, 1, 1, 1),
-        decoder_block_out_channels=(20, 20, 20, 20), num_decoder_blocks=(2, 1, 1, 1),
+        decoder_block_out_channels=(14, 14, 14, 14), num_decoder_blocks=(2, 1, 1, 1),
     )  # fmt: skip
     tiny.encoder.requires_grad_(False)  # only there because the format wants one
     decoder = TinyDecoder(tiny)

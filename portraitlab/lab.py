@@ -27,13 +27,13 @@ from portraitlab.captions import TARGETS
 from portraitlab.customisation import EvaluationPrompt, evaluation_prompts, write_set
 from portraitlab.judge import Judge, load_judge, predict
 from portraitlab.measure import score, untouched_region
-from portraitlab.model_files import CLIP_FOLDERS, DECODERS, JUDGE_FILE, MODEL_FOLDER
+from portraitlab.model_files import CLIP_FOLDERS, JUDGE_FILE, MODEL_FOLDER
 from spf_plugin import clip
 from spf_plugin.cli.progress import progress_bars
 from spf_plugin.config import PREFIX, parse
 from spf_plugin.errors import SPFError, nearest
 
-GUIDED = {"clip": str(CLIP_FOLDERS[0]), "decoder": str(DECODERS / "tiny")}
+GUIDED = {"clip": str(CLIP_FOLDERS[0])}
 
 
 @dataclass(frozen=True)

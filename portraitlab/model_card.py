@@ -91,7 +91,7 @@ def card(folder: Path) -> str:
     facts: dict[str, Any] = json.loads((folder / "training.json").read_text())
     notes = "".join(f"\n{note}\n" for note in facts.get("notes", []))
     for seen, planned in facts.get("extended", []):
-        notes += f"\nThe run was planned for {planned} images; at {seen} it was resumed with a larger `--images`.\n"
+        notes += f"\nThe run was planned for {planned} images; at {seen} it was resumed with another `--images`.\n"
     by_kind = {k: ", ".join(t.phrase for t in TARGETS.values() if t.kind == k) for k in ("weak", "new")}
     return TEXT.format(
         **{**facts, "notes": notes},

@@ -245,7 +245,7 @@ def main(
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoints and working files; a second run resumes.")
     ] = DEFAULT_WORK,
-    images: Annotated[int, typer.Option(help="Images the UNet sees in all; sets the schedule.", min=32)] = 36_000,
+    images: Annotated[int, typer.Option(help="Images the UNet sees in all; sets the schedule.", min=32)] = 125_000,
     pool: Annotated[int, typer.Option(help="Chunks of 500 portraits to render and encode.", min=1)] = 32,
     vae_images: Annotated[int, typer.Option(help="Work of the autoencoder, in 128 px images.", min=1)] = 18_500,
     batch: Annotated[int, typer.Option(min=1)] = 16,
