@@ -217,8 +217,8 @@ def table(comparison: Comparison) -> Table:
 @app.command()
 def main(
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="runs/demo-TARGET")] = None,
-    target: Annotated[str, typer.Option(help=f"What to teach: {', '.join(TARGETS)}.")] = "blonde",
-    steps: Annotated[int, typer.Option(min=4, help="Training steps of each LoRA.")] = 150,
+    target: Annotated[str, typer.Option(help=f"What to teach: {', '.join(TARGETS)}.")] = "sunglasses",
+    steps: Annotated[int, typer.Option(min=4, help="Training steps of each LoRA.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Training seed; also draws the training set.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Several seeds instead, such as 0,1,2.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind (explicit, partial).")] = 12,

@@ -37,8 +37,8 @@ def colours(pixels: Tensor, side: int) -> Tensor:
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = MODEL_FOLDER,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = DECODERS,
-    portraits: Annotated[int, typer.Option(help="Distinct portraits.", min=8)] = 800,
-    images: Annotated[int, typer.Option(help="Images the tiny decoder sees.", min=8)] = 12_000,
+    portraits: Annotated[int, typer.Option(help="Distinct portraits.", min=8)] = 640,
+    images: Annotated[int, typer.Option(help="Images the tiny decoder sees.", min=8)] = 4_000,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: int = 0,
@@ -57,11 +57,12 @@ def main(
     pixels = to_tensor(pictures)
     random = torch.Generator().manual_seed(seed)
     with Progressor("encoding portraits") as progress, torch.no_grad():
-        latents = []
+        latents, decoded = [], []
         for i, picture in enumerate(pixels, 1):
             latents.append(base.to_latents(picture, random))
+            decoded.append(own(latents[-1][None])[0])
             progress(i, portraits)
-        z = torch.stack(latents)
+        z, wanted = torch.stack(latents), torch.stack(decoded)
     linear, _ = fit_linear(z, pixels)
     save_linear(linear, out / "linear.safetensors")
 
@@ -76,15 +77,9 @@ def main(
     with Progressor("tiny decoder") as progress:
         for step in range(steps):
             chosen = torch.from_numpy(np.random.default_rng([seed, 67, step]).integers(0, portraits, batch))
-            # One-step predictions are blurred latents: half of each batch is.
-            x = z[chosen]
-            blurred = F.interpolate(F.avg_pool2d(x[: batch // 2], 2), scale_factor=2, mode="bilinear")
-            x = torch.cat([blurred, x[batch // 2 :]])
-            with torch.no_grad():
-                wanted = own(x)
             for group in optimiser.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / 50) * max(0.01, 0.5 * (1 + math.cos(math.pi * step / steps)))
-            loss = F.l1_loss(decoder(x), wanted)
+            loss = F.l1_loss(decoder(z[chosen]), wanted[chosen])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(tiny.decoder.parameters(), 1.0)
