@@ -1,7 +1,7 @@
 """How a trained LoRA reaches the disk: checked, loadable by every WebUI, and never half a file in place of a good one.
 
 The inner network writes its file as always, under a temporary name; what lands under the final name is that file with
-normalised names, shapes, alphas and metadata, and the same weight deltas.
+normalised names, shapes, alphas and metadata, and the same weight deltas. The run's last file gets its WebUI card.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError  # type: ignore[attr-defined]
 from torch import nn
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import reader, writer
+from spf_plugin.lorafile import inspect, reader, sidecars, writer
 from spf_plugin.lorafile.normalise import normalise
 
 logger = logging.getLogger(__name__)
@@ -37,18 +40,22 @@ def save_normalised(network: nn.Module, config: SPFConfig) -> None:
             arguments = {**(json.loads(metadata["ss_network_args"]) or {}), **config.to_metadata()}
             metadata = {**metadata, "ss_network_args": json.dumps(arguments)}
         final = Path(file)
-        partial = final.with_name(f".{final.stem}.partial{final.suffix}")
+        # A name of its own: two runs may save to the same folder.
+        partial = final.with_name(f".{final.stem}.{secrets.token_hex(4)}.partial{final.suffix}")
         try:
-            original(str(partial), dtype, metadata)
-            _land(partial, final, dtype)
+            try:
+                original(str(partial), dtype, metadata)
+            except (OSError, SafetensorError) as error:
+                raise SPFError(f"{final} was not written: {error}. Nothing was changed.") from error
+            _land(partial, final, dtype, metadata or {})
         finally:
             partial.unlink(missing_ok=True)
 
     network.save_weights = save_weights  # type: ignore[assignment]  # the network is ours: nothing to put back
 
 
-def _land(partial: Path, final: Path, dtype: torch.dtype | None) -> None:
-    """Put the inner network's file under its final name, normalised."""
+def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[str, str]) -> None:
+    """Put the inner network's file under its final name, normalised, and its card beside it."""
     try:
         tensors, metadata, notes = normalise(*reader.load(partial), dtype=dtype)
     except SPFError as error:
@@ -59,3 +66,40 @@ def _land(partial: Path, final: Path, dtype: torch.dtype | None) -> None:
     writer.save(final, tensors, metadata)
     for note in notes:
         logger.info(f"SPF: {final.name}: {note}")
+    if is_last(final, run):
+        contents = inspect.gather(tensors.items(), metadata)
+        for note in sidecars.write_training_card(final, contents, newest_sample(final, run)):
+            logger.warning(f"SPF: {final.name}: {note}")
+
+
+def is_last(file: Path, run: Mapping[str, str]) -> bool:
+    """Whether this is the LoRA that a run ends with, not one along the way (which the host may delete again).
+
+    Args:
+        file: its name is `OUTPUT_NAME.safetensors` (`last.safetensors` without one) for the last, and
+            `OUTPUT_NAME-000004` or `-step00000100` for the others.
+        run: the host's metadata; with `--no_metadata` the output name is missing, and the file's name decides.
+    """
+    name = run.get("ss_output_name")
+    if name is None:
+        return re.search(r"-(\d{6}|step\d{8})$", file.stem) is None
+    return file.stem == ("last" if name == "None" else name)
+
+
+def newest_sample(file: Path, run: Mapping[str, str]) -> Path | None:
+    """The last image that this run drew of its first sample prompt (`--sample_prompts`), if it drew any.
+
+    The host calls it `sample/OUTPUT_NAME_e000004_00_20251122103000_SEED.png`: epoch or step, prompt, time.
+    """
+    name = "" if run.get("ss_output_name", "None") == "None" else re.escape(file.stem) + "_"
+    pattern = re.compile(name + r"e?\d{6,}_(\d{2,})_\d{14}(_\d+)?\.png")
+    found = []
+    try:
+        started = float(run["ss_training_started_at"])
+        for entry in os.scandir(file.parent / "sample"):
+            match, written = pattern.fullmatch(entry.name), entry.stat().st_mtime
+            if match and written >= started:  # an older run's image would mislead
+                found.append((-int(match[1]), written, Path(entry.path)))
+    except (OSError, KeyError, ValueError):  # no samples, or --no_metadata
+        return None
+    return max(found)[2] if found else None

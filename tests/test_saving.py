@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spf_plugin.config import parse
+from spf_plugin.lorafile import sidecars
 from spf_plugin.saving import save_normalised
 
 
@@ -57,7 +61,7 @@ def test_settings_and_safe_alpha(tmp_path: Path) -> None:
     (alpha,) = [t for name, t in load_file(file).items() if name.endswith("alpha")]
     assert alpha.dtype.is_floating_point
     assert float(alpha) == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.safetensors"]
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -81,4 +85,167 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path, network)
     assert (tmp_path / "out.safetensors").read_bytes() == good
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.safetensors"]
+
+
+# -- the card beside it -----------------------------------------------------------------------------------------------
+
+STARTED = 1_000_000_000.0
+RUN = {
+    **METADATA, "ss_training_started_at": str(STARTED), "ss_steps": "40", "ss_network_dim": "4",
+    "ss_network_alpha": "2.0",
+}  # fmt: skip
+
+
+def finish(
+    folder: Path, target: str = "hat", name: str = "out", metadata: dict[str, str] | None = None, value: float = 1.0
+) -> Path:
+    """Save `NAME.safetensors` as the host does; the settings are written into `ss_network_args` on the way."""
+    network = Network(value)
+    save_normalised(network, parse({"spf_target": target}))
+    file = folder / f"{name}.safetensors"
+    network.save_weights(str(file), torch.float16, RUN if metadata is None else metadata)
+    return file
+
+
+def card(folder: Path, name: str = "out") -> dict[str, object]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_card_is_what_the_webuis_read(tmp_path: Path) -> None:
+    """A1111 puts `activation text` behind the LoRA's tag; by `sd version` it shows or hides the card."""
+    finish(tmp_path, "blonde_hair|dress->T-shirt")
+    said = card(tmp_path)
+    assert said["activation text"] == "blonde hair, dress"
+    assert said["sd version"] == "SD1"
+    assert said["preferred weight"] == 0
+    assert said["negative text"] == said["description"] == ""
+    assert str(said["notes"]).endswith("target blonde hair, dress->T-shirt, steps 40, rank 4, alpha 2.0")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "output_name", "written"),
+    [
+        ("out", "out", True),
+        ("out-000002", "out", False),
+        ("out-step00000100", "out", False),
+        ("last", "None", True),
+        ("epoch-000002", "None", False),
+        ("hair-202511", "hair-202511", True),  # a date of the user's own
+        ("hair-202511-000004", "hair-202511", False),
+        ("out", None, True),  # --no_metadata
+        ("out-000002", None, False),
+    ],
+)
+def test_only_the_last_file_of_a_run_gets_one(
+    tmp_path: Path, name: str, output_name: str | None, written: bool
+) -> None:
+    """The host deletes older files along the way (--save_last_n_epochs) and would leave their cards behind."""
+    metadata = {key: value for key, value in RUN.items() if key != "ss_output_name"}
+    finish(tmp_path, name=name, metadata=metadata if output_name is None else {**RUN, "ss_output_name": output_name})
+    assert (tmp_path / f"{name}.json").exists() == written
+    assert (tmp_path / f"{name}.safetensors").exists()
+
+
+def test_training_again_renews_its_own_card(tmp_path: Path) -> None:
+    finish(tmp_path, "hat")
+    first = (tmp_path / "out.json").read_bytes()
+    finish(tmp_path, "hat")
+    assert (tmp_path / "out.json").read_bytes() == first
+    finish(tmp_path, "beard")
+    assert card(tmp_path)["activation text"] == "beard"
+
+
+EDITS = {
+    "edited": lambda said: json.dumps({**said, "activation text": "mine"}),
+    "as A1111's editor saves it": lambda said: json.dumps({**said, "preferred weight": 0.8}, indent=4),
+    "a key of another program": lambda said: json.dumps({**said, "rating": 5}),
+    "another program's": lambda said: '{"model": "a GUI keeps its settings here"}',
+    "a list": lambda said: "[1, 2]",
+    "no JSON": lambda said: "not { JSON",
+    "empty": lambda said: "",
+    "nested beyond all bounds": lambda said: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_a_card_that_is_not_ours_stays(
+    tmp_path: Path, edit: Callable[[dict[str, object]], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    finish(tmp_path, "hat")
+    content = edit(card(tmp_path)).encode()
+    (tmp_path / "out.json").write_bytes(content)
+    file = finish(tmp_path, "beard", value=2.0)
+    assert (tmp_path / "out.json").read_bytes() == content
+    assert "out.json was left as it is" in caplog.text
+    with safe_open(file, "pt") as reader:  # the LoRA is the new one
+        assert json.loads(reader.metadata()["ss_network_args"])["spf_target"] == "beard"
+
+
+def test_a_folder_or_a_link_in_its_place_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "out.json").mkdir()
+    assert finish(tmp_path).is_file()
+    assert (tmp_path / "out.json").is_dir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "nowhere.json")
+    assert finish(tmp_path, name="link", metadata={**RUN, "ss_output_name": "link"}).is_file()
+    assert not (tmp_path / "nowhere.json").exists()
+    assert caplog.text.count("was left as it is") == 2
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("anything"), MemoryError()])
+def test_a_card_that_cannot_be_written_loses_no_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sidecars, "replacing", fail)
+    file = finish(tmp_path)
+    assert len(load_file(file)) == 3
+    assert "its card was not written" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def test_a_rejected_file_gets_no_card(tmp_path: Path) -> None:
+    finish(tmp_path, value=float("nan"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.rejected.safetensors"]
+
+
+def sample(folder: Path, name: str, written: float, colour: int) -> bytes:
+    (folder / "sample").mkdir(exist_ok=True)
+    path = folder / "sample" / name
+    Image.new("RGB", (8, 8), (colour, 0, 0)).save(path, "PNG")
+    os.utime(path, (written, written))
+    return path.read_bytes()
+
+
+def test_the_last_sample_of_the_first_prompt_becomes_the_preview(tmp_path: Path) -> None:
+    """Names as both supported releases of sd-scripts give them; another LoRA's and an older run's are not taken."""
+    sample(tmp_path, "out_e000001_00_20251122100000_42.png", STARTED + 10, 1)
+    wanted = sample(tmp_path, "out_e000002_00_20251122100500_42.png", STARTED + 20, 2)
+    sample(tmp_path, "out_e000002_01_20251122100501_42.png", STARTED + 21, 3)
+    sample(tmp_path, "out_long_e000009_00_20251122100900.png", STARTED + 30, 4)
+    sample(tmp_path, "out_e000009_00_20241122100900_42.png", STARTED - 5, 5)
+    finish(tmp_path)
+    assert (tmp_path / "out.preview.png").read_bytes() == wanted
+    sample(tmp_path, "out_000500_00_20251122101500.png", STARTED + 40, 6)  # by steps, without a seed
+    finish(tmp_path)
+    assert (tmp_path / "out.preview.png").read_bytes() == wanted  # there is one now, whoever made it
+
+
+@pytest.mark.parametrize("present", ["out.png", "out.preview.jpg", "out.preview.png"])
+def test_a_preview_is_never_replaced(tmp_path: Path, present: str) -> None:
+    (tmp_path / present).write_bytes(b"somebody's")
+    sample(tmp_path, "out_e000001_00_20251122100000_42.png", STARTED + 10, 1)
+    finish(tmp_path)
+    assert (tmp_path / present).read_bytes() == b"somebody's"
+    images = [p.name for p in tmp_path.iterdir() if p.suffix in (".png", ".jpg")]
+    assert images == [present]
+
+
+def test_no_sample_no_preview(tmp_path: Path) -> None:
+    finish(tmp_path)
+    sample(tmp_path, "out_e000001_00_20251122100000_42.png", STARTED - 10, 1)
+    finish(tmp_path)
+    assert not (tmp_path / "out.preview.png").exists()

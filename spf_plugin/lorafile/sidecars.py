@@ -6,6 +6,7 @@ Read in A1111 modules/extra_networks.py and modules/ui_extra_networks.py (Forge 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile.inspect import AnyBase, network_args
+from spf_plugin.lorafile.inspect import AnyBase, Contents, describe, network_args
 from spf_plugin.lorafile.writer import replacing
 from spf_plugin.prompt import parse_targets
 
@@ -26,6 +27,8 @@ _IMAGES = {
     ".webp": b"RIFF",
     ".gif": b"GIF8",
 }
+# A key of ours in the cards that training writes: a digest of the rest. Editors keep keys that they do not know.
+_MARK = "spf card"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ def _stem(lora: str | Path) -> Path:
     return Path(os.path.splitext(lora)[0])
 
 
+def card_path(lora: str | Path) -> Path:
+    """``NAME.json``, where the cards look for it."""
+    return _stem(lora).with_name(_stem(lora).name + ".json")
+
+
 def write_card(lora: str | Path, card: Card, *, force: bool = False) -> Path:
     """Write ``NAME.json`` beside the LoRA.
 
@@ -92,7 +100,7 @@ def write_card(lora: str | Path, card: Card, *, force: bool = False) -> Path:
     Raises:
         SPFError: It exists and `force` is not given, or it exists and is not a JSON object.
     """
-    path = _stem(lora).with_name(_stem(lora).name + ".json")
+    path = card_path(lora)
     content: dict[str, object] = {}
     if os.path.lexists(path):
         if not force:
@@ -105,9 +113,85 @@ def write_card(lora: str | Path, card: Card, *, force: bool = False) -> Path:
             raise SPFError(f"{path} is not a card (a JSON object). Move it away first.")
         content = old
     content |= card.as_json()
+    _dump(path, content)
+    return path
+
+
+def _dump(path: Path, content: Mapping[str, object]) -> None:
     with replacing(path) as file:
         file.write(json.dumps(content, indent=4, ensure_ascii=False).encode())
-    return path
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    """Of everything but the mark, whatever the order of the keys; 16 hex digits."""
+    rest = {key: value for key, value in content.items() if key != _MARK}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_our_own(path: Path) -> bool:
+    """Whether training wrote this card and nobody has changed it since."""
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(content, dict) and content.get(_MARK) == _digest(content)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def training_card(contents: Contents) -> Card | None:
+    """The card of a LoRA that was just trained; None where no target is known that a prompt could need."""
+    phrases = target_phrases(contents.metadata)
+    if not phrases:
+        return None
+    said, metadata = network_args(contents.metadata), contents.metadata
+    target = str(said.get("spf_target") or "").replace("_", " ").replace("|", ", ")
+    facts = [f"target {target}"] if target else []
+    facts += [
+        f"{label} {metadata[key]}"
+        for label, key in (("steps", "ss_steps"), ("rank", "ss_network_dim"), ("alpha", "ss_network_alpha"))
+        if metadata.get(key, "None") != "None"
+    ]
+    return Card(
+        activation_text=", ".join(phrases),
+        sd_version=SD_VERSION.get(describe(contents).base, "Unknown"),
+        notes="Trained with SPF: " + ", ".join(facts) if facts else "",
+    )
+
+
+def write_training_card(lora: str | Path, contents: Contents, sample: Path | None = None) -> list[str]:
+    """Write ``NAME.json``, and ``NAME.preview.EXT`` from `sample`, beside a LoRA that was just saved. Never raises.
+
+    A card is replaced only if training wrote it and nobody has changed it since; a preview never is.
+
+    Args:
+        lora: The LoRA file.
+        contents: What is in it.
+        sample: An image that shows the LoRA, if there is one.
+
+    Returns:
+        One sentence for each file that was not written although there was something to write.
+    """
+    notes: list[str] = []
+    try:
+        card = training_card(contents)
+        path = card_path(lora)
+        if card is not None and os.path.lexists(path) and not _is_our_own(path):
+            notes.append(
+                f"{path.name} was left as it is: it is edited, or another program's. To put '{card.activation_text}' "
+                f"into it: spf lora sidecar --force {Path(lora).name}"
+            )
+        elif card is not None:
+            content = card.as_json()
+            _dump(path, content | {_MARK: _digest(content)})
+    except Exception as error:  # the LoRA is saved: nothing about its card may look like a failed training
+        notes.append(f"its card was not written: {error}")
+    try:
+        if sample is not None and existing_preview(lora) is None:
+            write_preview(lora, sample)
+    except Exception as error:
+        notes.append(f"its preview was not written: {error}")
+    return notes
 
 
 def existing_preview(lora: str | Path) -> Path | None:

@@ -257,7 +257,7 @@ def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str]
     """
     if settings.save_precision not in DTYPES or settings.mixed_precision not in DTYPES:
         raise SPFError("the precision must be no, fp16 or bf16 (and fp16, bf16 or fp32 for the file).")
-    inner = adapter.load_module(settings.network)
+    inner = _inner(settings.network)
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it announces every network it makes
     saving.check_output(settings.out)
     pictures = read_folder(settings.data)
@@ -291,9 +291,9 @@ def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str]
         if settings.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
 
-        def write(path: Path, steps: int) -> list[str]:
+        def write(path: Path, steps: int, card: bool = False) -> list[str]:
             metadata = _metadata(settings, path, model, resolution, steps, sum(cache.repeats))
-            return saving.save(path, network, metadata, dtype)
+            return saving.save(path, network, metadata, dtype, card=card)
 
         def every(step: int) -> None:
             if settings.save_every and step % settings.save_every == 0 and step < settings.steps:
@@ -306,7 +306,7 @@ def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str]
             path = settings.out
             if steps < settings.steps and path.exists():
                 path = numbered(path, steps)
-            notes = write(path, steps)
+            notes = write(path, steps, card=True)
         accelerator.end_training()
     except torch.OutOfMemoryError as error:
         raise SPFError(
@@ -317,6 +317,19 @@ def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str]
         if settings.spf is not None:
             network.spf.close()  # type: ignore[union-attr, operator]
     return Result(path, steps, history, notes)
+
+
+def _inner(name: str) -> Any:
+    """The inner network module."""
+    try:
+        return adapter.load_module(name)
+    except SPFError as error:
+        if not name.startswith("networks."):
+            raise
+        raise SPFError(
+            f"{error.problems[0]}. {name} belongs to sd-scripts: start spf train in its Python environment, with its "
+            f"folder in PYTHONPATH. Without --network, {DEFAULT_NETWORK} trains the same plain LoRA."
+        ) from error
 
 
 def _accelerator(settings: Settings) -> Any:

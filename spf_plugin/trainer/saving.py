@@ -1,4 +1,4 @@
-"""Writing the trained LoRA: kohya's names, kohya's metadata, and never half a file."""
+"""Writing the trained LoRA: kohya's names, kohya's metadata, its WebUI card, and never half a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import writer
+from spf_plugin.lorafile import inspect, sidecars, writer
 from spf_plugin.lorafile.normalise import normalise
 
 
@@ -50,10 +50,19 @@ def check_space(path: Path, network: nn.Module, dtype: torch.dtype) -> None:
         )
 
 
-def save(path: Path, network: nn.Module, metadata: Mapping[str, str], dtype: torch.dtype) -> list[str]:
+def save(
+    path: Path, network: nn.Module, metadata: Mapping[str, str], dtype: torch.dtype, *, card: bool = False
+) -> list[str]:
     """Write the network's weights; the old file stays until the new one is complete.
 
     The network's own `save_weights` decides what is in the file, so any inner network works.
+
+    Args:
+        path: the file.
+        network: the trained network.
+        metadata: kohya's.
+        dtype: of the factors in the file.
+        card: also write the WebUI card beside it; if that is impossible, a note says so.
 
     Returns:
         What a loader may stumble over in this file, one sentence each (for plain LoRA nothing).
@@ -67,6 +76,8 @@ def save(path: Path, network: nn.Module, metadata: Mapping[str, str], dtype: tor
         tensors = load_file(aside)
     tensors, strings, notes = normalise(tensors, metadata)
     writer.save(path, tensors, strings)
+    if card:
+        notes += sidecars.write_training_card(path, inspect.gather(tensors.items(), strings))
     return notes
 
 

@@ -1,6 +1,9 @@
-"""LoRA files from real training runs: the doctor's verdict, and the weight deltas that diffusers makes of them."""
+"""LoRA files from real training runs: the doctor's verdict, the deltas that diffusers makes of them, the card."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +55,22 @@ def test_files_of_a_run(host: Host, words: list[str], loads: bool) -> None:
     beyond = {name.split(".")[0] for name in tensors if "time_embedding" in name}
     assert (checked + len(beyond)) * 3 == len(tensors)
     assert (found["diffusers"] == "differs") == bool(beyond)
+
+
+def test_the_card_and_the_preview_of_a_run(host: Host, tmp_path: Path) -> None:
+    """Beside the last file only, with this run's own sample; samples are the host's, under its own names."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a woman, blonde hair --w 64 --h 64 --s 1 --d 7\n", encoding="utf-8")
+    settings = {"max_train_steps": 2, "save_every_n_steps": 1, "sample_every_n_steps": 1, "sample_prompts": prompts}
+    result = host.train(*ARGUMENTS, **settings)
+    assert result.returncode == 0, result.log[-4000:]
+    samples = sorted((result.folder / "sample").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert len(samples) >= 2
+    assert sorted(p.name for p in result.folder.glob("out*")) == [
+        *("out-step00000001.safetensors", "out-step00000002.safetensors"),
+        *("out.json", "out.preview.png", "out.safetensors"),
+    ]
+    card = json.loads((result.folder / "out.json").read_text(encoding="utf-8"))
+    assert card["activation text"] == "blonde hair"
+    assert card["sd version"] == "SD1"
+    assert (result.folder / "out.preview.png").read_bytes() == samples[-1].read_bytes()

@@ -1,0 +1,30 @@
+"""The lanes that need a second Python environment, and a loud word where they were skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+# Environment variable that names an interpreter -> what its environment holds (docs/lora-files.md: how to make them).
+LANES = {
+    "SPF_TRANSFORMERS5_PYTHON": "transformers 5 with its diffusers and peft",
+    "SPF_SDCPP_PYTHON": "stable-diffusion-cpp-python",
+}
+
+
+def interpreter(variable: str) -> str:
+    """The interpreter that `variable` names; skips the test where it is not set, fails it where it is wrong."""
+    named = os.environ.get(variable)
+    if not named:
+        pytest.skip(f"NOT RUN: {variable} names no Python with {LANES[variable]} (docs/lora-files.md)")
+    found = shutil.which(named)
+    assert found, f"{variable}={named} is no program"
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for variable, what in LANES.items():
+        if not os.environ.get(variable):
+            terminalreporter.write_line(f"NOT RUN with {what}: {variable} is not set.", red=True, bold=True)
