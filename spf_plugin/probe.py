@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.patching import hooked
@@ -99,6 +100,9 @@ def capture(layers: Sequence[Layer]) -> Iterator[Capture]:
 def group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
     """Attention probability that each position gives to each group of tokens, averaged over the heads.
 
+    Only the result is kept for backward; the probabilities `[B, heads, N, T]`, in float32 four times as large as a
+    half-precision query in SD1.5, are computed again there (docs/cost.md).
+
     Args:
         query: `[B, N, C]`.
         key: `[B, T, C]`.
@@ -108,6 +112,12 @@ def group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> T
     Returns:
         `[B, N, G]`, float32.
     """
+    if not torch.is_grad_enabled():
+        return _group_attention(query, key, heads, groups)
+    return checkpoint(_group_attention, query, key, heads, groups, use_reentrant=False, preserve_rng_state=False)
+
+
+def _group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
     b, n, c = query.shape
     d = c // heads
     q = query.reshape(b, n, heads, d).transpose(1, 2)  # [B, heads, N, d]

@@ -1,0 +1,134 @@
+"""What is measured: which steps on which setups, and how one of them is."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.steps import Setup, Step, Workbench
+from benchmarks.tracking import MetaGpu, track
+
+PLAIN, SPF, DOP, PURE_CC, REFERENCE = "plain", "spf", "dop", "pure_cc", "reference"
+MAPS_KEPT, ALL_LAYERS = "spf_maps_kept", "spf layers=all"
+NO_QUERIES = "spf fine_grained_multiplier=0"
+OUTPUT_ONLY = "spf fine_grained_multiplier=0 text_consistent_multiplier=0"
+_PAIR, _PEERS = (PLAIN, SPF), (DOP, PURE_CC)
+_WAYS = (REFERENCE, MAPS_KEPT, NO_QUERIES, OUTPUT_ONLY)
+
+# Setups of the published table, then those that `spf plan` needs besides.
+CASES: tuple[tuple[Setup, tuple[str, ...]], ...] = (
+    (Setup("sd1", 512, 1, True), (*_PAIR, *_PEERS, *_WAYS)),
+    (Setup("sdxl", 1024, 1, True), (*_PAIR, *_PEERS, ALL_LAYERS, *_WAYS)),
+    (Setup("sd1", 512, 4, True), _PAIR),
+    (Setup("sdxl", 1024, 4, True), _PAIR),
+    (Setup("sd1", 512, 1, False), (*_PAIR, *_PEERS)),
+    (Setup("sdxl", 1024, 1, False), (*_PAIR, *_PEERS)),
+    (Setup("sd1", 512, 4, False), _PAIR),
+    (Setup("sdxl", 1024, 4, False), _PAIR),
+    (Setup("sdxl", 1024, 1, True, weights="fp8"), _PAIR),
+    (Setup("sd2", 768, 1, True), _PAIR),
+    (Setup("sd2", 768, 4, True), _PAIR),
+    (Setup("sd1", 512, 1, True, weights="fp8"), _PAIR),
+    (Setup("sd1", 512, 1, True, rank=64), _PAIR),
+    (Setup("sd1", 768, 1, True), _PAIR),
+    (Setup("sdxl", 1024, 1, False, weights="fp8"), (PLAIN,)),
+    (Setup("sd2", 768, 1, False), _PAIR),
+    (Setup("sd2", 768, 4, False), _PAIR),
+)
+PUBLISHED = 8  # the first so many of CASES
+
+
+@dataclass
+class Record:
+    """One step on one setup.
+
+    Attributes:
+        setup: see `steps.Setup`.
+        step: see `Workbench.step`.
+        flops: of one step.
+        peak: tracked bytes at the peak, beyond the weights and the optimizer's state.
+        phases: name -> [peak, alive at the end], in bytes.
+        unet_parameters: of the frozen UNet.
+        lora_parameters: of the LoRA.
+        seconds: median of the timed steps, if they were timed.
+        ratio: median over interleaved pairs of this step's time by the plain step's, if they were timed.
+        gpu_peak: the CUDA allocator's peak in bytes, if there was a GPU.
+    """
+
+    setup: Setup
+    step: str
+    flops: int
+    peak: int
+    phases: dict[str, list[int]]
+    unet_parameters: int
+    lora_parameters: int
+    seconds: float | None = None
+    ratio: float | None = None
+    gpu_peak: int | None = None
+
+    @property
+    def key(self) -> tuple[Setup, str]:
+        return self.setup, self.step
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        return cls(**{**values, "setup": Setup(**values["setup"])})
+
+
+def tracked(setup: Setup, steps: tuple[str, ...]) -> Iterator[Record]:
+    """Track each step once, on tensors without data."""
+    with MetaGpu():
+        bench = Workbench(setup)
+        unet, lora = (sum(p.numel() for p in ps) for ps in (bench.unet.parameters(), bench.parameters))
+        for name in steps:
+            cost = track(bench.step(name))
+            bench.clear()
+            phases = {phase: list(values) for phase, values in cost.phases.items()}
+            yield Record(setup, name, cost.flops, cost.peak, phases, unet, lora)
+
+
+@dataclass
+class Timing:
+    """Wall time and the allocator's peak of each step, from interleaved runs on real tensors."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def ratio(self, step: str) -> float:
+        """Median over the pairs of this step's time by the plain step's."""
+        return statistics.median(a / b for a, b in zip(self.seconds[step], self.seconds[PLAIN], strict=True))
+
+
+def timed(setup: Setup, steps: tuple[str, ...], pairs: int, progress: Callable[[], None]) -> Timing:
+    """Run the steps `pairs` times in turn, after one round of warming up."""
+    bench, result, on_gpu = Workbench(setup), Timing(), setup.device == "cuda"
+
+    def once(step: Step) -> float:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(lambda _: None)
+        if on_gpu:
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        bench.clear()
+        return taken
+
+    for i in range(pairs + 1):
+        for name in steps:
+            taken = once(bench.step(name))
+            if i:
+                result.seconds.setdefault(name, []).append(taken)
+                if on_gpu:
+                    result.peaks[name] = torch.cuda.max_memory_allocated()
+            progress()
+    return result

@@ -1,0 +1,295 @@
+"""The measured costs as a table, as docs/cost.md, and as the figures of `spf plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.cases import (
+    ALL_LAYERS,
+    CASES,
+    DOP,
+    MAPS_KEPT,
+    NO_QUERIES,
+    OUTPUT_ONLY,
+    PLAIN,
+    PUBLISHED,
+    PURE_CC,
+    REFERENCE,
+    SPF,
+    Record,
+)
+from benchmarks.steps import STEPS, Setup
+from spf_plugin import plan
+from spf_plugin.config import SPFConfig
+from spf_plugin.plan import LORA_BYTES, OPTIMIZERS, aligned_share
+
+MIB = 2**20
+TEMPLATE = Path(__file__).with_name("cost_template.md")
+PRESETS = Path(__file__).parents[1] / "presets"
+NAMES = {"sd1": "SD1.5", "sd2": "SD2.1", "sdxl": "SDXL", "tiny": "tiny"}
+LABELS = {
+    PLAIN: "plain LoRA",
+    SPF: "SPF, every step aligned",
+    ALL_LAYERS: "SPF, every step, spf_layers=all",
+    DOP: "DOP (ai-toolkit)",
+    PURE_CC: "PureCC",
+}
+NOT_MEASURED = "not measured yet"
+Records = Mapping[tuple[Setup, str], Record]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; the first is what the ratios refer to."""
+
+    setup: Setup
+    label: str
+    record: Record
+    plain: Record
+    share: float = 1.0  # of the steps; the others are plain
+
+    @property
+    def flops(self) -> float:
+        return 1 + (self.record.flops / self.plain.flops - 1) * self.share
+
+    @property
+    def static(self) -> int:
+        """Bytes of the weights and of AdamW8bit's state."""
+        weight = {"bf16": 2, "fp8": 1, "fp32": 4}[self.setup.weights]
+        models = 2 if self.record.step == PURE_CC else 1
+        lora = self.plain.lora_parameters * (LORA_BYTES + OPTIMIZERS["adamw8bit"])
+        return int(self.plain.unet_parameters * weight * models + lora)
+
+    @property
+    def total(self) -> int:
+        return self.static + self.record.peak
+
+    @property
+    def more(self) -> int:
+        """Bytes beyond a plain LoRA."""
+        return self.total - Row(self.setup, "", self.plain, self.plain).total
+
+    @property
+    def memory(self) -> float:
+        return self.total / (self.total - self.more)
+
+    def cells(self) -> list[str]:
+        time = NOT_MEASURED if self.record.ratio is None else f"{1 + (self.record.ratio - 1) * self.share:.2f}"
+        peak = NOT_MEASURED if self.record.gpu_peak is None else f"{self.record.gpu_peak / MIB:.0f} MB"
+        return [
+            self.label,
+            f"{self.flops:.3f}",
+            f"{self.record.peak / MIB:.0f} MB",
+            f"{self.total / MIB:.0f} MB",
+            f"{self.memory:.3f}",
+            f"{self.more / MIB:+.0f} MB" if self.record is not self.plain else "",
+            time,
+            peak,
+        ]
+
+
+HEAD = ["step", "FLOPs", "step's peak", "with weights", "memory", "more", "GPU time", "GPU peak"]
+
+
+def title(setup: Setup) -> str:
+    weights = "" if setup.weights == "bf16" else f", {setup.weights} weights"
+    rank = "" if setup.rank == Setup.rank else f", rank {setup.rank}"
+    how = "checkpointing" if setup.checkpointing else "no checkpointing"
+    return f"{NAMES[setup.family]}, {setup.resolution} px, batch {setup.batch}, {how}{weights}{rank}"
+
+
+def rows(records: Records, setup: Setup) -> list[Row]:
+    """The lines of a setup: what was tracked, and what SPF's schedules make of it."""
+    plain, spf = records.get((setup, PLAIN)), records.get((setup, SPF))
+    if plain is None:
+        return []
+    out = [Row(setup, LABELS[PLAIN], plain, plain)]
+    if spf is not None:
+        out.append(Row(setup, LABELS[SPF], spf, plain))
+        for label, config in (
+            ("SPF, default schedule, whole run", SPFConfig()),
+            ("SPF, default but spf_every=1", SPFConfig(every=1)),
+        ):
+            out.append(Row(setup, label, spf, plain, aligned_share(config, STEPS, setup.batch)))
+    for name in (ALL_LAYERS, DOP, PURE_CC):
+        if (setup, name) in records:
+            out.append(Row(setup, LABELS[name], records[setup, name], plain))
+    return out
+
+
+def table(records: Records) -> Table:
+    """Everything, for a terminal."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Cost of a training step, beside a plain LoRA")
+    for i, name in enumerate(HEAD):
+        out.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for setup, _ in CASES:
+        lines = rows(records, setup)
+        if lines:
+            out.add_row(f"[bold]{title(setup)}[/bold]")
+        for row in lines:
+            out.add_row(*row.cells())
+    return out
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
+    rule = "|---" + "|---:" * (len(head) - 1) + "|"
+    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)]
+
+
+def _targets(records: Records) -> list[list[str]]:
+    """What was aimed at, and what came out."""
+    lines = []
+    for setup, _ in CASES[:PUBLISHED]:
+        found = rows(records, setup)
+        if not setup.checkpointing or len(found) < 3:
+            continue
+        _, always, default = found[:3]
+        bound = 150 if setup.family == "sdxl" and setup.batch == 1 else None
+        memory = f"{always.memory:.3f}" + (f", {always.more / MIB:+.0f} MB (at most +150)" if bound else "")
+
+        def said(value: float, limit: float) -> str:
+            return f"{value:.3f} {'met' if value <= limit else f'missed by {value - limit:.3f}'}"
+
+        met = always.memory <= 1.05 and (bound is None or always.more <= bound * MIB)
+        lines.append(
+            [
+                f"{NAMES[setup.family]} {setup.resolution} px, batch {setup.batch}",
+                said(always.flops, 1.35),
+                said(default.flops, 1.15),
+                memory + (" met" if met else " missed"),
+            ]
+        )
+    return lines
+
+
+def _ways(records: Records) -> list[list[str]]:
+    """The measured ways down, at batch 1 with checkpointing."""
+    lines = []
+    for setup in (Setup("sd1", 512, 1, True), Setup("sdxl", 1024, 1, True)):
+        plain, spf = records.get((setup, PLAIN)), records.get((setup, SPF))
+        if plain is None or spf is None:
+            continue
+
+        def line(what: str, record: Record, share: float = 1.0, s: Setup = setup, p: Record = plain) -> list[str]:
+            row = Row(s, what, record, p, share)
+            return [NAMES[s.family], what, f"{row.flops:.3f}", f"{row.more / MIB:+.0f} MB"]
+
+        if (setup, REFERENCE) in records:
+            floor = 1 + records[setup, REFERENCE].flops / plain.flops
+            lines.append([NAMES[setup.family], "a plain step and a reference pass: the floor", f"{floor:.3f}", ""])
+        lines.append(line("SPF, every step aligned", spf))
+        for what, name in (
+            ("the same, maps of all 77 tokens kept for backward (as before)", MAPS_KEPT),
+            ("the same, `spf_layers=all` (SDXL: 70 layers in place of 11)", ALL_LAYERS),
+            ("the same, `spf_fine_grained_multiplier=0`", NO_QUERIES),
+            ("the same, only the output loss", OUTPUT_ONLY),
+        ):
+            if (setup, name) in records:
+                lines.append(line(what, records[setup, name]))
+        for what, config in (
+            ("stage 1 without reference: `spf_stage2_start=0.25 spf_every=1`", SPFConfig(every=1)),
+            ("`spf_stage2_start=0.55 spf_every=1`", SPFConfig(stage2_start=0.55, every=1)),
+            ("`spf_stage2_start=0.25 spf_every=2`", SPFConfig(every=2)),
+            ("`spf_stage2_start=0.25 spf_every=4`", SPFConfig(every=4)),
+            ("`spf_stage2_start=0.25 spf_every=1 spf_max_timestep=600`", SPFConfig(every=1, max_timestep=600)),
+        ):
+            lines.append(line(what, spf, aligned_share(config, STEPS, setup.batch)))
+    return lines
+
+
+def _fp8(records: Records) -> str:
+    """What 8-bit weights do to a step's own memory, with and without checkpointing."""
+    said = []
+    for on in (True, False):
+        pair = [records.get((Setup("sdxl", 1024, 1, on, weights=weights), PLAIN)) for weights in ("bf16", "fp8")]
+        if None in pair:
+            return ""
+        half, eighth = (record.peak / MIB for record in pair if record is not None)
+        said.append(f"{half:.0f} to {eighth:.0f} MB with{'' if on else 'out'} checkpointing")
+    return (
+        f"SDXL's weights shrink by 2449 MB; the plain step's own peak goes from {said[0]}, and from {said[1]}: there "
+        "backward keeps a half-precision copy of every weight, so nothing is saved."
+    )
+
+
+def _presets() -> list[list[str]]:
+    """The shipped presets, by the arithmetic of `spf plan`."""
+    lines = []
+    for path in sorted(PRESETS.glob("*-*gb.toml")):
+        run, _ = plan.read(path)
+        found = plan.predict(run)
+        card = int(path.stem.rsplit("-", 1)[1].removesuffix("gb"))
+        step = found.parts["activations and gradients"]
+        rest = found.peak - step - plan.CONTEXT
+        lines.append(
+            [
+                f"`{path.name}`",
+                f"{rest / MIB:.0f} MB",
+                f"{step / MIB:.0f} MB",
+                f"{plan.CONTEXT / MIB:.0f} MB",
+                plan.gib(found.peak),
+                f"{card} GB " + ("holds" if found.peak <= card * plan.GIB else "**does not hold**"),
+            ]
+        )
+    return lines
+
+
+def markdown(records: Records, environment: Mapping[str, str], command: str) -> str:
+    """docs/cost.md, from its template; `plan.json` must be written before."""
+    lines = []
+    for setup, _ in CASES[:PUBLISHED]:
+        found = rows(records, setup)
+        if found:
+            lines += [f"**{title(setup)}**", "", *_markdown(HEAD, [row.cells() for row in found]), ""]
+    others = [found[:2] for setup, _ in CASES[PUBLISHED:] if (found := rows(records, setup))]
+    if others:
+        other_head = ["for `spf plan`, tracked", "step's peak, plain", "SPF", "FLOPs of an aligned step"]
+        other_rows = []
+        for plain, *spf in others:
+            cells = [f"{spf[0].record.peak / MIB:.0f} MB", f"{spf[0].flops:.3f}"] if spf else ["", ""]
+            other_rows.append([title(plain.setup), f"{plain.record.peak / MIB:.0f} MB", *cells])
+        lines += _markdown(other_head, other_rows)
+    head = ["", "every step, FLOPs at most 1.35", "default schedule, at most 1.15", "memory, at most 1.05"]
+    preset_head = ["preset", "weights and optimizer", "step, tracked", "assumed", "together", "card"]
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        command=command,
+        environment=", ".join(f"{name} {value}" for name, value in environment.items()),
+        targets="\n".join(_markdown(head, _targets(records))),
+        table="\n".join(lines).rstrip(),
+        ways="\n".join(_markdown(["", "", "FLOPs", "memory"], _ways(records))),
+        fp8=_fp8(records),
+        presets="\n".join(_markdown(preset_head, _presets())),
+        context=plan.gib(plan.CONTEXT),
+        start=SPFConfig().stage2_start,
+        every=SPFConfig().every,
+        share=f"{aligned_share(SPFConfig(), STEPS, 1):.3f}",
+    )
+
+
+def plan_figures(records: Records, command: str) -> dict[str, Any]:
+    """plan.json."""
+    models: dict[str, Any] = {}
+    for setup, _ in CASES:
+        plain, spf = records.get((setup, PLAIN)), records.get((setup, SPF))
+        if plain is None or spf is None or setup.rank != Setup.rank:
+            continue
+        model = models.setdefault(
+            setup.family,
+            {
+                "unet_parameters": plain.unet_parameters,
+                "lora_parameters_per_rank": plain.lora_parameters // setup.rank,
+                "figures": {},
+            },
+        )
+        how = "checkpointing" if setup.checkpointing else "no checkpointing"
+        point = {"pixels": setup.resolution**2 * setup.batch, "resolution": setup.resolution, "batch": setup.batch}
+        for name, record in ((PLAIN, plain), (SPF, spf)):
+            point[name] = {"flops": record.flops, "peak": record.peak}  # type: ignore[assignment]
+        model["figures"].setdefault(setup.weights, {}).setdefault(how, []).append(point)
+    return {"command": command, "basis": "tracked, not measured on a GPU", "rank": Setup.rank, "models": models}

@@ -1,0 +1,233 @@
+"""FLOPs and peak memory of a GPU training step, on a machine without a GPU.
+
+Everything runs on torch's meta device, whose tensors have a shape and a dtype and no data: SDXL at 1024 px needs no
+memory and no GPU. What makes the figures those of a GPU is `MetaGpu`: the mixed precision rules of CUDA, not those of
+the CPU, and fused attention.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._meta_registrations  # kernels of the meta device that are written in Python
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+ALLOCATION = 512  # bytes; the CUDA allocator rounds every tensor up to a multiple of it
+
+# torch/aten/src/ATen/autocast_mode.h: what runs in the lower precision, and what in float32, of what these UNets call.
+_LOWER = {
+    F.linear,
+    F.conv2d,
+    torch.conv2d,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    torch.baddbmm,
+    F.scaled_dot_product_attention,
+}
+_FLOAT32 = {
+    F.layer_norm,
+    torch.layer_norm,
+    F.group_norm,
+    torch.group_norm,
+    F.softmax,
+    torch.softmax,
+    Tensor.softmax,
+    F.mse_loss,
+    torch.exp,
+    Tensor.exp,
+    torch.sum,
+    Tensor.sum,
+    F.cosine_similarity,
+}
+
+
+class MetaGpu(TorchFunctionMode):
+    """Applies CUDA's autocast rules to meta tensors wherever CPU autocast is on (and keeps CPU's own rules out).
+
+    The difference matters: CUDA runs normalisations in float32 and the CPU in bfloat16, so the CPU's rules would count
+    about half of those activations. Weights that are trained are cast once per autocast block, as CUDA does.
+
+    Meta tensors have no values to decide anything by: a mask selects everything, and a condition is met. Attention is
+    the fused kind (sdpa, xformers), which never holds a map of positions by positions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> MetaGpu:
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        self._stack.enter_context(torch._C._ExcludeDispatchKeyGuard(keys))
+        self._stack.enter_context(mock.patch.object(torch, "autocast", self._autocast))
+        # torch.autocast calls this when its outermost block ends, also around what checkpointing recomputes.
+        self._stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", self._casts.clear))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._casts.clear()
+        self._stack.close()
+
+    @staticmethod
+    def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        """`torch.autocast`, for a device that has none."""
+        return torch.amp.autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in (dtype, torch.float64):
+            return value
+        if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
+            return value.to(dtype)
+        if id(value) not in self._casts:
+            self._casts[id(value)] = value, value.to(dtype)
+        return self._casts[id(value)][1]
+
+    def _backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        """`loss.backward()` with the mode on."""
+        super().__enter__()
+        try:
+            options = {"allow_unreachable": True, "accumulate_grad": True}
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **options)
+        finally:
+            super().__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu") and (func in _LOWER or func in _FLOAT32):
+            dtype = torch.get_autocast_dtype("cpu") if func in _LOWER else torch.float32
+            args = [self._cast(a, dtype) for a in args]
+            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        if func is Tensor.backward or func is torch.autograd.backward:
+            # A mode is off inside its own handler, and checkpointing recomputes inside backward.
+            return self._backward(*args, **kwargs)
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return func(args[0], slice(None))
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return func(*args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flop(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# torch's FLOP formulas, and those for the CPU's fused attention, which FlopCounterMode does not know yet.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
+
+
+class Tracker(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of every storage that is made while the mode is on, until it is freed.
+
+    torch's own FlopCounterMode and MemTracker do the same with a hook on every module, which takes three times as long;
+    `tests/test_cost.py` compares.
+
+    Attributes:
+        flops: by operator; a multiply and an add count as two.
+        current: bytes alive now.
+        highest: the most that was alive at once.
+        phases: name -> (peak in the phase, alive at its end), for every `mark`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.current = self.highest = self._peak = 0
+        self.phases: dict[str, tuple[int, int]] = {}
+        self._alive: set[int] = set()
+
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.current -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in FORMULAS:
+            self.flops[str(packet)] += FORMULAS[packet](*args, **kwargs, out_val=out)
+        given: set[int] | None = None
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._alive:
+                continue
+            if given is None:
+                given = {t.untyped_storage()._cdata for t in _tensors([*args, *kwargs.values()])}
+            if key in given:  # a view of a weight, or a weight changed in place
+                continue
+            size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+            self._alive.add(key)
+            self.current += size
+            self._peak = max(self._peak, self.current)
+            self.highest = max(self.highest, self.current)
+            weakref.finalize(storage, self._freed, key, size).atexit = False
+        return out
+
+    def mark(self, name: str) -> None:
+        """End a phase: note its peak under `name`, and start the next."""
+        self.phases[name] = (self._peak, self.current)
+        self._peak = self.current
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes.
+
+    Attributes:
+        flops: of one step.
+        peak: bytes at the peak, beyond what was there before the step (weights, optimizer state).
+        phases: see `LiveMemory`.
+        operators: FLOPs by operator.
+    """
+
+    flops: int
+    peak: int
+    phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    operators: Mapping[str, int] = field(default_factory=dict)
+
+
+def track(step: Callable[[Callable[[str], None]], None]) -> Cost:
+    """Run `step(mark)` once and count; `mark(name)` ends a phase."""
+    gc.collect()
+    with Tracker() as tracker:
+        step(tracker.mark)
+    return Cost(sum(tracker.flops.values()), tracker.highest, tracker.phases, dict(tracker.flops))
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,176 @@
+"""What a step costs: the counters against torch's own and against hand counts, and the bounds that SPF promises."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.cases import PLAIN, SPF, Record, tracked
+from benchmarks.report import rows
+from benchmarks.steps import Setup, Workbench
+from benchmarks.tracking import MetaGpu, Tracker, track
+from spf_plugin import probe
+from tests.test_attachment import CAPTIONS, Run
+
+KIB4 = 1024 * 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- the counters ----------------------------------------------------------------------------------------------------
+
+
+def test_live_memory_by_hand() -> None:
+    weight = torch.ones(1024)
+    with Tracker() as tracker:
+        a = weight + 1
+        b = a * 2
+        del a
+        tracker.mark("first")
+        c = b.view(32, 32).t()  # no memory of its own, and keeps b's
+        del b
+        d = c + 1
+        assert tracker.current == 2 * KIB4
+        del c, d
+        weight.view(32, 32)  # was there before
+    assert tracker.phases == {"first": (2 * KIB4, KIB4)}
+    assert tracker.highest == 2 * KIB4
+    assert tracker.current == 0
+
+
+def test_cuda_autocast_rules_also_where_checkpointing_recomputes() -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    weight = torch.randn(8, 8, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        y = F.linear(x, weight)
+        z = F.layer_norm(y, (8,))
+        seen.append((y.dtype, z.dtype))
+        return z * z
+
+    with MetaGpu():
+        x = torch.randn(4, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = checkpoint(block, x, use_reentrant=False)
+        out.sum().backward()
+    assert seen == [(torch.bfloat16, torch.float32)] * 2  # and not bfloat16 twice, as on the CPU
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_counts_without_data_are_those_of_a_real_step() -> None:
+    """A real step on the CPU under torch's FlopCounterMode, against the count on tensors without data."""
+    torch.manual_seed(0)
+    setup = Setup("tiny", 64, 2, True, rank=4, weights="fp32", device="cpu")
+    real = Workbench(setup)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter does not know
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    known = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        real.spf(lambda _: None)
+    real.clear()
+    on_cpu = track(real.spf)
+    with MetaGpu():
+        counted = track(Workbench(Setup(**{**setup.__dict__, "device": "meta"})).spf)
+    assert counted.flops == counter.get_total_flops()
+    # The CPU's convolutions and attention hold a few buffers of their own.
+    assert counted.peak == pytest.approx(on_cpu.peak, rel=0.1)
+
+
+# ---- what is promised ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd15() -> dict[tuple[Setup, str], Record]:
+    """The real SD1.5 UNet: on tensors without data a narrow one takes as long."""
+    return {record.key: record for record in tracked(Setup("sd1", 512, 1, True), (PLAIN, SPF))}
+
+
+def test_flops_of_an_aligned_step_and_of_the_default_run(sd15: dict[tuple[Setup, str], Record]) -> None:
+    _, always, default, _ = rows(sd15, Setup("sd1", 512, 1, True))
+    assert 1.2 < always.flops <= 1.35  # not plain by mistake
+    assert default.flops <= 1.15
+
+
+def test_memory_of_an_aligned_step(sd15: dict[tuple[Setup, str], Record]) -> None:
+    _, always = rows(sd15, Setup("sd1", 512, 1, True))[:2]
+    assert always.memory <= 1.05
+    assert always.more <= 40 * 2**20  # 24 MB; 114 MB when every layer's maps were kept for backward
+
+
+def test_the_maps_of_single_tokens_are_not_kept() -> None:
+    query = torch.randn(2, 64, 32, requires_grad=True)
+    key, groups = torch.randn(2, 77, 32, requires_grad=True), torch.ones(2, 77, 3)
+    with Tracker() as tracker:
+        out = probe.group_attention(query, key, 4, groups)
+        assert tracker.current == out.numel() * 4
+        kept = probe._group_attention(query, key, 4, groups)
+        assert tracker.current > 4 * 2 * 64 * 77 * 4  # so the tracker would have seen them
+        del kept
+
+
+def test_gradient_of_group_attention() -> None:
+    """Against float64 autograd of the formula itself."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, n, 12, generator=generator, requires_grad=True) for n in (10, 7))
+    groups = (torch.rand(2, 7, 2, generator=generator) > 0.5).float()
+    upstream = torch.randn(2, 10, 2, generator=generator)
+    probe.group_attention(query, key, 3, groups).backward(upstream)
+
+    q, k = (t.detach().double().requires_grad_() for t in (query, key))
+    heads = [(q[..., i : i + 4] @ k[..., i : i + 4].mT / 2).softmax(-1) for i in (0, 4, 8)]
+    ((sum(heads) / 3) @ groups.double()).backward(upstream.double())
+    torch.testing.assert_close(query.grad, q.grad, check_dtype=False, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(key.grad, k.grad, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+# ---- nothing stays ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_flat_over_200_steps() -> None:
+    run = Run(CAPTIONS)
+    alive = []
+    with Tracker() as tracker:
+        for step in range(1, 201):
+            run.step()
+            run.weight.grad = None
+            if step % 20 == 0:
+                gc.collect()
+                alive.append(tracker.current)
+    assert run.spf.step == 200
+    assert len(set(alive)) == 1  # what the caches of prompts and phrases hold, from the first twenty steps on
+
+
+def test_no_captured_tensor_survives_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[weakref.ref[Tensor]] = []
+    original = probe.group_attention
+
+    def noting(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
+        out = original(query, key, heads, groups)
+        captured.extend(weakref.ref(t) for t in (query, key, out))
+        return out
+
+    monkeypatch.setattr("spf_plugin.objective.group_attention", noting)
+    run = Run(CAPTIONS)
+    for _ in range(5):
+        run.step()
+    gc.collect()
+    assert len(captured) == 4 * 2 * 3  # four aligned steps, two paths, three tensors
+    assert not any(ref() is not None for ref in captured)

@@ -1,0 +1,220 @@
+"""`spf plan`: the arithmetic against other ways of counting, the shipped presets, and every mistake."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spf_plugin import plan
+from spf_plugin.cli import app
+from spf_plugin.config import SPFConfig, parse
+from spf_plugin.errors import SPFError
+from spf_plugin.plan import GIB, Run
+
+ROOT = Path(__file__).parents[1]
+PRESETS = {"sd15-6gb": 6, "sd15-8gb": 8, "sd21-8gb": 8, "sdxl-8gb": 8, "sdxl-12gb": 12, "sdxl-24gb": 24}
+GOOD = """
+pretrained_model_name_or_path = "sd_xl_base_1.0.safetensors"
+resolution = "1024,1024"
+network_module = "spf_plugin.lora"
+network_dim = 32
+network_train_unet_only = true
+mixed_precision = "bf16"
+sdpa = true
+cache_latents = true
+gradient_checkpointing = true
+"""
+
+
+def preset(folder: Path, text: str = GOOD, **changes: str) -> Path:
+    lines = [line for line in text.strip().splitlines() if line.split(" =")[0] not in changes]
+    path = folder / "run.toml"
+    path.write_text("\n".join([*lines, *(f"{k} = {v}" for k, v in changes.items() if v)]) + "\n", encoding="utf-8")
+    return path
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_is_here() -> None:
+    assert {path.stem for path in (ROOT / "presets").glob("*.toml")} == {*PRESETS, "dataset"}
+
+
+@pytest.mark.parametrize(("name", "card"), PRESETS.items())
+def test_presets_fit_their_cards(name: str, card: int) -> None:
+    run, notes = plan.read(ROOT / "presets" / f"{name}.toml")
+    assert run.model == {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}[name.split("-")[0]]
+    assert run.spf is not None
+    assert notes == []
+    assert plan.fits(run, card * GIB)
+    assert plan.predict(run).peak <= 0.85 * card * GIB  # a desktop and its browser live on the same card
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def records() -> list[dict[str, Any]]:
+    return json.loads((ROOT / "docs" / "cost.json").read_text(encoding="utf-8"))["records"]
+
+
+def test_prediction_between_the_points_and_at_another_rank() -> None:
+    """Against tracked setups that no line was drawn through."""
+    for step, spf in (("plain", None), ("spf", SPFConfig())):
+        found = {
+            (r["setup"]["resolution"], r["setup"]["rank"]): r["peak"]
+            for r in records()
+            if r["setup"]["family"] == "sd1" and r["setup"]["batch"] == 1 and r["step"] == step
+            if r["setup"]["checkpointing"] and r["setup"]["weights"] == "bf16"
+        }
+        run = Run("sd1", 768, 768, rank=16, checkpointing=True, spf=spf)
+        assert plan.step_bytes(run) == pytest.approx(found[768, 16], rel=0.05)
+        wide = plan.step_bytes(replace(run, width=512, height=512, rank=64))
+        assert found[512, 64] <= wide <= 1.1 * found[512, 64]  # rather too much than too little
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_parameters(family: str) -> None:
+    """Every linear layer of a transformer (and its 1x1 convolutions) gets rank x (inputs + outputs)."""
+    from diffusers import UNet2DConditionModel
+
+    from benchmarks.unets import CONFIGS
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**CONFIGS[family])
+    per_rank = sum(
+        sum(module.weight.shape[:2])
+        for name, module in unet.named_modules()
+        if ".attentions." in f".{name}" and isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    )
+    model = plan.figures()["models"][family]
+    assert model["lora_parameters_per_rank"] == per_rank
+    assert model["unet_parameters"] == sum(p.numel() for p in unet.parameters())
+    assert plan.predict(Run(family, 512, 512, rank=8, save_bytes=2)).file_bytes == per_rank * 8 * 2
+
+
+def test_share_of_aligned_steps() -> None:
+    """Against counting them, as the attachment decides."""
+    for settings in ({}, {"spf_every": "3"}, {"spf_stage2_start": "40"}, {"spf_stage2_start": "0"}):
+        config = parse(settings)
+        steps = 600
+        start = config.stage2_step(steps)
+        counted = sum(step >= start and step % config.every == 0 for step in range(steps)) / steps
+        assert plan.aligned_share(config, steps, 1) == pytest.approx(counted, abs=0.003)
+    half = parse({"spf_max_timestep": "500", "spf_stage2_start": "0", "spf_every": "1"})
+    draws = torch.randint(0, 1000, (20000, 4), generator=torch.Generator().manual_seed(0))
+    assert plan.aligned_share(half, 1000, 4) == pytest.approx(float((draws < 500).any(1).float().mean()), abs=0.01)
+
+
+def test_parts_by_hand() -> None:
+    run = Run("sd1", 512, 512, rank=16, checkpointing=True, fused_attention=True, optimizer="AdamW", spf=SPFConfig())
+    parts = plan.predict(run).parts
+    assert parts["UNet, frozen"] == 859_520_964 * 2
+    assert parts["LoRA weights"] == parts["optimizer state"] / 2
+    assert plan.predict(replace(run, optimizer="bitsandbytes.optim.PagedAdamW8bit")).peak < plan.predict(run).peak
+    assert plan.predict(replace(run, spf=None)).flop_ratio == 1
+    assert plan.predict(replace(run, spf=None)).peak < plan.predict(run).peak
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def call(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_it_fits() -> None:
+    code, text = call(ROOT / "presets" / "sdxl-8gb.toml", "--vram", "8")
+    assert code == 0
+    assert "fits into 8 GB" in text
+    assert "not measured on a GPU" in text
+    code, text = call(ROOT / "presets" / "sd15-8gb.toml")
+    assert code == 0
+    assert "fits cards with" in text
+
+
+def test_it_does_not_fit_and_says_what_to_change(tmp_path: Path) -> None:
+    path = preset(tmp_path, gradient_checkpointing="false", train_batch_size="4")
+    code, text = call(path, "--vram", "8")
+    assert code == 1
+    assert "gradient_checkpointing = true" in text
+    code, text = call(path, "--vram", "8", "--json")
+    values = json.loads(text)
+    assert code == 1
+    assert not values["fits"]
+    assert values["enough"]
+    assert values["changes"][-1]["peak_gb"] <= 8 < values["peak_gb"]
+    assert "not measured" in values["basis"]
+    # What it says is true: the changed preset fits.
+    changes = dict(item.split(" = ") for c in values["changes"] for item in c["setting"].split(", ", 1 + 0))
+    assert call(preset(tmp_path, path.read_text(encoding="utf-8"), **changes), "--vram", "8")[0] == 0
+
+
+def test_nothing_is_enough(tmp_path: Path) -> None:
+    code, text = call(preset(tmp_path), "--vram", "2")
+    assert code == 1
+    assert "not enough" in text
+
+
+def test_without_fused_attention_nothing_is_promised(tmp_path: Path) -> None:
+    code, text = call(preset(tmp_path, sdpa=""), "--vram", "24")
+    assert code == 1
+    assert "sdpa = true" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gradient_checkpoint": "true"}, "did you mean gradient_checkpointing"),
+        ({"train_batch_size": "0"}, "train_batch_size = 0: must be a whole number"),
+        ({"network_dim": '"16"'}, "network_dim = '16'"),
+        ({"resolution": '"big"'}, "resolution = 'big'"),
+        ({"resolution": ""}, "resolution is missing"),
+        ({"sdpa": '"true"'}, "must be true or false"),
+        ({"mixed_precision": '"no"'}, "mixed_precision"),
+        ({"network_train_unet_only": "false"}, "network_train_unet_only = true"),
+        ({"cache_latents": "false"}, "cache_latents = true"),
+        ({"optimizer_type": '"AdamX8bit"'}, "did you mean adam8bit"),
+        ({"network_args": '["spf_evry=2"]'}, "did you mean spf_every"),
+        ({"network_args": '["spf_target=blonde", "hair"]'}, "stray word"),
+        ({"fp8_base": "true", "gradient_checkpointing": "false"}, "saves nothing"),
+        ({"pretrained_model_name_or_path": '"mine.safetensors"'}, "--model sd1, sd2 or sdxl"),
+    ],
+)
+def test_mistakes(tmp_path: Path, changes: dict[str, str], words: str) -> None:
+    path = preset(tmp_path, **changes)
+    with pytest.raises(SPFError) as caught:
+        plan.read(path)
+    assert words in str(caught.value)
+    assert call(path)[0] == 2
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SPFError, match="2 problems"):
+        plan.read(preset(tmp_path, network_dim="0", train_batch_size="-1"))
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    code, text = call(tmp_path / "none.toml")
+    assert code == 2
+    assert "there is no such file" in text
+    (tmp_path / "bad.toml").write_text("a = ", encoding="utf-8")
+    assert "not valid TOML" in call(tmp_path / "bad.toml")[1]
+    assert "data set configuration" in call(ROOT / "presets" / "dataset.toml")[1]
+    assert call("--help")[0] == 0
+
+
+def test_the_model_can_be_said(tmp_path: Path) -> None:
+    path = preset(tmp_path, pretrained_model_name_or_path='"mine.safetensors"')
+    assert call(path, "--model", "sdxl", "--vram", "12")[0] == 0
+    spf_less = preset(tmp_path, network_module='"networks.lora"')
+    run, notes = plan.read(spf_less)
+    assert run.spf is None
+    assert "plain LoRA" in notes[0]
