@@ -11,7 +11,9 @@ from portraitlab.captions import TARGETS, describe, with_phrase
 from portraitlab.customisation import EXPLICIT, neutral_person
 from portraitlab.model_files import load_pipeline
 from portraitlab.portraits import counterfactual
-from portraitlab.report import figures, maps, page
+from portraitlab.report.figures import outline
+from portraitlab.report.maps import separation
+from spf_plugin.report import figures, maps, page
 
 if TYPE_CHECKING:
     from portraitlab.demo import Comparison
@@ -43,8 +45,8 @@ def map_sections(comparison: Comparison, lora: Path) -> tuple[dict[str, Any], di
             layers=config.layers,
         )
         heats = {step: figures.heat_over(pair.without, heat) for step, heat in seen.control[config.map].items()}
-        truth = figures.outline(pair.with_, pair.region)
-        found.append([maps.separation(pair.region, heat) for heat in seen.control[config.map].values()])
+        truth = outline(pair.with_, pair.region)
+        found.append([separation(pair.region, heat) for heat in seen.control[config.map].values()])
         row = [page.picture(truth, f"What {goal.phrase} really changes", caption="what really changes")]
         for (step, heat), auc in zip(heats.items(), found[-1], strict=True):
             row.append(page.picture(heat, f"Control map at timestep {step}", caption=f"t = {step}, finds it {auc:.2f}"))

@@ -1,4 +1,4 @@
-"""The demo's report: chooses the pictures and writes the sentences; `portraitlab.report` draws."""
+"""The demo's report: chooses the pictures and writes the sentences; `spf_plugin.report` draws."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import numpy as np
 from portraitlab.captions import TARGETS
 from portraitlab.customisation import POLLUTION
 from portraitlab.demo_maps import TIMESTEPS, map_sections
-from portraitlab.report import figures, page
+from portraitlab.report import TEMPLATE
+from portraitlab.report.figures import LABELS, drift_curves, trade_off
 from spf_plugin import __version__
+from spf_plugin.report import figures, page
 
 if TYPE_CHECKING:
     from portraitlab.demo import Comparison, Trained
@@ -157,20 +159,22 @@ def _table(comparison: Comparison) -> dict[str, Any]:
 
 def _hero(comparison: Comparison, first: Mapping[str, Trained]) -> dict[str, Any]:
     phrase = TARGETS[comparison.target].phrase
-    count = min(SHOWN_IN_HERO, len(comparison.prompts))
+    # Where a prompt names clothes and background, a plain LoRA mostly keeps them too: the others tell more.
+    shown = [i for i, prompt in enumerate(comparison.prompts) if prompt.kind == "partial"][:SHOWN_IN_HERO]
     rows = []
     for kind, images, note in (
         ("base", comparison.base_without, f"not asked for {phrase}"),
         ("plain", first["plain"].with_, f"asked for {phrase}"),
         ("spf", first["spf"].with_, f"asked for {phrase}"),
     ):
-        label = figures.LABELS[kind]
-        pictures = [
-            page.picture(images[i], f"{label}, {note}: {comparison.prompts[i].base_prompt}") for i in range(count)
-        ]
+        label = LABELS[kind]
+        pictures = [page.picture(images[i], f"{label}, {note}: {comparison.prompts[i].base_prompt}") for i in shown]
         rows.append({"kind": kind, "label": label[0].upper() + label[1:], "note": note, "images": pictures})
-    caption = "The first four prompts of the list, not chosen. A column is one prompt and one seed."
-    return {"columns": count, "rows": rows, "caption": caption}
+    caption = (
+        f"The first {len(shown)} prompts that leave clothes and background open, not chosen. A column is one prompt "
+        "and one seed."
+    )
+    return {"columns": len(shown), "rows": rows, "caption": caption}
 
 
 def _cards(comparison: Comparison, first: Mapping[str, Trained]) -> list[dict[str, Any]]:
@@ -182,7 +186,7 @@ def _cards(comparison: Comparison, first: Mapping[str, Trained]) -> list[dict[st
             ("plain", first["plain"].without, first["plain"].with_),
             ("spf", first["spf"].without, first["spf"].with_),
         )
-        label = figures.LABELS
+        label = LABELS
         cards.append(
             {
                 "without": [page.picture(w[i], f"{label[k]} without {phrase}") for k, w, _ in sources],
@@ -271,8 +275,8 @@ def write_report(
     show("report", 0, 3, {})
     map_section, phrases, pictures = map_sections(comparison, first["spf"].result.path)
     show("report", 1, 3, {})
-    drift = figures.drift_curves(_histories(first, stage2), stage2)
-    trade_off = figures.trade_off(
+    drift = drift_curves(_histories(first, stage2), stage2)
+    response = trade_off(
         {
             "base": [(comparison.base_scores.drift, comparison.base_scores.response)],
             **{m: [(run[m].scores.drift, run[m].scores.response) for run in comparison.runs] for m in ("plain", "spf")},
@@ -308,7 +312,7 @@ def write_report(
                 "How far the predicted noise is from the base model's outside the map, relative to its size. Until "
                 "alignment begins both runs are the same."
             ),
-            "trade_off": page.data_uri(trade_off),
+            "trade_off": page.data_uri(response),
             "trade_off_alt": "Response against drift for base model, plain LoRA and SPF LoRA",
             "trade_off_caption": "Learning the target against moving everything else. The upper left corner is best.",
         },
@@ -333,7 +337,7 @@ def write_report(
     for name, image in pictures.items():
         page.write_bytes(folder / f"{name}.png", figures.png(image))
     page.write_bytes(folder / "drift.png", drift)
-    page.write_bytes(folder / "trade-off.png", trade_off)
-    page.write(folder / "report.html", content)
+    page.write_bytes(folder / "trade-off.png", response)
+    page.write(folder / "report.html", content, TEMPLATE)
     show("report", 3, 3, {})
     return folder / "report.html"

@@ -30,7 +30,7 @@ from portraitlab.measure import score, untouched_region
 from portraitlab.model_files import CLIP_FOLDERS, JUDGE_FILE, MODEL_FOLDER
 from spf_plugin import clip
 from spf_plugin.cli.progress import progress_bars
-from spf_plugin.config import PREFIX, parse
+from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError, nearest
 
 GUIDED = {"clip": str(CLIP_FOLDERS[0])}
@@ -55,12 +55,11 @@ ROWS: dict[str, Row] = {
     "spf": Row({}),
     "spf-100": Row({}, {"steps": 100}),
     "spf-400": Row({}, {"steps": 400}),
-    "spf-anchor": Row({"response": "anchor", **GUIDED}),
-    "spf-directional": Row({"response": "directional", **GUIDED}),
-    "spf-every2": Row({"every": 2}),
-    "spf-every2-double": Row(
-        {"every": 2, "text_consistent_multiplier": 0.6, "fine_grained_multiplier": 0.6, "output_multiplier": 6}
-    ),
+    # Beside spf-every-1:
+    "spf-anchor": Row({"every": 1, "response": "anchor", **GUIDED}),
+    "spf-directional": Row({"every": 1, "response": "directional", **GUIDED}),
+    "spf-every-1": Row({"every": 1}),
+    "spf-every-4": Row({"every": 4}),
     "spf-stage2-0": Row({"stage2_start": 0}),
     "spf-stage2-0.5": Row({"stage2_start": 0.5}),
     "spf-no-text-consistent": _without("text_consistent"),
@@ -86,11 +85,17 @@ class Task:
     evaluation_seed: int = 0
 
 
+def settings(task: Task, row: Row) -> SPFConfig:
+    """The SPF settings of a row, defaults included."""
+    words = {PREFIX + name: value for name, value in row.spf.items()}
+    return parse({PREFIX + "target": TARGETS[task.target].phrase, PREFIX + "network": "lycoris.kohya", **words})
+
+
 def key(task: Task, row: Row, seed: int, model: Path) -> str:
     """A name for a result, made of all that it depends on."""
     weights = hashlib.sha256((model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     here = str(MODEL_FOLDER.parent)  # the same result under another path
-    spf = {name: str(value).replace(here, "") for name, value in row.spf.items()}
+    spf = {name: value.replace(here, "") for name, value in settings(task, row).to_metadata().items()}
     facts = [vars(task), spf, dict(row.training), seed, weights]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -147,11 +152,9 @@ def run_row(task: Task, row: Row, seed: int, measuring: Measuring, folder: Path,
     data = folder / f"data-{task.target}{'-clean' if task.clean else ''}-{seed}"
     if not data.exists():
         write_set(data, task.target, seed=seed, **({"pollution": 0.0} if task.clean else {}))
-    words = {PREFIX + name: value for name, value in row.spf.items()}
-    config = parse({PREFIX + "target": TARGETS[task.target].phrase, PREFIX + "network": "lycoris.kohya", **words})
     out = folder / "loras" / f"{label.replace(' ', '-')}.safetensors"
-    settings = demo.settings(measuring.model, data, out, config, task.steps, seed)
-    result, seconds = demo.timed_training(replace(settings, **row.training), f"{label}: training", measuring.show)
+    run = demo.settings(measuring.model, data, out, settings(task, row), task.steps, seed)
+    result, seconds = demo.timed_training(replace(run, **row.training), f"{label}: training", measuring.show)
     return measuring.scores(*measuring.draw(result.path, label)) | {"step_seconds": seconds}
 
 

@@ -1,5 +1,5 @@
-"""The report of a comparison: base model, plain LoRA and SPF LoRA, on one self-contained page.
+"""What the demo's page adds to `spf_plugin.report`: its template, its plots, and a score of the maps."""
 
-Nothing here knows where images come from: `maps` takes a diffusers pipeline, `figures` arrays and numbers, `page` the
-finished pictures and sentences.
-"""
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("page.html")

@@ -37,6 +37,7 @@ def _later(name: str, module: str, help: str) -> None:
 
 _later("lora", "spf_plugin.cli.lora", "Check, fix and convert LoRA files; write their WebUI cards.")
 _later("check", "spf_plugin.cli.check", "See what a training run will do, and what is wrong with it.")
+_later("report", "spf_plugin.cli.report", "Show on one page what a LoRA changes in a model, unasked changes too.")
 _later("doctor", "spf_plugin.cli.doctor", "Say what is installed here and whether sd-scripts fits, for bug reports.")
 
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from portraitlab.report import figures, maps, page
+from portraitlab.report import TEMPLATE
+from portraitlab.report.figures import drift_curves, trade_off
+from portraitlab.report.maps import separation
 from spf_plugin.prompt import Target
+from spf_plugin.report import figures, maps, page
 from spf_plugin.trainer.loop import Settings, train
 from tests import tiny
 
@@ -130,8 +133,8 @@ def test_separation_is_the_share_of_pairs_in_the_right_order() -> None:
     inside = [heat[i, j] for i in range(4) for j in range(4) if i < 2 and j >= 1]
     outside = [heat[i, j] for i in range(4) for j in range(4) if not (i < 2 and j >= 1)]
     pairs = [(a > b) + 0.5 * (a == b) for a in inside for b in outside]
-    assert maps.separation(region, heat) == pytest.approx(sum(pairs) / len(pairs))
-    assert np.isnan(maps.separation(np.zeros((32, 32), bool), heat))
+    assert separation(region, heat) == pytest.approx(sum(pairs) / len(pairs))
+    assert np.isnan(separation(np.zeros((32, 32), bool), heat))
 
 
 def test_pictures() -> None:
@@ -147,8 +150,8 @@ def test_pictures() -> None:
     assert (hot.max(axis=-1) > hot.min(axis=-1)).all()
     rows = [{"step": s, "spf/drift_outside": 0.1 * s} for s in range(4)]
     for content in (
-        figures.drift_curves({"plain": rows, "spf": [{"step": 1}]}, 2),
-        figures.trade_off({"base": [(0.1, 0.2)], "plain": [(0.3, 0.9)], "spf": [(0.1, 0.8)]}),
+        drift_curves({"plain": rows, "spf": [{"step": 1}]}, 2),
+        trade_off({"base": [(0.1, 0.2)], "plain": [(0.3, 0.9)], "spf": [(0.1, 0.8)]}),
     ):
         assert min(Image.open(io.BytesIO(content)).size) > 300
 
@@ -159,5 +162,5 @@ def test_a_page_without_a_value_is_an_error_and_leaves_the_old_page(tmp_path: Pa
     path = tmp_path / "report.html"
     path.write_text("old", encoding="utf-8")
     with pytest.raises(jinja2.UndefinedError):
-        page.write(path, {"title": "x"})
+        page.write(path, {"title": "x"}, TEMPLATE)
     assert path.read_text(encoding="utf-8") == "old"

@@ -8,15 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portraitlab.report.figures import Image8, png
+from spf_plugin.report.figures import Image8, jpeg, png
 
-TEMPLATE = Path(__file__).with_name("page.html")
+FOLDER = Path(__file__).parent
+TEMPLATE = FOLDER / "page.html"
+#: Pictures whose longer side has more pixels go into the page smaller, and as JPEG.
+SHOWN_SIDE = 384
 
 
 def data_uri(picture: bytes | Image8) -> str:
     """A PNG, or an image `[H, W, 3]` uint8, as the source of an `img`."""
-    content = picture if isinstance(picture, bytes) else png(picture)
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+    if isinstance(picture, bytes):
+        return "data:image/png;base64," + base64.b64encode(picture).decode()
+    if max(picture.shape[:2]) > SHOWN_SIDE:
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg(picture, SHOWN_SIDE)).decode()
+    return data_uri(png(picture))
 
 
 def picture(image: bytes | Image8, alt: str, **more: str) -> dict[str, str]:
@@ -24,20 +30,23 @@ def picture(image: bytes | Image8, alt: str, **more: str) -> dict[str, str]:
     return {"src": data_uri(image), "alt": alt, **more}
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any], template: Path = TEMPLATE) -> None:
     """Fill in the template and write the page in one piece.
 
     Args:
         path: the HTML file.
         content: the template's variables; a missing one is an error.
+        template: it may extend `layout.html` and import `parts.html`, which lie here.
     """
     import jinja2
 
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=False, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader([template.parent, FOLDER], encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        keep_trailing_newline=True,
     )
-    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content)
-    write_bytes(path, html.encode())
+    write_bytes(path, environment.get_template(template.name).render(content).encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
