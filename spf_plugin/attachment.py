@@ -24,6 +24,7 @@ from spf_plugin.objective import Objective, Path, dual_path
 from spf_plugin.probe import capture, find_layers
 from spf_plugin.prompt import Target
 from spf_plugin.text import BatchText, Conds, TextHost, TextSide, as_type, map_conds
+from spf_plugin.watch import Watch, WatchedHost
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ PRESERVE_AT_LEAST = 1.0  # base-preservation samples have no diffusion loss; the
 PROBE_SCALE = 2.0**12  # the diffusion loss's gradient at a float16 prediction would vanish unscaled
 
 
-class Host(TextHost, ImageHost, Protocol):
+class Host(TextHost, ImageHost, WatchedHost, Protocol):
     """What SPF needs of a training loop. A new host is one new class with these members."""
 
     trainer: (
@@ -79,6 +80,7 @@ class Attachment:
         adapter: switches the trained modules off.
         multiplier: the adapter's present multiplier; at 0 SPF lets everything pass.
         enhancement: the response term, or None.
+        watch: draws samples and warns, or None.
 
     Raises:
         SPFError: `spf_layers` matches nothing.
@@ -92,8 +94,9 @@ class Attachment:
         adapter: Adapter,
         multiplier: Callable[[], float] = lambda: 1.0,
         enhancement: Enhancement | None = None,
+        watch: Watch | None = None,
     ):
-        self.enhancement = enhancement
+        self.enhancement, self.watch = enhancement, watch
         self.host, self.config, self.adapter, self.multiplier = host, config, adapter, multiplier
         self.layers = find_layers(unet, config.layers)
         self.text = TextSide(host, config.target, adapter.bypassed)
@@ -238,6 +241,7 @@ class Attachment:
             prediction = predict(conds)
         response = Path.of(prediction, seen, self.layers, text.full_groups)
 
+        weigh = config.every if config.active else 0  # an aligned step also stands for those that `every` leaves out
         result = dual_path(
             reference,
             response,
@@ -247,13 +251,18 @@ class Attachment:
             gain=config.map_gain,
             aligned=aligned,
             free=text.has_target,
-            multipliers=config.multipliers,
-            preserve_multiplier=max(config.output_multiplier, PRESERVE_AT_LEAST) if config.active else 0.0,
+            multipliers={name: weight * weigh for name, weight in config.multipliers.items()},
+            preserve_multiplier=max(config.output_multiplier, PRESERVE_AT_LEAST) * weigh,
         )
         if result.loss is not None and config.active:
             self._pending = result.loss
+        shown = text.has_target & aligned
         if self.step % config.log_every == 0:
             self._log(result)
+            if self.watch is not None:
+                self.watch.record(self.logs, result.map, shown)
+        if self.watch is not None:
+            self.watch.show(self.step, text, shown, timesteps, noisy_latents, reference, response, result)
         if preserved.any():
             # These samples reproduce the base model instead of denoising the training image.
             prediction = torch.where(preserved.view(-1, 1, 1, 1), prediction.detach(), prediction)
@@ -264,7 +273,7 @@ class Attachment:
                 prediction=prediction,
                 reference=reference.eps,
                 text=text,
-                which=text.has_target & aligned & self.enhancement.candidates(timesteps).to(aligned.device),
+                which=shown & self.enhancement.candidates(timesteps).to(aligned.device),
                 control_map=result.map,
                 batch=batch,
             )

@@ -24,6 +24,7 @@ TRAIN = ("all", "cross_attention")
 LAYERS = ("last", "all")
 RESPONSES = ("off", "anchor", "directional")
 REGIONS = ("map", "all")
+BACKSLASHES = "In double quotes a backslash begins an escape: write paths with / or in single quotes."
 
 
 def _text(value: Any) -> str:
@@ -172,7 +173,9 @@ class SPFConfig:
         "`none` (align everywhere).",
     )
     map_gain: float = _setting(3.0, _number(0.1, 100.0), "Brightness of the map; larger leaves more of the image free.")
-    every: int = _setting(1, _integer(1), "Align every N-th step of stage 2 only; saves time.")
+    every: int = _setting(
+        2, _integer(1), "Align every N-th step of stage 2 only, N times as strongly; saves time at the same strength."
+    )
     min_timestep: int = _setting(0, _integer(0, 1000), "Align only at this timestep or above.")
     max_timestep: int = _setting(1000, _integer(0, 1000), "Align only below this timestep.")
     layers: str = _setting(
@@ -183,6 +186,12 @@ class SPFConfig:
     )
     log_every: int = _setting(
         10, _integer(1), "Report drift and losses to the progress bar and trackers every N steps."
+    )
+    preview_every: int = _setting(
+        200,
+        _integer(0),
+        "Draw the control map and the phrases' maps of four training samples every N steps, into the folder "
+        "`OUTPUT_NAME-spf` beside the LoRA and to TensorBoard or wandb; 0 draws none.",
     )
 
     @property
@@ -229,7 +238,8 @@ def split_network_args(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
     kohya_ss quotes a word with special characters as a whole: `'spf_layers=.*up.*'` is a key `'spf_layers` here.
     """
-    ours, theirs = {}, {}
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
     for key, value in kwargs.items():
         quote = key[:1]
         if quote and quote in "'\"" and key[1:].startswith(PREFIX) and str(value).endswith(quote):
@@ -244,10 +254,16 @@ def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list
     if path is None:
         looked = ", ".join(str(p) for p in candidates)
         return {}, [f"{PREFIX}config: no such file (looked at {looked})"]
+    text = ""
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig")), []
-    except (toml.TomlDecodeError, UnicodeDecodeError, OSError) as error:
-        return {}, [f"{PREFIX}config: {path} is not valid TOML: {error}"]
+        text = path.read_text(encoding="utf-8-sig")
+        settings = toml.loads(text)
+    except (toml.TomlDecodeError, ValueError, IndexError, OSError) as error:  # the library leaks a few of its own
+        hint = f". {BACKSLASHES}" if "\\" in text else ""
+        return {}, [f"{PREFIX}config: {path} is not valid TOML: {error}{hint}"]
+    # "C:\new" is valid TOML, and means a line break.
+    odd = [key for key, value in settings.items() if not str(value).isprintable() and isinstance(value, str)]
+    return settings, [f"{PREFIX}config: {path}: {key} has a control character. {BACKSLASHES}" for key in odd]
 
 
 def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -> SPFConfig:

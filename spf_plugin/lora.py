@@ -22,6 +22,7 @@ from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import KohyaHost, raw_network_args
 from spf_plugin.saving import save_normalised
+from spf_plugin.watch import Watch
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
 
@@ -136,8 +137,9 @@ def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -
     adapters.select(network, config.train)
     adapter = Adapter()
     enhanced = enhancement.load(config, host) if config.enhances else None
+    watch = Watch(config, host) if host.accelerator.is_main_process else None
     attachment = Attachment(
-        host, config, unet, adapter, multiplier=lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced
+        host, config, unet, adapter, lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced, watch=watch
     )
 
     @contextmanager

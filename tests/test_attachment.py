@@ -136,6 +136,7 @@ class Run:
             to_q.forward = lambda x: original(x) + x @ self.weight  # type: ignore[method-assign]
         # The toy adapter is noise all over the image, which a bright map would leave free altogether.
         usual = {"spf_target": "blonde hair", "spf_stage2_start": "0", "spf_log_every": "1", "spf_map_gain": "0.5"}
+        usual["spf_every"] = "1"
         config = parse({**usual, **settings})
         self.spf = Attachment(self.host, config, self.unet, adapter)
         self.spf.open()
@@ -264,6 +265,17 @@ def test_stages_and_every() -> None:
         prediction = run.step()
         aligned.append(run.host.accelerator.losses[before] > float(prediction.detach().square().mean()) + 1e-9)
     assert aligned == [False] * 4 + [True, False, True, False]
+
+
+def test_an_aligned_step_stands_for_those_left_out() -> None:
+    added = []
+    for every in ("1", "2", "3"):
+        run = Run(CAPTIONS, spf_base_preservation="0", spf_every=every)
+        run.step()
+        run.spf.step = 6
+        prediction = run.step()
+        added.append(run.host.accelerator.losses[-1] - float(prediction.detach().square().mean()))
+    assert added == pytest.approx([added[0], 2 * added[0], 3 * added[0]], rel=1e-4)
 
 
 def test_two_predictions_without_backward_are_refused() -> None:

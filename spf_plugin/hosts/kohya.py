@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -138,6 +139,10 @@ class KohyaHost:
         return int(self.args.seed or 0)
 
     @property
+    def output(self) -> Path:
+        return Path(self.args.output_dir or "", self.args.output_name or "last")
+
+    @property
     def text_encoder_trained(self) -> bool:
         return bool(self.trainer.is_train_text_encoder(self.args))
 
@@ -170,6 +175,14 @@ class KohyaHost:
             found.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
         if getattr(args, "cpu_offload_checkpointing", False):
             found.append("--cpu_offload_checkpointing is not made for SD and SDXL UNets. Remove the option.")
+        if getattr(args, "output_dir", None):
+            try:
+                os.makedirs(args.output_dir, exist_ok=True)
+                with tempfile.TemporaryFile(dir=args.output_dir):
+                    pass
+            except OSError as error:  # the host would find out when it saves, after hours
+                reason = error.strerror or error
+                found.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
         if config is not None:
             found += self._target_problems(config)
         return found

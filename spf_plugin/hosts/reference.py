@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,6 +23,10 @@ class ReferenceHost:
         self.trainer: Any = trainer
         self.accelerator = trainer.accelerator
         self._model = trainer.model
+
+    @property
+    def output(self) -> Path:
+        return self.trainer.settings.out.with_suffix("")
 
     @property
     def text_encoder_trained(self) -> bool:

@@ -33,7 +33,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     model = tiny.sd15(root / "model")
     torch.manual_seed(0)
     save_judge(Judge(), root / "judge.safetensors")
-    words = ["--target", "blonde", "--model", str(model), "--judge", str(root / "judge.safetensors"), "--out", str(root / "out")]
+    words = ["--target", "blonde", "--model", str(model), "--judge", str(root / "judge.safetensors")]
+    words += ["--out", str(root / "out")]
     words += ["--steps", "4", "--prompts", "1", "--seeds", "0,1", "--spf", "output_multiplier=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SAMPLER_STEPS", 2)
