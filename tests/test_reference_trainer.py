@@ -30,7 +30,7 @@ from spf_plugin.trainer.loop import Settings, train
 from tests import tiny
 
 HAIR = (Target("blonde hair"),)
-SPF = SPFConfig(target=HAIR, stage2_start=0.0, log_every=1, base_preservation=0.3)
+SPF = SPFConfig(target=HAIR, stage2_start=0.0, every=1, log_every=1, base_preservation=0.3)
 MEASURE_ONLY = SPFConfig(
     target=HAIR, text_consistent_multiplier=0, fine_grained_multiplier=0, output_multiplier=0, base_preservation=0,
     log_every=1,

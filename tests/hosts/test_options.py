@@ -14,7 +14,7 @@ from tests import tiny
 from tests.hosts.conftest import Host, Result
 
 TARGET = "spf_target=blonde hair"
-EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_log_every=1", "spf_base_preservation=0.3")
+EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_every=1", "spf_log_every=1", "spf_base_preservation=0.3")
 
 
 def aligned(result: Result) -> None:

@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.hosts.conftest import Host, Result
 
-USUAL = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_log_every=1")
+USUAL = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_every=1", "spf_log_every=1")
 
 
 @pytest.fixture(scope="module")

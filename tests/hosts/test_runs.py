@@ -42,7 +42,7 @@ def test_resume_without_weights_equals_plain_resume_byte_for_byte(host: Host) ->
 
 
 def test_resume_in_the_middle_of_stage_2(host: Host) -> None:
-    settings = (TARGET, "spf_stage2_start=2", "spf_log_every=1", "spf_base_preservation=0.5")
+    settings = (TARGET, "spf_stage2_start=2", "spf_every=1", "spf_log_every=1", "spf_base_preservation=0.5")
     first, second = stop_and_resume(host, *settings, module="spf_plugin.lora")
     saved = [json.loads(p.read_text()) for p in sorted(first.folder.glob("*-state/spf_state.json"))]
     assert {"step": 4} in saved
@@ -58,6 +58,7 @@ def test_two_processes_train_the_same_lora(host: Host) -> None:
     result = host.train(
         TARGET,
         "spf_stage2_start=0",
+        "spf_every=1",
         "spf_log_every=1",
         "spf_base_preservation=0.5",
         module="tests.hosts.rank_spy",

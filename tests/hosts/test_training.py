@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from tests.hosts.conftest import Host
 
 TARGET = "spf_target=blonde hair"
-EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_log_every=1")
+EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_every=1", "spf_log_every=1")
 OFF = (
     "spf_text_consistent_multiplier=0",
     "spf_fine_grained_multiplier=0",
