@@ -32,6 +32,11 @@ TINY = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 WEIGHT, BIAS = "weight", "bias"  # tensors of a fitted linear decoder's file
 
 
+def has_known_latents(vae: Any) -> bool:
+    """Whether a VAE is, as far as its shape tells, that of SD1.x, SD2.x or SDXL, whose matrices are above."""
+    return tuple(getattr(getattr(vae, "config", None), "block_out_channels", ())) == (128, 256, 512, 512)
+
+
 class LinearDecoder(nn.Module):
     """One colour per latent: `latents @ weight + bias`, `scale` 1.
 

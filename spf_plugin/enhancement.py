@@ -82,13 +82,12 @@ def load(config: SPFConfig, host: ImageHost) -> Enhancement:
         SPFError: the CLIP model or the decoder is missing or broken.
     """
     vae = host.vae
-    channels = tuple(getattr(getattr(vae, "config", None), "block_out_channels", ()))
     with torch.random.fork_rng(devices=[]):  # libraries draw initial weights before they load the real ones
         encoder = load_clip(config.clip)
         decoder = decoders.load(
             config.decoder,
             family=host.family,
-            known_latents=channels == (128, 256, 512, 512),
+            known_latents=decoders.has_known_latents(vae),
             vae=lambda: VaeDecoder(vae, host.vae_scaling_factor),
         )
     logger.info(f"SPF: response term {config.response!r} with {encoder.name} and the {type(decoder).__name__}")

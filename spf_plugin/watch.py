@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spf_plugin import losses, preview, sfcm
 from spf_plugin.config import SPFConfig
-from spf_plugin.decoders import LINEAR, LinearDecoder, load_linear
+from spf_plugin.decoders import LINEAR, LinearDecoder, has_known_latents, load_linear
 from spf_plugin.objective import Objective
 from spf_plugin.objective import Path as Pass
 from spf_plugin.response import one_step_prediction
@@ -226,10 +226,9 @@ class Watch:
         No model is loaded or moved for it."""
         if not self._decoder_sought:
             self._decoder_sought = True
-            channels = tuple(getattr(getattr(self.host.vae, "config", None), "block_out_channels", ()))
             if self.config.decoder.endswith(".safetensors"):
                 self._decoder = load_linear(Path(self.config.decoder).expanduser())
-            elif channels == (128, 256, 512, 512):
+            elif has_known_latents(self.host.vae):
                 weight, bias = LINEAR[self.host.family]
                 self._decoder = LinearDecoder(torch.tensor(weight), torch.tensor(bias))
         if self._decoder is not None:

@@ -28,8 +28,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, mode
     Raises:
         SPFError: see `spf_plugin.trainer.models.load`.
     """
-    with models._quiet():
-        pipeline = models._pipeline(name, dtype)
+    with models.quiet():
+        pipeline = models.load_pipeline(name, dtype)
         parts = models.from_pipeline(pipeline, name)
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -70,7 +70,7 @@ def applied(pipeline: Any, path: Path, weight: float) -> Iterator[None]:
         SPFError: diffusers refuses the file.
     """
     try:
-        with models._quiet():
+        with models.quiet():
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_ADAPTER)
             if _ADAPTER not in {name for names in pipeline.get_list_adapters().values() for name in names}:
                 raise ValueError("none of its tensors belongs to this model")
@@ -78,7 +78,7 @@ def applied(pipeline: Any, path: Path, weight: float) -> Iterator[None]:
     except ImportError as error:
         raise SPFError(f'spf report needs peft to load a LoRA: pip install "spf-plugin[report]" ({error})') from error
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise SPFError(f"{path} does not fit this model: {models._first_line(error)}") from error
+        raise SPFError(f"{path} does not fit this model: {models.first_line(error)}") from error
     try:
         yield
     finally:

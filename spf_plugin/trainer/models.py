@@ -15,7 +15,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.text import Conds
 
 FAMILIES = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
-SUPPORTED = "spf train supports Stable Diffusion 1.x, 2.x and XL"
+SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL"
 
 
 @dataclass
@@ -90,8 +90,8 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     Raises:
         SPFError: there is nothing of that name, it is damaged, or it is another kind of model.
     """
-    with _quiet():
-        return from_pipeline(_pipeline(name, dtype), name)
+    with quiet():
+        return from_pipeline(load_pipeline(name, dtype), name)
 
 
 def from_pipeline(pipeline: Any, name: str = "") -> BaseModel:
@@ -128,7 +128,7 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModel:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Without diffusers' progress bar for the parts and its notes on old scheduler files."""
     import warnings
 
@@ -153,7 +153,8 @@ def _alphas_cumprod(config: Any) -> Tensor:
     return DDPMScheduler(**{key: config[key] for key in keys if key in config}).alphas_cumprod  # type: ignore[attr-defined]
 
 
-def _pipeline(name: str, dtype: torch.dtype) -> Any:
+def load_pipeline(name: str, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of a folder, a hub name or a single file; raises as `load` does."""
     path = Path(name).expanduser()
     if path.is_file():
         return _from_file(path, dtype)
@@ -179,7 +180,7 @@ def _pipeline(name: str, dtype: torch.dtype) -> Any:
     except SPFError:
         raise
     except Exception as error:  # whatever diffusers, safetensors, json or the network raise on a damaged model
-        raise SPFError(f"--model {name} cannot be loaded: {_first_line(error)}") from error
+        raise SPFError(f"--model {name} cannot be loaded: {first_line(error)}") from error
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> Any:
@@ -195,7 +196,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> Any:
         with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
             keys = set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise SPFError(f"--model {path} is damaged or no safetensors file: {_first_line(error)}") from error
+        raise SPFError(f"--model {path} is damaged or no safetensors file: {first_line(error)}") from error
     if not any(key.startswith("model.diffusion_model.input_blocks.") for key in keys):
         kind = "a LoRA" if any("lora" in key for key in keys) else "no Stable Diffusion checkpoint"
         raise SPFError(f"--model {path} is {kind}. {SUPPORTED}; give the base model's own file.")
@@ -207,10 +208,11 @@ def _from_file(path: Path, dtype: torch.dtype) -> Any:
         return pipeline.from_single_file(str(path), torch_dtype=dtype)
     except Exception as error:
         raise SPFError(
-            f"--model {path} cannot be loaded: {_first_line(error)}. diffusers fetches the configuration of single "
+            f"--model {path} cannot be loaded: {first_line(error)}. diffusers fetches the configuration of single "
             "files from the Hugging Face hub; without a network, give a diffusers folder."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says anything, without its full stop."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
