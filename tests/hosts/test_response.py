@@ -26,7 +26,6 @@ def equal(a: Result, b: Result) -> bool:
 @pytest.mark.parametrize(
     ("model", "mode", "flags"),
     [
-        ("sd15", "anchor", {"cache_latents": True}),
         ("sd15", "directional", {}),
         ("sdxl", "anchor", {"gradient_checkpointing": True, "cache_latents": True}),
     ],
