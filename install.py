@@ -199,7 +199,9 @@ def main(argv: list[str]) -> int:
         return subprocess.run([str(python), "-m", "portraitlab.demo", *options.rest], cwd=ROOT).returncode
     if options.what == "test":
         python = environment("test", "test-no-deps", "host-site")
-        return subprocess.run([str(python), "-m", "pytest", *options.rest], cwd=ROOT).returncode
+        # The tests' models are too small to share: threads would only wait for each other.
+        one_thread = {"OMP_NUM_THREADS": "1", **os.environ}
+        return subprocess.run([str(python), "-m", "pytest", *options.rest], cwd=ROOT, env=one_thread).returncode
     if options.sd_scripts is None:
         parser.print_help()
         return 2
