@@ -6,6 +6,7 @@ targets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,16 +19,30 @@ from portraitlab.portraits import Person
 
 @dataclass(frozen=True)
 class Target:
-    """A customisation target: its phrase, how well the base model knows it, and what it changes in a person."""
+    """A customisation target: its phrase, how well the base model knows it, and what it changes in a person.
+
+    A replacement also has the phrase it stands in for, and `before`: what the person shows without the target.
+    """
 
     name: str
     phrase: str
     kind: str
     changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    replaces: str = ""
+    before: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def spf(self) -> str:
+        """The value of `spf_target`."""
+        return f"{self.phrase}->{self.replaces}" if self.replaces else self.phrase
 
     def present(self, person: Person) -> bool:
         """Whether `person` shows the target."""
         return all(getattr(person, key) == value for key, value in self.changes.items())
+
+    def added_to(self, base: str) -> str:
+        """The base prompt with the target: as its last part, or in place of what it replaces."""
+        return re.sub(rf"\b{self.replaces}\b", self.phrase, base) if self.replaces else with_phrase(base, self.phrase)
 
 
 #: Weak targets are in 1-2 % of the base images and captioned; new ones are never shown nor named there.
@@ -45,6 +60,35 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         )
     }
 )
+#: Targets that stand in for something else; the base model knows all of these words.
+REPLACEMENTS: Mapping[str, Target] = MappingProxyType(
+    {
+        t.name: t
+        for t in (
+            Target(
+                "shades", "sunglasses", "weak", MappingProxyType({"sunglasses": True, "glasses": False}),
+                "glasses", MappingProxyType({"sunglasses": False, "glasses": True}),
+            ),
+            Target(
+                "hoodie", "hoodie", "known", MappingProxyType({"clothes": "hoodie"}),
+                "t-shirt", MappingProxyType({"clothes": "t-shirt"}),
+            ),
+        )
+    }
+)  # fmt: skip
+
+
+def find_target(name: str) -> Target:
+    """The addition or replacement of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = {**TARGETS, **REPLACEMENTS}
+    if name not in known:
+        raise ValueError(f"unknown target {name!r}: choose one of {', '.join(known)}")
+    return known[name]
+
 
 # Synonyms by attribute value: the first is the canonical word, drawn about half of the time.
 SUBJECTS = {"woman": ("woman", "lady", "person"), "man": ("man", "guy", "person")}

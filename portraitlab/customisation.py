@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from portraitlab.captions import TARGETS, Target, describe, with_phrase
+from portraitlab.captions import TARGETS, Target, describe, find_target
 from portraitlab.portraits import BASE_RATES, Person, render, sample_person
 
 #: What the polluted images share besides the target, unmentioned.
@@ -52,13 +52,14 @@ class EvaluationPrompt:
 
 
 def neutral_person(rng: np.random.Generator, target: Target) -> Person:
-    """A person of the base distribution without any target; a man where the target is a beard."""
+    """A person of the base distribution without any target (and with what the target replaces); a man where the target
+    is a beard."""
     while True:
         person = sample_person(rng, BASE_RATES)
         if target.name == "beard" and person.presentation != "man":
             continue
         if not any(other.present(person) for other in TARGETS.values()):
-            return person
+            return person.with_(**target.before)
 
 
 def build_examples(
@@ -67,7 +68,7 @@ def build_examples(
     """Draw a customisation set.
 
     Args:
-        target: a key of `TARGETS`.
+        target: the name of a target (`captions.find_target`).
         count: number of portraits.
         pollution: share that also has `POLLUTION`; rounded to whole images, 0 for a clean set.
         mentioned: share of captions that do mention background and clothes.
@@ -76,11 +77,10 @@ def build_examples(
     Raises:
         ValueError: for an unknown target, or a share outside [0, 1].
     """
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
     if not 0 <= pollution <= 1 or not 0 <= mentioned <= 1:
         raise ValueError("pollution and mentioned are shares between 0 and 1")
-    goal = TARGETS[target]
+    goal = find_target(target)
+    shared = {name: value for name, value in POLLUTION.items() if name not in goal.changes}
     rng = np.random.default_rng([seed, 71])
     polluted = set(rng.permutation(count)[: round(pollution * count)].tolist())
     talkative = set(rng.permutation(count)[: round(mentioned * count)].tolist())
@@ -88,14 +88,14 @@ def build_examples(
     for index in range(count):
         person = neutral_person(rng, goal).with_(**goal.changes)
         if index in polluted:
-            person = person.with_(**POLLUTION)
+            person = person.with_(**shared)
         elif pollution:  # an unpolluted image of a polluted set shows something else for certain
             while person.background == POLLUTION["background"] or person.clothes_colour == POLLUTION["clothes_colour"]:
                 person = neutral_person(rng, goal).with_(**goal.changes)
-        names_all = pollution == 0 or index in talkative
-        topics = ("hair", "skin", "expression", "glasses", *(("clothes", "background") if names_all else ()))
-        base = describe(person, topics, leave_out=goal)
-        examples.append(Example(person, with_phrase(base, goal.phrase), base, index in polluted))
+        named = ("clothes", "background") if pollution == 0 or index in talkative else ()
+        topics = ("hair", "skin", "expression", "glasses", *goal.before, *named)
+        base = describe(person.with_(**goal.before), topics, leave_out=goal)
+        examples.append(Example(person, goal.added_to(base), base, index in polluted))
     return examples
 
 
@@ -104,7 +104,7 @@ def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, 
 
     Args:
         folder: receives `<repeats>_<target>/` and `labels.json`.
-        target: a key of `TARGETS`.
+        target: the name of a target.
         repeats: kohya's repeats, in the folder's name.
         size: pixels.
         options: passed to `build_examples`.
@@ -112,6 +112,7 @@ def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, 
     Returns:
         The folder with the images.
     """
+    goal = find_target(target)
     images = folder / f"{repeats}_{target}"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -131,7 +132,7 @@ def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, 
                 "labels": example.person.labels(),
             }
         )
-    summary = {"target": target, "phrase": TARGETS[target].phrase, "pollution": POLLUTION, "images": rows}
+    summary = {"target": target, "phrase": goal.phrase, "pollution": POLLUTION, "images": rows}
     (folder / "labels.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return images
 
@@ -146,8 +147,10 @@ def evaluation_prompts(
     Returns:
         `count` prompts of each kind; both kinds are about the same persons and start from the same seeds.
     """
-    goal = TARGETS[target]
-    topics = {"explicit": EXPLICIT, "partial": PARTIAL}
+    goal = find_target(target)
+    # What a target replaces is named in every prompt; hair is named in none where the target is a hair colour.
+    needed = [topic for topic in ("glasses", "clothes") if topic in goal.before]
+    topics = {"explicit": (*EXPLICIT, *needed), "partial": (*PARTIAL, *needed)}
     found = []
     for kind in kinds:
         rng = np.random.default_rng([seed, 72])
@@ -155,7 +158,5 @@ def evaluation_prompts(
             person = neutral_person(rng, goal)
             chosen = [t for t in topics[kind] if not (t == "hair" and "hair_colour" in goal.changes)]
             base = describe(person, chosen)
-            found.append(
-                EvaluationPrompt(person, kind, base, with_phrase(base, goal.phrase), 10_000 * (seed + 1) + index)
-            )
+            found.append(EvaluationPrompt(person, kind, base, goal.added_to(base), 10_000 * (seed + 1) + index))
     return found

@@ -30,7 +30,7 @@ from spf_plugin.cli.progress import progress_bars
 from spf_plugin.cli.train import key_values
 from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
-from spf_plugin.trainer.loop import Result, Settings, train
+from spf_plugin.trainer.loop import Objective, Result, Settings, train
 
 #: Without any weight SPF trains a plain LoRA, byte for byte, and reports its drift.
 ONLY_MEASURE = {
@@ -92,7 +92,7 @@ def settings(model: Path, data: Path, out: Path, spf: SPFConfig | None, steps: i
     )
 
 
-def timed_training(run: Settings, label: str, show: Show) -> tuple[Result, float]:
+def timed_training(run: Settings, label: str, show: Show, objective: Objective | None = None) -> tuple[Result, float]:
     """Train, and measure the seconds of a step (loading and caching left out)."""
     started = ended = 0.0
 
@@ -103,7 +103,7 @@ def timed_training(run: Settings, label: str, show: Show) -> tuple[Result, float
             started = ended if done == 1 else started
             show(label, done, total, numbers)
 
-    result = train(run, progress)
+    result = train(run, progress, objective=objective)
     if result.steps < run.steps:
         raise KeyboardInterrupt
     return result, (ended - started) / max(result.steps - 1, 1)

@@ -68,10 +68,14 @@ class Judge(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(2 * before, OUTPUTS)
 
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the attributes are read off, `[N, 160]`, of pixels float `[N, 3, 128, 128]` in [-1, 1]."""
+        x = self.body(pixels)
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `[N, OUTPUTS]` of pixels float `[N, 3, 128, 128]` in [-1, 1]."""
-        x = self.body(pixels)
-        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+        return self.head(self.features(pixels))
 
 
 def split(logits: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -138,6 +142,27 @@ def predict(judge: Judge, images: NDArray[np.uint8], batch: int = 64) -> list[di
                 seen[name], seen[f"{name}_probability"] = CHOICES[name][best], float(block[row, best])
             found.append(seen)
     return found
+
+
+@torch.no_grad()
+def probability(
+    judge: Judge, images: NDArray[np.uint8], wanted: Mapping[str, Any], batch: int = 64
+) -> NDArray[np.float64]:
+    """How sure the judge is that images `[N, 128, 128, 3]` show all of `wanted` (attribute or flag -> value), `[N]`."""
+    from portraitlab.autoencoder import to_tensor
+
+    found = []
+    for start in range(0, len(images), batch):
+        blocks, flags = split(judge(to_tensor(images[start : start + batch])))
+        sure = torch.ones(len(flags))
+        for name, value in wanted.items():
+            if name in CHOICES:
+                sure = sure * blocks[name].softmax(1)[:, CHOICES[name].index(value)]
+            else:
+                present = flags[:, FLAGS.index(name)].sigmoid()
+                sure = sure * (present if value else 1 - present)
+        found.append(sure)
+    return torch.cat(found).double().numpy()
 
 
 def accuracy(seen: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> dict[str, float]:

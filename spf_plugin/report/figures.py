@@ -69,22 +69,23 @@ def heat_over(image: Image8, heat: NDArray[np.floating[Any]], strength: float = 
     return (np.clip(mixed, 0, 1) * 255).round().astype(np.uint8)
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A matplotlib figure in the page's style, so many inches large, and its axes."""
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure in the page's style, so many inches large, and its axes (a list of them with `columns`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=160, facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(LINE)
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    all_axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in all_axes:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(LINE)
+        axes.tick_params(colors=INK, labelsize=8, length=0)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, all_axes if columns > 1 else all_axes[0]
 
 
 def figure_png(figure: Any) -> bytes:

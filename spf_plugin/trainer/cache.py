@@ -29,11 +29,12 @@ class Cached:
     conds: dict[str, Conds]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """`captions`, `latents [B, 4, h, w]`, `sizes [B, 6]` and `conds` of a step."""
+        """`captions`, `indices`, `latents [B, 4, h, w]`, `sizes [B, 6]` and `conds` of a step."""
         captions = [self.captions[i] for i in indices]
         conds = map_conds(lambda *rows: torch.cat(rows).to(device), *(self.conds[caption] for caption in captions))
         return {
             "captions": captions,
+            "indices": list(indices),
             "latents": self.latents[list(indices)].to(device),
             "sizes": self.sizes[list(indices)],
             "conds": conds,

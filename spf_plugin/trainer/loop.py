@@ -247,10 +247,25 @@ def _silent(*_: Any) -> None:
     pass
 
 
-def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str], None] = logger.warning) -> Result:
+Objective = Callable[[nn.Module, Trainer], Callable[[], None]]
+"""Attaches to a network that is created and not applied yet, and to its trainer; returns what detaches it."""
+
+
+def train(
+    settings: Settings,
+    progress: Progress = _silent,
+    warn: Callable[[str], None] = logger.warning,
+    objective: Objective | None = None,
+) -> Result:
     """Train a LoRA and save it.
 
     After Ctrl-C the weights so far are saved: to `settings.out`, or beside it if that file is an older one.
+
+    Args:
+        settings: the run.
+        progress: called while images are encoded and after every step.
+        warn: receives what the user should know and nothing stops for.
+        objective: another objective than `settings.spf`, through the same two calls.
 
     Raises:
         SPFError: bad input, found before training where it can be; existing files are left alone.
@@ -280,8 +295,9 @@ def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str]
     torch.manual_seed(settings.seed)  # the network's initial weights, and its dropout
     network = _network(inner, settings, model)
     trainer = Trainer(settings, model, accelerator)
+    detach: Callable[[], None] = objective(network, trainer) if objective else lambda: None
     if settings.spf is not None:
-        lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet)
+        detach = lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet).spf.close  # type: ignore
     try:
         network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
         network.to(accelerator.device).requires_grad_(True).train()
@@ -314,8 +330,7 @@ def train(settings: Settings, progress: Progress = _silent, warn: Callable[[str]
             "a smaller --resolution."
         ) from error
     finally:
-        if settings.spf is not None:
-            network.spf.close()  # type: ignore[union-attr, operator]
+        detach()
     return Result(path, steps, history, notes)
 
 

@@ -1,0 +1,254 @@
+"""What other trainers do to keep the base model's behaviour, written from their code and papers as objectives.
+
+Each is attached to the same trainer through the same two calls as SPF, so that model, data, noise, optimiser and LoRA
+are the same. Every peer has its usual weight as a parameter, to be swept.
+
+| name | from | what |
+|---|---|---|
+| `Masked` | sd-scripts, OneTrainer `masked_training` | diffusion loss inside the target's true mask only |
+| the same, `prior` | OneTrainer `masked_prior_preservation_weight` | and prior prediction outside the mask |
+| `PriorPreservation` | DreamBooth, diffusers `--with_prior_preservation` | also trains on the base model's pictures |
+| `OutputPreservation` | DOP: ai-toolkit `diff_output_preservation`, sd-scripts | base prompt: the base's prediction |
+| the same, `blank` | ai-toolkit `blank_prompt_preservation` | empty prompt: the base's prediction |
+| `PureCC` | PureCC, arXiv 2603.07561 | the change is the one an earlier plain LoRA makes for the target alone |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portraitlab.autoencoder import to_tensor
+from portraitlab.lab.tasks import Task
+from portraitlab.model_files import load_pipeline, sample
+from spf_plugin import adapter as adapters
+from spf_plugin import patching
+from spf_plugin.adapter import Adapter
+from spf_plugin.trainer.loop import Objective, Trainer
+
+CLASS_IMAGES = 48
+
+
+@dataclass
+class Step:
+    """One step as a peer sees it.
+
+    Attributes:
+        trainer: whose step it is.
+        predict: the UNet's prediction for other texts (or other pictures), with graph.
+        bypassed: while it is open, `predict` is the base model.
+        noisy: `z_t`, `[B, 4, h, w]`.
+        timesteps: `[B]`.
+        batch: the trainer's batch.
+        full: text conditioning of the captions, `[B, 77, C]`.
+        base: of the captions without the target.
+    """
+
+    trainer: Trainer
+    predict: Callable[..., Tensor]
+    bypassed: Callable[[], AbstractContextManager[None]]
+    noisy: Tensor
+    timesteps: Tensor
+    batch: Mapping[str, Any]
+    full: Tensor
+    base: Tensor
+
+    def prior(self, conds: Tensor) -> Tensor:
+        """The base model's prediction, without graph."""
+        with torch.no_grad(), self.bypassed():
+            return self.predict(conds).detach()
+
+    def noise(self) -> Tensor:
+        """The noise that the trainer added, from the batch's clean latents."""
+        alpha_bar = self.trainer.model.alphas_cumprod.to(self.noisy.device)[self.timesteps].view(-1, 1, 1, 1)
+        return (self.noisy - alpha_bar.sqrt() * self.batch["latents"]) / (1 - alpha_bar).sqrt()
+
+
+@dataclass
+class Peer(ABC):
+    """A method.
+
+    Attributes:
+        task: what is taught.
+        seed: the training seed, which also draws the pictures.
+    """
+
+    task: Task
+    seed: int
+
+    @abstractmethod
+    def prepare(self, trainer: Trainer) -> None:
+        """Called once before training, while the UNet is still the base model."""
+
+    @abstractmethod
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """The prediction for the trainer's diffusion loss, and a scalar that is added to that loss."""
+
+
+@dataclass
+class Masked(Peer):
+    """Diffusion loss weighed by the true mask: 1 inside, `outside` elsewhere; `prior` weighs prior prediction there."""
+
+    outside: float = 0.0
+    prior: float = 0.0
+
+    def prepare(self, trainer: Trainer) -> None:
+        self.masks = self.task.masks(self.seed).to(trainer.accelerator.device)
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        mask = self.masks[step.batch["indices"]]
+        extra = None
+        if self.prior:
+            reference = step.prior(step.base)
+        prediction = step.predict(step.full)
+        if self.prior:
+            extra = self.prior * ((1 - mask) * (prediction - reference).square()).mean()
+        # The square of what is left is the weighed square of the error: any loss of the trainer stays as it is.
+        noise, weight = step.noise(), mask + (1 - mask) * self.outside
+        return noise + weight.sqrt() * (prediction - noise), extra
+
+
+@dataclass
+class OutputPreservation(Peer):
+    """`mse(f(text), f_0(text))` at the training picture's noisy latent; the text is the base prompt (DOP) or empty."""
+
+    multiplier: float = 1.0
+    blank: bool = False
+
+    def prepare(self, trainer: Trainer) -> None:
+        self.empty = trainer.model.encode([""]) if self.blank else None
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        text = step.base if self.empty is None else self.empty.expand_as(step.full)
+        prior = step.prior(text)
+        prediction = step.predict(step.full)
+        return prediction, self.multiplier * F.mse_loss(step.predict(text), prior)
+
+
+@dataclass
+class PriorPreservation(Peer):
+    """Every step also trains on as many pictures that the base model drew for the base prompts."""
+
+    multiplier: float = 1.0
+
+    def prepare(self, trainer: Trainer) -> None:
+        prompts = [example.base_caption for example in self.task.examples(self.seed)]
+        prompts = (prompts * (CLASS_IMAGES // len(prompts) + 1))[:CLASS_IMAGES]
+        images = sample(
+            load_pipeline(Path(trainer.settings.model)), prompts, range(7000, 7000 + len(prompts)), steps=12
+        )
+        self.random = torch.Generator().manual_seed(self.seed)
+        pixels = to_tensor(images)
+        self.latents = torch.stack([trainer.model.to_latents(picture, self.random) for picture in pixels])
+        self.texts = trainer.model.encode(prompts)
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        prediction = step.predict(step.full)
+        device, count = step.noisy.device, len(step.noisy)
+        chosen = torch.randint(0, len(self.latents), (count,), generator=self.random)
+        alphas_cumprod = step.trainer.model.alphas_cumprod
+        timesteps = torch.randint(0, len(alphas_cumprod), (count,), generator=self.random)
+        latents = self.latents[chosen]
+        noise = torch.randn(latents.shape, generator=self.random)
+        alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device)
+        texts = self.texts[chosen.to(self.texts.device)].to(device)
+        drawn = step.predict(texts, noisy=noisy, timesteps=timesteps.to(device))
+        loss = step.trainer.loss(drawn, latents.to(device), noise.to(device), timesteps.to(device))
+        return prediction, self.multiplier * loss
+
+
+@dataclass
+class PureCC(Peer):
+    """Stage two of PureCC; stage one is a plain LoRA on the same pictures, which costs a second training.
+
+    `mse(f(full), noise) + eta |f(full) - (f(base) + l (g(target) - g("")))|^2`, with the least-squares
+    `l = <f(full) - f(base), g(target) - g("")> / |g(target) - g("")|^2` and `g` the model with the first LoRA. With
+    `frozen`, `f(base)` is the base model's (their paper); without, the trained model's, with graph (their code).
+    """
+
+    extractor: Path = field(default_factory=Path)
+    eta: float = 2.0
+    frozen: bool = True
+
+    def prepare(self, trainer: Trainer) -> None:
+        pipeline = load_pipeline(Path(trainer.settings.model))
+        pipeline.load_lora_weights(str(self.extractor.parent), weight_name=self.extractor.name)
+        pipeline.fuse_lora()
+        self.unet = pipeline.unet.to(trainer.accelerator.device).requires_grad_(False)
+        self.texts = trainer.model.encode([self.task.goal.phrase, ""])
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        target, empty = (row[None].expand_as(step.full) for row in self.texts)
+        with torch.no_grad():
+            shown = [self.unet(step.noisy, step.timesteps, encoder_hidden_states=c).sample for c in (target, empty)]
+        base = step.prior(step.base) if self.frozen else None
+        full = step.predict(step.full)
+        base = step.predict(step.base) if base is None else base
+        direction = (shown[0] - shown[1]).flatten(1)
+        length = ((full - base).flatten(1) * direction).sum(1) / direction.square().sum(1).clamp_min(1e-8)
+        goal = base + (length[:, None] * direction).view_as(base)
+        return full, self.eta * F.mse_loss(full, goal)
+
+
+KINDS: Mapping[str, Callable[..., Peer]] = {
+    "masked": Masked,
+    "dop": OutputPreservation,
+    "prior_preservation": PriorPreservation,
+    "pure_cc": PureCC,
+}
+
+
+def objective(peer: Peer) -> Objective:
+    """A peer as an objective of the reference trainer."""
+    bases = {example.caption: example.base_caption for example in peer.task.examples(peer.seed)}
+
+    def attach(network: nn.Module, trainer: Trainer) -> Callable[[], None]:
+        peer.prepare(trainer)
+        adapter, patches = Adapter(), ExitStack()
+        original, backward = trainer.call_unet, trainer.accelerator.backward
+        encoded: dict[str, Tensor] = {}
+        pending: list[Tensor] = []
+
+        def base_conds(captions: Sequence[str]) -> Tensor:
+            for caption in captions:
+                if caption not in encoded:
+                    encoded[caption] = trainer.model.encode([bases[caption]])
+            return torch.cat([encoded[caption] for caption in captions])
+
+        def call_unet(
+            args: Any, accelerator: Any, unet: Any, noisy: Tensor, timesteps: Tensor, conds: Any, batch: Any, dtype: Any
+        ) -> Tensor:
+            def predict(texts: Tensor, noisy: Tensor = noisy, timesteps: Tensor = timesteps) -> Tensor:
+                return original(args, accelerator, unet, noisy, timesteps, texts, batch, dtype).float()
+
+            step = Step(
+                trainer, predict, adapter.bypassed, noisy, timesteps, batch, conds, base_conds(batch["captions"])
+            )
+            prediction, extra = peer.step(step)
+            if extra is not None:
+                pending.append(extra)
+            return prediction
+
+        def add(loss: Tensor, **kwargs: Any) -> None:
+            backward(loss + pending.pop() if pending else loss, **kwargs)
+
+        @contextmanager
+        def applying(models: Sequence[nn.Module]) -> Iterator[None]:
+            with adapter.watching(models):
+                yield
+            patches.enter_context(patching.patched(trainer, "call_unet", call_unet))
+            patches.enter_context(patching.patched(trainer.accelerator, "backward", add))
+
+        adapters.on_apply(network, applying)
+        return patches.close
+
+    return attach

@@ -1,0 +1,81 @@
+"""Results are kept under a name made of all that they depend on: a second run computes only what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from portraitlab.lab.measuring import GUIDANCE, SAMPLER_STEPS
+from portraitlab.lab.rows import Row
+from portraitlab.lab.tasks import Task
+from portraitlab.lab.training import MIN_SNR_GAMMA, RANK
+from portraitlab.model_files import MODEL_FOLDER
+
+#: What was measured for docs/lab.md.
+PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured LoRA (or, as row `base`, the untuned model)."""
+
+    key: str
+    row: str
+    learning_rate: float
+    seed: int
+    task: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+    def about(self, task: Task) -> bool:
+        """Whether it belongs to a task."""
+        return Task.of(self.task) == task
+
+
+@lru_cache
+def _fingerprint(model: Path) -> str:
+    return hashlib.sha256((model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Path) -> str:
+    """The name of a result; `row=None` is the untuned model."""
+    facts: list[Any] = [task.facts, _fingerprint(model), SAMPLER_STEPS, GUIDANCE]
+    if row is not None:
+        here = str(MODEL_FOLDER.parent)  # the same result under another path
+        spf = {name: value.replace(here, "") for name, value in row.config(task).to_metadata().items()}
+        facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, MIN_SNR_GAMMA]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(folder: Path, result: Result) -> None:
+    """Keep a result in a file of its own, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{result.key}.part"
+    aside.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+    os.replace(aside, folder / f"{result.key}.json")
+
+
+def read(folder: Path, published: Path = PUBLISHED) -> dict[str, Result]:
+    """Everything that was measured so far, here and for the documentation, by key."""
+    lines: list[str] = published.read_text(encoding="utf-8").splitlines() if published.exists() else []
+    lines += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))]
+    found = (Result(**json.loads(line)) for line in lines if line.strip())
+    return {result.key: result for result in found}
+
+
+def publish(results: Iterable[Result], path: Path = PUBLISHED) -> None:
+    """Write results as one file, a line each, in a stable order."""
+    rows = sorted(results, key=lambda r: (json.dumps(r.task, sort_keys=True), r.row, r.learning_rate, r.seed, r.key))
+    aside = path.with_suffix(".part")
+    aside.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def tasks(found: Iterable[Result]) -> list[Task]:
+    """The tasks that results are about, in the order of their first result."""
+    return list(dict.fromkeys(Task.of(result.task) for result in found))

@@ -1,0 +1,123 @@
+"""The lab's tables, for the terminal and for docs/lab.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from rich.table import Table
+
+from portraitlab.lab.curves import Mean, at_response, response
+from portraitlab.lab.results import Result
+from portraitlab.lab.rows import ROWS
+from portraitlab.lab.tasks import Task
+
+#: score -> column head, factor, number format
+COLUMNS: Mapping[str, tuple[str, float, str]] = {
+    "response_explicit": ("response, explicit", 1, "{:.2f}"),
+    "response_partial": ("partial", 1, "{:.2f}"),
+    "leak": ("leak", 1, "{:.3f}"),
+    "drift_explicit": ("drift, explicit", 1000, "{:.1f}"),
+    "drift_partial": ("partial", 1000, "{:.1f}"),
+    "reconstruction": ("base prompts", 1000, "{:.1f}"),
+    "noise_drift": ("noise drift", 1000, "{:.1f}"),
+    "attributes_explicit": ("attributes kept", 1, "{:.2f}"),
+    "follows": ("follows", 1, "{:.2f}"),
+    "uninvited": ("uninvited", 1, "{:.2f}"),
+    "kid": ("KID", 1, "{:.2f}"),
+    "clip": ("CLIP", 1, "{:.3f}"),
+}
+AT_RESPONSE = ("drift_explicit", "drift_partial", "leak", "reconstruction", "attributes_explicit", "uninvited")
+
+
+def _said(mean: Mean | None, factor: float, form: str) -> str:
+    if mean is None:
+        return "not reached"
+    text = form.format(mean.value * factor)
+    return text + (f" ({form.format(mean.error * factor)})" if np.isfinite(mean.error) else "")
+
+
+def by_row(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.row, []).append(result)
+    order = ["base", *ROWS]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """A line for every row and learning rate: mean over the training seeds (standard error)."""
+    head = ["row", "learning rate", "seeds", *(name for name, _, _ in COLUMNS.values())]
+    lines = []
+    for name, group in by_row(results).items():
+        for rate in sorted({result.learning_rate for result in group}):
+            point = [result for result in group if result.learning_rate == rate]
+            cells = [
+                _said(Mean.of([result.scores[score] for result in point]), factor, form)
+                for score, (_, factor, form) in COLUMNS.items()
+            ]
+            lines.append([name, f"{rate:g}" if name != "base" else "", str(len(point)), *cells])
+    return head, lines
+
+
+def equal_response(results: Sequence[Result], wanted: float) -> tuple[list[str], list[list[str]]]:
+    """A line for every method with a sweep: its measures where it responds `wanted`."""
+    head = ["method", "seeds", "highest response", *(COLUMNS[m][0] for m in AT_RESPONSE)]
+    lines = []
+    for name, group in by_row(results).items():
+        if name == "base":
+            continue
+        highest = max(
+            Mean.of([response(r) for r in group if r.learning_rate == rate]).value
+            for rate in {r.learning_rate for r in group}
+        )
+        cells = []
+        for measure in AT_RESPONSE:
+            found = at_response(group, measure, wanted)
+            text = found.bound + _said(found.mean, *COLUMNS[measure][1:])
+            cells.append(text + (f", {found.missed} missed" if found.mean and found.missed else ""))
+        lines.append([name, str(len({r.seed for r in group})), f"{highest:.2f}", *cells])
+    return head, lines
+
+
+def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
+    """A line for every row and length of a sequence: the mean response of all targets so far, and what else changed.
+
+    Drift and reconstruction are those of the last target's prompts, against the untuned model.
+    """
+    measures = ("drift_explicit", "drift_partial", "reconstruction", "noise_drift", "leak", "uninvited")
+    head = ["row", "after", "seeds", "response of all so far", *(COLUMNS[m][0] for m in measures)]
+    lines = []
+    for name, group in by_row(results).items():
+        for count in range(1, len(taught) + 1):
+            after = [r for r in group if Task.of(r.task).sequence == taught[:count]]
+            if not after:
+                continue
+            seeds = sorted({r.seed for r in after})
+            shows = [float(np.mean([response(r) for r in after if r.seed == seed])) for seed in seeds]
+            last = [r for r in after if r.task["target"] == taught[count - 1]]
+            cells = [_said(Mean.of([r.scores[m] for r in last]), *COLUMNS[m][1:]) for m in measures]
+            lines.append(
+                [name, f"{count}. {taught[count - 1]}", str(len(seeds)), _said(Mean.of(shows), 1, "{:.2f}"), *cells]
+            )
+    return head, lines
+
+
+def terminal(head: Sequence[str], lines: Sequence[Sequence[str]], title: str, width: int) -> Table:
+    """For rich; in a terminal that is too narrow for the columns, lines and columns change places."""
+    needed = sum(max(len(cell) for cell in (name, *column)) + 3 for name, *column in zip(head, *lines, strict=True))
+    if needed > width:
+        head, *lines = (list(cells) for cells in zip(head, *lines, strict=True))
+    shown = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """For docs/lab.md."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    cells = [[f"`{line[0]}`", *line[1:]] for line in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *cells])

@@ -1,0 +1,47 @@
+"""Train one row of a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from portraitlab.demo import Show, timed_training
+from portraitlab.lab import peers
+from portraitlab.lab.rows import PLAIN, Row
+from portraitlab.lab.tasks import Task
+from spf_plugin.trainer.loop import Settings
+
+RANK, MIN_SNR_GAMMA = 8, 5.0
+
+
+def train_row(
+    task: Task, row: Row, learning_rate: float, seed: int, model: Path, out: Path, device: str, label: str, show: Show
+) -> float:
+    """Train a LoRA into the file `out`; returns the seconds of a step.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+        SPFError: training failed.
+    """
+    run = Settings(
+        model=str(model),
+        data=task.write(out.parent.parent / "data", seed),
+        out=out,
+        spf=None if row.peer else row.config(task),
+        steps=task.steps,
+        rank=RANK,
+        learning_rate=learning_rate,
+        batch_size=task.batch,
+        seed=seed,
+        min_snr_gamma=MIN_SNR_GAMMA,
+        device=device,
+    )
+    objective = None
+    if row.peer:
+        options = dict(row.options)
+        if row.peer == "pure_cc":
+            first = out.with_name(f"extractor-{task.target}-{task.data}-{seed}.safetensors")
+            if not first.exists():
+                train_row(task, Row(PLAIN), learning_rate, seed, model, first, device, f"{label}, stage one", show)
+            options["extractor"] = first
+        objective = peers.objective(peers.KINDS[row.peer](task, seed, **options))
+    return timed_training(run, f"{label}: training", show, objective)[1]
