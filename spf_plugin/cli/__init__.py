@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 try:
     import typer
@@ -39,6 +40,19 @@ _later("lora", "spf_plugin.cli.lora", "Check, fix and convert LoRA files; write 
 _later("check", "spf_plugin.cli.check", "See what a training run will do, and what is wrong with it.")
 _later("report", "spf_plugin.cli.report", "Show on one page what a LoRA changes in a model, unasked changes too.")
 _later("doctor", "spf_plugin.cli.doctor", "Say what is installed here and whether sd-scripts fits, for bug reports.")
+
+
+@app.command("lab", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Measure semantic pollution, method by method, on the embedded model (in a clone of the repository)."""
+    root = Path(__file__).parents[2]
+    if not (root / "portraitlab").is_dir():
+        raise SystemExit(
+            "spf lab: the embedded model and the lab are not part of the installed package. Clone the repository, "
+            "install it with pip install -e, and run this there."
+        )
+    sys.path.insert(0, str(root))
+    import_module("portraitlab.lab.app").app(args=context.args, prog_name="spf lab")
 
 
 def main() -> None:

@@ -1,18 +1,29 @@
-"""The lab's bookkeeping: what a result is filed under, resuming, and the table. Rows themselves are run by people."""
+"""The lab's bookkeeping: what a result is filed under, resuming, curves, tables, plots. Rows are trained by people."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from rich.console import Console
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
-from portraitlab import lab
-from spf_plugin.config import PREFIX, parse
+from portraitlab.judge import load_judge, predict, probability
+from portraitlab.lab import app, peers, plots, results, running, tables
+from portraitlab.lab.curves import at_response
+from portraitlab.lab.measuring import kernel_distance
+from portraitlab.lab.results import Result
+from portraitlab.lab.rows import ROWS, Row
+from portraitlab.lab.tasks import Task
+from portraitlab.model_files import JUDGE_FILE
+from portraitlab.portraits import counterfactual, render, sample_person
 
 
 @pytest.fixture
@@ -23,26 +34,62 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_every_row_has_valid_settings() -> None:
-    for row in lab.ROWS.values():
-        config = parse({PREFIX + name: value for name, value in row.spf.items()})
-        assert set(row.training) <= {"steps", "learning_rate", "rank"}
-        assert config is not None
+def made(row: str, rate: float, shows: float, drift: float, seed: int = 0, task: Task | None = None) -> Result:
+    scores = dict.fromkeys(tables.COLUMNS, 0.0) | {
+        "response_explicit": shows, "response_partial": shows, "drift_explicit": drift, "drift_partial": 2 * drift
+    }  # fmt: skip
+    return Result(f"{row}-{rate}-{seed}-{task}", row, rate, seed, (task or Task()).facts, scores)
 
 
-def test_a_result_is_filed_under_all_it_depends_on(model: Path) -> None:
-    task, row = lab.Task(), lab.ROWS["spf"]
+# -- rows and results -------------------------------------------------------------------------------------------------
+
+
+def test_every_row_can_be_trained() -> None:
+    for name, row in ROWS.items():
+        config = row.config(Task())
+        assert str(config.target[0]) == "sunglasses"
+        if row.peer:
+            assert not config.active, name
+            peers.KINDS[row.peer](Task(), 0, **row.options)
+    assert ROWS["spf"].config(Task("shades")).target[0].replacement == "glasses"
+
+
+def test_a_result_is_filed_under_all_it_depends_on(model: Path, tmp_path: Path) -> None:
+    task, row = Task(), ROWS["spf"]
     keys = {
-        lab.key(task, row, 0, model),
-        lab.key(task, row, 1, model),
-        lab.key(task, lab.ROWS["spf-100"], 0, model),
-        lab.key(lab.Task(steps=100), row, 0, model),
-        lab.key(lab.Task(clean=True), row, 0, model),
+        results.key(task, row, 1e-3, 0, model),
+        results.key(task, row, 1e-3, 1, model),
+        results.key(task, row, 2e-3, 0, model),
+        results.key(task, None, 0, 0, model),
+        results.key(task, ROWS["dop-1"], 1e-3, 0, model),
+        results.key(task, ROWS["dop-10"], 1e-3, 0, model),
+        results.key(task, ROWS["spf-map-none"], 1e-3, 0, model),
+        results.key(replace(task, steps=100), row, 1e-3, 0, model),
+        results.key(replace(task, data="clean"), row, 1e-3, 0, model),
+        results.key(replace(task, sequence=("hat", "sunglasses")), row, 1e-3, 0, model),
     }
-    assert len(keys) == 5
-    assert lab.key(task, row, 0, model) in keys
-    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"others")
-    assert lab.key(task, row, 0, model) not in keys
+    assert len(keys) == 10
+    assert results.key(Task.of(json.loads(json.dumps(task.facts))), row, 1e-3, 0, model) in keys
+    other = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"others")
+    assert results.key(task, row, 1e-3, 0, tmp_path / "other") not in keys
+
+
+def test_results_are_read_back_and_published_in_a_stable_order(tmp_path: Path) -> None:
+    found = [made("spf", 2e-3, 0.8, 0.002, seed) for seed in (1, 0)]
+    found.append(made("plain", 2e-3, 0.9, 0.01, task=Task("beard", sequence=("hat", "beard"))))
+    for result in found:
+        results.write(tmp_path / "results", result)
+    assert not list((tmp_path / "results").glob("*.part"))
+    published = tmp_path / "lab.jsonl"
+    results.publish(results.read(tmp_path / "results", published).values(), published)
+    first = published.read_bytes()
+    read = results.read(tmp_path / "nothing", published)
+    assert {key: read[key] for key in read} == {result.key: result for result in found}
+    results.publish(reversed(list(read.values())), published)
+    assert published.read_bytes() == first
+    assert {task.sequence for task in results.tasks(read.values())} == {(), ("hat", "beard")}
 
 
 def test_a_second_run_computes_only_what_is_missing(
@@ -50,48 +97,265 @@ def test_a_second_run_computes_only_what_is_missing(
 ) -> None:
     ran: list[int] = []
 
-    class Measuring:
-        base_without = base_with = None
+    class Evaluator:
+        base = np.zeros((4, 8, 8, 3), np.uint8)
 
-        def __init__(self, *_: Any):
-            pass
+        def __init__(self, task: Task, *_: Any):
+            self.task = task
+
+        def draw(self, *_: Any) -> tuple[Any, Any]:
+            return self.base, self.base
 
         def scores(self, *_: Any) -> dict[str, float]:
-            return {"response": 0.0}
+            return made("spf", 0, (ran or [0])[-1] / 10, 0.0).scores  # type: ignore[return-value]
 
-    def run_row(task: Any, row: Any, seed: int, *_: Any) -> dict[str, float]:
+    def train_row(task: Task, row: Row, rate: float, seed: int, *_: Any) -> float:
         if seed == 1 and len(ran) == 1:
             raise KeyboardInterrupt
         ran.append(seed)
-        return {"response": seed / 10}
+        return 0.1
 
-    monkeypatch.setattr(lab, "Measuring", Measuring)
-    monkeypatch.setattr(lab, "run_row", run_row)
+    monkeypatch.setattr(running, "Evaluator", Evaluator)
+    monkeypatch.setattr(running, "train_row", train_row)
+    monkeypatch.setattr(running, "load_with", lambda *_: None)
     words = ["run", "--rows", "spf", "--seeds", "0,1,2", "--out", str(tmp_path / "lab"), "--model", str(model)]
-    first = CliRunner().invoke(lab.app, words)
+    first = CliRunner().invoke(app.app, words)
     assert first.exit_code == 130
     assert "the same command goes on" in first.output
     ran.append(-1)
-    second = CliRunner().invoke(lab.app, words, env={"COLUMNS": "200"})
+    second = CliRunner().invoke(app.app, words, env={"COLUMNS": "300"})
     assert second.exit_code == 0, second.output
+    assert "1 of 3 LoRAs are measured already" in second.output
     assert ran == [0, -1, 1, 2]
     assert "0.10 (0.06)" in second.output  # mean and standard error of 0, .1, .2
-    files = list((tmp_path / "lab" / "results").glob("*.json"))
-    assert len(files) == 4  # three seeds and the base model
-    assert all(json.loads(f.read_text())["task"]["target"] == "blonde" for f in files)
+    assert len(list((tmp_path / "lab" / "results").glob("*.json"))) == 4  # three seeds and the untuned model
 
 
-def test_unknown_rows_and_targets_are_named_at_once(model: Path) -> None:
-    done = CliRunner().invoke(lab.app, ["run", "--rows", "spff,plain", "--target", "wig", "--model", str(model)])
+def test_mistakes_are_named_at_once() -> None:
+    done = CliRunner().invoke(app.app, ["run", "--rows", "spff,plain", "--target", "wig", "--data", "dirty"])
     assert done.exit_code == 2
     assert "no row 'spff'; did you mean spf?" in done.output
-    assert "choose one of blonde" in done.output
+    assert "no target 'wig'" in done.output
+    assert "--data 'dirty': choose one of polluted, named, clean" in done.output
 
 
-def test_table_gives_mean_and_standard_error() -> None:
-    found = [{"row": "spf", "scores": {"response": r, "drift": d}} for r, d in ((0.5, 0.001), (0.7, 0.003))]
-    console = Console(width=200, record=True)
-    console.print(lab.table_of(found))
-    text = console.export_text()
-    assert "0.60 (0.10)" in text
-    assert f"2.0 ({math.sqrt(2) / math.sqrt(2):.1f})" in text
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_drift_at_equal_response_is_interpolated_seed_by_seed() -> None:
+    sweep = [made("spf", 1e-3, 0.4, 0.1), made("spf", 4e-3, 0.9, 0.5), made("spf", 2e-3, 0.8, 0.3)]
+    found = at_response(sweep, "drift_explicit", 0.6)  # half way between .4 and .8
+    assert found.mean is not None
+    assert found.mean.value == pytest.approx(0.2)
+    assert math.isnan(found.mean.error)
+    second = [made("spf", 1e-3, 0.6, 0.4, 1), made("spf", 2e-3, 0.7, 0.9, 1)]
+    both = at_response([*sweep, *second], "drift_explicit", 0.6)
+    assert both.mean is not None
+    assert both.mean.value == pytest.approx(0.3)
+    assert both.mean.error == pytest.approx(0.1)  # standard error of .2 and .4
+    assert both.bound == ""
+    assert at_response(sweep, "drift_explicit", 0.3).bound == "<="
+    never = at_response([*sweep, *second], "drift_explicit", 0.75)
+    assert never.missed == 1
+    assert at_response(second, "drift_explicit", 0.75).mean is None
+
+
+def test_kernel_distance_is_the_unbiased_estimate() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(7, 3)) + 1
+    k = lambda x, y: (float(np.dot(x, y)) / 3 + 1) ** 3  # noqa: E731
+    slow = np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
+    slow += np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+    slow -= 2 * np.mean([k(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(slow)
+
+
+def test_probability_agrees_with_what_the_judge_predicts() -> None:
+    rng = np.random.default_rng(3)
+    images = np.stack([render(sample_person(rng))[0] for _ in range(6)])
+    judge = load_judge(JUDGE_FILE)
+    seen = predict(judge, images)
+    hair = seen[0]["hair_colour"]
+    found = probability(judge, images, {"hair_colour": hair, "sunglasses": True, "hat": False}, batch=4)
+    for i, (value, read) in enumerate(zip(found, seen, strict=True)):
+        flags = read["sunglasses"] * (1 - read["hat"])
+        if read["hair_colour"] == hair:
+            assert value == pytest.approx(read["hair_colour_probability"] * flags, rel=1e-5), i
+        else:
+            assert value <= (1 - read["hair_colour_probability"]) * flags + 1e-6
+
+
+def test_tables_and_plot(tmp_path: Path) -> None:
+    found = [made("base", 0, 0.2, 0.002)]
+    found += [
+        made("plain", rate, s, d, seed) for rate, s, d in ((1e-3, 0.5, 0.01), (2e-3, 0.9, 0.03)) for seed in (0, 1)
+    ]
+    found += [made("spf", 2e-3, 0.8, 0.003, seed) for seed in (0, 1)]
+    head, lines = tables.rows(found)
+    assert [line[:2] for line in lines] == [["base", ""], ["plain", "0.001"], ["plain", "0.002"], ["spf", "0.002"]]
+    assert lines[2][head.index("drift, explicit")] == "30.0 (0.0)"
+    head, lines = tables.equal_response(found, 0.7)
+    assert lines[0][head.index("drift, explicit")] == "20.0 (0.0)"
+    assert lines[1][head.index("drift, explicit")] == "<=3.0 (0.0)"
+    assert tables.markdown(head, lines).splitlines()[2].startswith("| `plain` | 2 | 0.90 | 20.0 (0.0) |")
+    wide, narrow = (tables.terminal(head, lines, "", width) for width in (500, 60))
+    assert [len(t.columns) for t in (wide, narrow)] == [len(head), len(lines) + 1]
+    drawing = plots.response_against_drift(found, "sunglasses")
+    assert drawing is not None
+    Image.open(io.BytesIO(drawing)).verify()
+    assert plots.response_against_drift(found[-2:], "sunglasses") is None
+
+
+def test_a_sequence_shows_all_targets_taught_so_far() -> None:
+    taught = ("blonde", "hat")
+    found = [
+        made("spf", 2e-3, 0.8, 0.003, task=Task("blonde", sequence=taught[:1])),
+        made("spf", 2e-3, 0.6, 0.005, task=Task("blonde", sequence=taught)),
+        made("spf", 2e-3, 0.9, 0.004, task=Task("hat", sequence=taught)),
+    ]
+    head, lines = tables.sequences(found, taught)
+    assert [line[:4] for line in lines] == [["spf", "1. blonde", "1", "0.80"], ["spf", "2. hat", "1", "0.75"]]
+    assert [line[head.index("drift, explicit")] for line in lines] == ["3.0", "4.0"]
+
+
+# -- tasks and peers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["blonde", "sunglasses", "shades", "hoodie"])
+def test_masks_cover_the_targets_region_and_little_more(target: str) -> None:
+    task = Task(target)
+    masks, goal = task.masks(0), task.goal
+    assert masks.shape == (24, 1, 16, 16)
+    for mask, example in zip(masks[:4], task.examples(0), strict=False):
+        base = {**goal.before} if goal.before else {n: False for n, v in goal.changes.items() if v is True}
+        region = counterfactual(example.person, 128, **(base or {"hair_colour": "black"})).region
+        fine = np.kron(mask[0].numpy(), np.ones((8, 8))) > 0
+        assert region.any()
+        assert not (region & ~fine).any()
+        for y, x in zip(*np.nonzero(mask[0].numpy()), strict=True):
+            assert region[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].any()
+
+
+def test_replacements_name_what_they_replace() -> None:
+    for target, phrase, replaced in (("shades", "sunglasses", "glasses"), ("hoodie", "hoodie", "t-shirt")):
+        task = Task(target)
+        for prompt in task.evaluation():
+            assert replaced in prompt.base_prompt.replace("sunglasses", "")
+            assert prompt.target_prompt == prompt.base_prompt.replace(replaced, phrase)
+        for example in task.examples(0):
+            assert task.goal.present(example.person)
+            assert example.caption == example.base_caption.replace(replaced, phrase)
+
+
+class Trainer:
+    """As much of the reference trainer as a peer asks for."""
+
+    class model:
+        alphas_cumprod = torch.linspace(0.99, 0.01, 1000)
+
+        @staticmethod
+        def encode(prompts: list[str]) -> torch.Tensor:
+            return torch.tensor([[[float(len(prompt))]] for prompt in prompts])
+
+    class accelerator:
+        device = torch.device("cpu")
+
+
+@pytest.fixture
+def step() -> Any:
+    """A step whose prediction is `weight * (1 + text)`, plus 10 while the adapter is bypassed."""
+    from contextlib import contextmanager
+
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
+    timesteps = torch.tensor([100, 700])
+    alpha_bar = Trainer.model.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    weight = torch.randn(2, 4, 16, 16, generator=generator).requires_grad_()
+    state = {"off": 0.0}
+
+    def predict(conds: torch.Tensor, **_: Any) -> torch.Tensor:
+        return weight * (1 + conds.mean(dim=(1, 2)).view(-1, 1, 1, 1)) + state["off"]
+
+    @contextmanager
+    def bypassed() -> Any:
+        state["off"] = 10.0
+        yield
+        state["off"] = 0.0
+
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+    batch = {"latents": latents, "indices": [3, 5]}
+    full, base = torch.full((2, 1, 1), 2.0), torch.full((2, 1, 1), 0.5)
+    made = peers.Step(Trainer, predict, bypassed, noisy, timesteps, batch, full, base)  # type: ignore[arg-type]
+    made.truth, made.weight = noise, weight  # type: ignore[attr-defined]
+    return made
+
+
+def test_masked_loss_is_the_weighed_square_of_the_error(step: Any) -> None:
+    peer = peers.Masked(Task(), 0, outside=0.1, prior=2.0)
+    peer.prepare(Trainer)  # type: ignore[arg-type]
+    prediction, extra = peer.step(step)
+    mask = Task().masks(0)[[3, 5]]
+    error = (3 * step.weight - step.truth) ** 2
+    expected = torch.where(mask.bool(), error, 0.1 * error)
+    assert torch.allclose((prediction - step.truth) ** 2, expected, atol=1e-4)
+    prior = 1.5 * step.weight + 10
+    assert extra is not None
+    assert torch.allclose(extra, 2 * ((1 - mask) * (3 * step.weight - prior) ** 2).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_output_preservation_compares_the_same_text(step: Any, blank: bool) -> None:
+    peer = peers.OutputPreservation(Task(), 0, multiplier=3.0, blank=blank)
+    peer.prepare(Trainer)  # type: ignore[arg-type]
+    prediction, extra = peer.step(step)
+    assert torch.equal(prediction, 3 * step.weight)
+    assert extra is not None
+    assert float(extra.detach()) == pytest.approx(300.0, rel=1e-5)  # the paths differ by 10 everywhere
+    extra.backward()
+    slope = 1.0 if blank else 1.5
+    assert torch.allclose(step.weight.grad, torch.full_like(step.weight, 3 * 2 * -10 * slope / step.weight.numel()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any, frozen: bool) -> None:
+    peer = peers.PureCC(Task(), 0, eta=2.0, frozen=frozen)
+    direction = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+
+    class Extractor:
+        def __call__(self, noisy: Any, timesteps: Any, encoder_hidden_states: torch.Tensor) -> Any:
+            shown = direction * encoder_hidden_states.mean()  # the texts are 1 (target) and 0 (empty)
+            return type("Output", (), {"sample": shown})
+
+    peer.unet, peer.texts = Extractor(), torch.tensor([[[1.0]], [[0.0]]])  # type: ignore[assignment]
+    full, extra = peer.step(step)
+    base = 1.5 * step.weight + (10 if frozen else 0)
+    change = (full - base).detach().flatten(1).double().numpy()
+    axis = direction.flatten(1).double().numpy()
+    left = []
+    for moved, along in zip(change, axis, strict=True):
+        share, *_ = np.linalg.lstsq(along[:, None], moved, rcond=None)
+        left.append(((moved - share[0] * along) ** 2).mean())
+    assert extra is not None
+    assert float(extra.detach()) == pytest.approx(2 * np.mean(left), rel=1e-4)
+
+
+def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One real run of two steps: the base model is the reference, and nothing stays attached."""
+    from portraitlab.lab import training
+    from portraitlab.model_files import MODEL_FOLDER
+
+    seen: list[Any] = []
+    original = peers.OutputPreservation.step
+
+    def spy(self: Any, step: peers.Step) -> Any:
+        seen.append((step.trainer, step.prior(step.base), step.predict(step.base).detach()))
+        return original(self, step)
+
+    monkeypatch.setattr(peers.OutputPreservation, "step", spy)
+    task, out = Task(steps=2, batch=1), tmp_path / "loras" / "x.safetensors"
+    training.train_row(task, ROWS["dop-1"], 1e-2, 0, MODEL_FOLDER, out, "cpu", "x", lambda *_: None)
+    assert out.exists()
+    assert len(seen) == 2
+    assert torch.equal(seen[0][1], seen[0][2])  # a fresh LoRA changes nothing
+    assert not torch.allclose(seen[1][1], seen[1][2], atol=1e-5)
+    assert "call_unet" not in vars(seen[0][0])
