@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +40,9 @@ Model = Annotated[Path, typer.Option(help="Model folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's own")]
 RUNS = Path("runs/lab")
+PAGE = results.PUBLISHED.with_name("lab.md")
+#: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
+BLOCK = re.compile(r"(?P<opening><!-- spf lab (?P<words>table .*?) -->).*?(?P<closing><!-- end -->)", re.DOTALL)
 
 app = typer.Typer(
     add_completion=False,
@@ -106,7 +113,8 @@ def run(
         console.print(f"{known} of {len(points)} LoRAs are measured already", highlight=False)
         bench.run(task, points)
     found = [r for r in results.read(out / "results").values() if r.about(task) and r.row in (*names, "base")]
-    _show(console, task, *tables.rows(found), "mean over training seeds (standard error); drift x1000")
+    title = f"{_words(task)}: mean over training seeds (standard error), drift x 1000"
+    console.print(tables.terminal(*tables.rows(found), title, console.width))
 
 
 @app.command()
@@ -134,7 +142,7 @@ def sequence(
             for row in rows.split(","):
                 bench.run_sequence(task, names, Point(row, learning_rate, seed))
     found = list(results.read(out / "results").values())
-    _show(console, None, *tables.sequences(found, tuple(names)), "after each target")
+    console.print(tables.terminal(*tables.sequences(found, tuple(names)), "drift x 1000", console.width))
 
 
 @app.command("list")
@@ -148,42 +156,82 @@ def list_rows() -> None:
 @app.command()
 def table(
     at: Annotated[float | None, typer.Option(help="Compare at this response, from the sweeps.")] = None,
+    taught: Annotated[bool, typer.Option("--sequences", help="The targets taught one after the other.")] = False,
+    target: Annotated[str | None, typer.Option(help="Only this target.", show_default="all")] = None,
+    data: Annotated[str | None, typer.Option(help="Only these training pictures.", show_default="all")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Only with so many persons.", show_default="all")] = None,
+    rows: Annotated[str | None, typer.Option(help="Only these rows.", show_default="all")] = None,
+    columns: Annotated[str | None, typer.Option(help=f"Only these of {', '.join(tables.COLUMNS)}.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown, for the documentation.")] = False,
-    target: Annotated[str | None, typer.Option(help="Only tasks with this target.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Only what docs/lab.jsonl has.")] = False,
     out: Out = RUNS,
 ) -> None:
     """Show everything measured so far (here, and for the documentation), a table a task."""
     console = Console(soft_wrap=True)
-    found = list(results.read(out / "results").values())
-    for task in results.tasks(found):
-        if task.sequence or target not in (None, task.target):
-            continue
-        group = [r for r in found if r.about(task)]
-        head, lines = tables.rows(group) if at is None else tables.equal_response(group, at)
-        title = "mean over training seeds (standard error)" if at is None else f"where the response is {at:g}"
-        if markdown:
-            print(f"{_words(task)}; {title}; drift x1000\n\n{tables.markdown(head, lines)}\n")
-        else:
-            _show(console, task, head, lines, f"{title}; drift x1000")
-    sequences = {task.sequence for task in results.tasks(found)} - {()}
-    whole = [s for s in sequences if not any(o != s and o[: len(s)] == s for o in sequences)]
-    for taught in sorted(whole) if at is None and target is None else ():
-        head, lines = tables.sequences(found, taught)
-        title = f"one after the other: {', '.join(taught)}"
+    measures = list(tables.COLUMNS) if columns is None else columns.split(",")
+    unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
+    if unknown:
+        console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
+        raise typer.Exit(2)
+    chosen = None if rows is None else {*rows.split(","), "base"}
+    known = results.read(None if published else out / "results").values()
+    found = [r for r in known if chosen is None or r.row in chosen]
+    for title, (head, lines) in _tables(
+        found, at, taught, measures, {"target": target, "data": data, "prompts": prompts}
+    ):
         if markdown:
             print(f"{title}\n\n{tables.markdown(head, lines)}\n")
         else:
-            _show(console, None, head, lines, title)
+            console.print(tables.terminal(head, lines, title, console.width))
+
+
+def _tables(
+    found: list[results.Result], at: float | None, taught: bool, measures: list[str], only: dict[str, Any]
+) -> Iterator[tuple[str, tables.Cells]]:
+    """Titles and tables."""
+    every = results.tasks(found)
+    if taught:
+        sequences = {task.sequence for task in every} - {()}
+        whole = [s for s in sequences if not any(o != s and o[: len(s)] == s for o in sequences)]
+        for names in sorted(whole):
+            yield f"One after the other: {', '.join(names)}; drift x 1000.", tables.sequences(found, names)
+        return
+    for task in every:
+        if task.sequence or any(value not in (None, getattr(task, name)) for name, value in only.items()):
+            continue
+        group = [r for r in found if r.about(task)]
+        if at is None:
+            title = f"{_words(task)}: mean over training seeds (standard error), drift x 1000."
+            yield title, tables.rows(group, measures)
+        else:
+            title = f"{_words(task)}: where the response is {at:g}, drift x 1000."
+            yield title, tables.equal_response(group, at)
+
+
+@app.command()
+def document() -> None:
+    """Fill the tables of docs/lab.md: each stands below the command that makes it."""
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(filled(text), encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """The page with what its commands print, from docs/lab.jsonl alone."""
+
+    def run(words: str) -> str:
+        stream = io.StringIO()
+        with contextlib.redirect_stdout(stream):
+            app([*shlex.split(words), "--published", "--markdown"], standalone_mode=False)
+        return stream.getvalue()
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match['opening']}\n\n{run(match['words']).strip()}\n\n{match['closing']}"
+
+    return BLOCK.sub(block, text)
 
 
 def _words(task: Task) -> str:
-    return "  ".join(f"{name}={value}" for name, value in task.facts.items())
-
-
-def _show(console: Console, task: Task | None, head: list[str], lines: list[list[str]], title: str) -> None:
-    if task is not None:
-        console.print(_words(task), highlight=False)
-    console.print(tables.terminal(head, lines, title, console.width))
+    return ", ".join(f"{name} {value}" for name, value in task.facts.items())
 
 
 @app.command()

@@ -19,6 +19,8 @@ from portraitlab.model_files import MODEL_FOLDER
 
 #: What was measured for docs/lab.md.
 PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
+#: Settings that are younger than the first results; with this value training is what it was without them.
+ADDED_LATER = {"spf_base": "off"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Pat
     if row is not None:
         here = str(MODEL_FOLDER.parent)  # the same result under another path
         spf = {name: value.replace(here, "") for name, value in row.config(task).to_metadata().items()}
+        spf = {name: value for name, value in spf.items() if ADDED_LATER.get(name) != value}
         facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, MIN_SNR_GAMMA]
+        facts += [row.steps] if row.steps else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -60,16 +64,18 @@ def write(folder: Path, result: Result) -> None:
     os.replace(aside, folder / f"{result.key}.json")
 
 
-def read(folder: Path, published: Path = PUBLISHED) -> dict[str, Result]:
-    """Everything that was measured so far, here and for the documentation, by key."""
+def read(folder: Path | None, published: Path | None = None) -> dict[str, Result]:
+    """Everything that was measured so far, in a folder and for the documentation, by key."""
+    published = published or PUBLISHED
     lines: list[str] = published.read_text(encoding="utf-8").splitlines() if published.exists() else []
-    lines += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))]
+    lines += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))] if folder else []
     found = (Result(**json.loads(line)) for line in lines if line.strip())
     return {result.key: result for result in found}
 
 
-def publish(results: Iterable[Result], path: Path = PUBLISHED) -> None:
+def publish(results: Iterable[Result], path: Path | None = None) -> None:
     """Write results as one file, a line each, in a stable order."""
+    path = path or PUBLISHED
     rows = sorted(results, key=lambda r: (json.dumps(r.task, sort_keys=True), r.row, r.learning_rate, r.seed, r.key))
     aside = path.with_suffix(".part")
     aside.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")

@@ -21,13 +21,13 @@ class Row:
         spf: SPF settings without their prefix, on top of the defaults.
         peer: a key of `peers.KINDS` in place of SPF, or nothing.
         options: the peer's parameters.
-        learning_rate: the peak, where a table does not sweep it.
+        steps: another number of steps than the task's: plain training that is stopped early.
     """
 
     spf: Mapping[str, Any] = field(default_factory=dict)
     peer: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate: float = LEARNING_RATE
+    steps: int | None = None
 
     def config(self, task: Task) -> SPFConfig:
         """The SPF settings, defaults included; without any weight where a peer trains."""
@@ -46,6 +46,7 @@ _GUIDED = {"clip": str(CLIP_FOLDERS[0])}
 
 ROWS: dict[str, Row] = {
     "plain": Row(PLAIN),
+    **{f"plain-{steps}-steps": Row(PLAIN, steps=steps) for steps in (25, 50, 75)},
     "plain-cross-attention": Row({**PLAIN, "train": "cross_attention"}),
     # The peers, each with its sweep.
     "masked": Row(peer="masked"),

@@ -27,6 +27,8 @@ COLUMNS: Mapping[str, tuple[str, float, str]] = {
     "kid": ("KID", 1, "{:.2f}"),
     "clip": ("CLIP", 1, "{:.3f}"),
 }
+Cells = tuple[list[str], list[list[str]]]
+"""The head of a table and its lines."""
 AT_RESPONSE = ("drift_explicit", "drift_partial", "leak", "reconstruction", "attributes_explicit", "uninvited")
 
 
@@ -45,22 +47,22 @@ def by_row(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
-def rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def rows(results: Sequence[Result], measures: Sequence[str] = tuple(COLUMNS)) -> Cells:
     """A line for every row and learning rate: mean over the training seeds (standard error)."""
-    head = ["row", "learning rate", "seeds", *(name for name, _, _ in COLUMNS.values())]
+    head = ["row", "learning rate", "seeds", *(COLUMNS[measure][0] for measure in measures)]
     lines = []
     for name, group in by_row(results).items():
         for rate in sorted({result.learning_rate for result in group}):
             point = [result for result in group if result.learning_rate == rate]
             cells = [
-                _said(Mean.of([result.scores[score] for result in point]), factor, form)
-                for score, (_, factor, form) in COLUMNS.items()
+                _said(Mean.of([result.scores[measure] for result in point]), *COLUMNS[measure][1:])
+                for measure in measures
             ]
             lines.append([name, f"{rate:g}" if name != "base" else "", str(len(point)), *cells])
     return head, lines
 
 
-def equal_response(results: Sequence[Result], wanted: float) -> tuple[list[str], list[list[str]]]:
+def equal_response(results: Sequence[Result], wanted: float) -> Cells:
     """A line for every method with a sweep: its measures where it responds `wanted`."""
     head = ["method", "seeds", "highest response", *(COLUMNS[m][0] for m in AT_RESPONSE)]
     lines = []
@@ -80,7 +82,7 @@ def equal_response(results: Sequence[Result], wanted: float) -> tuple[list[str],
     return head, lines
 
 
-def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
+def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:
     """A line for every row and length of a sequence: the mean response of all targets so far, and what else changed.
 
     Drift and reconstruction are those of the last target's prompts, against the untuned model.

@@ -27,7 +27,7 @@ def train_row(
         data=task.write(out.parent.parent / "data", seed),
         out=out,
         spf=None if row.peer else row.config(task),
-        steps=task.steps,
+        steps=row.steps or task.steps,
         rank=RANK,
         learning_rate=learning_rate,
         batch_size=task.batch,
