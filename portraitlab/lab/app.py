@@ -236,16 +236,18 @@ def _words(task: Task) -> str:
 
 @app.command()
 def plot(
-    rows: Annotated[str | None, typer.Option(help="Only these rows.", show_default="all")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Only these rows.", show_default="all but SPF's own variants")
+    ] = None,
     into: Annotated[Path, typer.Option(help="Folder of the plots.")] = RUNS / "plots",
     out: Out = RUNS,
 ) -> None:
     """Draw response against drift, a curve a method, for every task with a sweep."""
     found = list(results.read(out / "results").values())
-    chosen = None if rows is None else {*rows.split(","), "base"}
+    shown = [name for name in ROWS if not name.startswith("spf-")] if rows is None else rows.split(",")
     into.mkdir(parents=True, exist_ok=True)
     for task in results.tasks(found):
-        group = [r for r in found if r.about(task) and (chosen is None or r.row in chosen)]
+        group = [r for r in found if r.about(task) and r.row in (*shown, "base")]
         drawing = plots.response_against_drift(group, task.goal.phrase)
         if drawing is not None:
             path = into / f"{task.target}-{task.data}-{task.steps}-{task.prompts}-{task.evaluation_seed}.png"

@@ -28,14 +28,13 @@ def _style(row: str) -> tuple[str, str]:
 
 
 def response_against_drift(results: Sequence[Result], phrase: str) -> bytes | None:
-    """A PNG: a curve a method over its sweep, drift on the x axis, response on the y axis; None without any sweep.
+    """A PNG: drift on the x axis, response on the y axis, a curve a method over its sweep; None without any sweep.
 
     The further to the upper left, the better. The untuned model is the cross; its drift is the floor: adding the word
     alone already changes the picture.
     """
     groups = by_row(results)
-    groups = {name: g for name, g in groups.items() if name == "base" or len({r.learning_rate for r in g}) > 1}
-    if set(groups) <= {"base"}:
+    if all(len({r.learning_rate for r in group}) == 1 for group in groups.values()):
         return None
     figure, axes = new_figure(10.5, 4.2, columns=2)
     for ax, (measure, title) in zip(axes, PANELS, strict=True):
@@ -58,6 +57,9 @@ def response_against_drift(results: Sequence[Result], phrase: str) -> bytes | No
                 linestyle="-" if name in STYLES else "--",
             )  # fmt: skip
         ax.set_xscale("log")
+        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            axis("{x:g}")
+        ax.tick_params(axis="x", which="minor", labelsize=7, length=2, colors=INK)
         ax.set_ylim(-0.02, 1.03)
         ax.set_title(title, fontsize=9, color=INK, loc="left")
         ax.set_xlabel("drift of everything else, mean squared x 1000 (log)", fontsize=8.5, color=INK)
