@@ -68,7 +68,9 @@ def device_problems(kind: str, device: torch.device) -> list[str]:
         if error.name != "bitsandbytes":
             found.append(f"spf_base=nf4: bitsandbytes cannot be imported: {error}. spf_base=int8 works without it.")
         else:
-            found.append("spf_base=nf4 needs bitsandbytes: pip install bitsandbytes. spf_base=int8 works without it.")
+            found.append(
+                "spf_base=nf4 needs bitsandbytes: pip install --no-deps bitsandbytes. spf_base=int8 works without it."
+            )
     except Exception as error:  # broken builds fail with whatever their loader raises
         found.append(
             f"spf_base=nf4: bitsandbytes does not work on {device.type} here: {str(error).splitlines()[0]}. Update it "
