@@ -72,8 +72,9 @@ def device_problems(kind: str, device: torch.device) -> list[str]:
                 "spf_base=nf4 needs bitsandbytes: pip install --no-deps bitsandbytes. spf_base=int8 works without it."
             )
     except Exception as error:  # broken builds fail with whatever their loader raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         found.append(
-            f"spf_base=nf4: bitsandbytes does not work on {device.type} here: {str(error).splitlines()[0]}. Update it "
+            f"spf_base=nf4: bitsandbytes does not work on {device.type} here: {reason}. Update it "
             "(on a CPU it must be 0.46 or newer), or use spf_base=int8, which works without it."
         )
     return found

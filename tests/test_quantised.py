@@ -94,10 +94,10 @@ def test_a_hosts_cast_of_the_unet_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "full bfloat16"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_is_the_linear_layer_of_its_dense_weight(kind: str, autocast: bool, bias: bool) -> None:
-    """Bit for bit, forward and backward, also where autocast lowers the precision."""
+def test_a_layer_is_the_linear_layer_of_its_dense_weight(kind: str, precision: str, bias: bool) -> None:
+    """Bit for bit, forward and backward, in every precision that a host trains in."""
     layer = nn.Linear(64, 32, bias=bias).requires_grad_(False)
     layer.weight.copy_(random(32, 64))
     dense = copy.deepcopy(layer)
@@ -109,10 +109,11 @@ def test_a_layer_is_the_linear_layer_of_its_dense_weight(kind: str, autocast: bo
 
     QuantisedBase(Transformer2DModel(), kind, CPU)
     dense.weight.copy_(getattr(layer, NAME).dense(torch.float32))
-    a, b = (random(3, 5, 64, seed=2).requires_grad_() for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out, expected = layer(a), dense(b)
-    assert out.dtype == expected.dtype == (torch.bfloat16 if autocast else torch.float32)
+    dtype = torch.bfloat16 if precision == "full bfloat16" else torch.float32
+    a, b = (random(3, 5, 64, seed=2).to(dtype).requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        out, expected = layer.to(dtype)(a), dense.to(dtype)(b)
+    assert out.dtype == expected.dtype == (torch.float32 if precision == "float32" else torch.bfloat16)
     assert torch.equal(out, expected)
     upstream = random(3, 5, 32, seed=3).to(out.dtype)
     out.backward(upstream)
