@@ -82,7 +82,7 @@ def device_problems(kind: str, device: torch.device) -> list[str]:
 
 def _quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes, and scales in float32."""
-    if kind == "int8":  # as bitsandbytes' int8_vectorwise_quant; the releases that hosts pin have it only for float16
+    if kind == "int8":  # bitsandbytes' int8_vectorwise_quant; it takes float16 only, and hosts pin releases without it
         scales = weight.float().abs().amax(1) / 127
         codes = (weight.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
         return codes, scales
@@ -111,7 +111,7 @@ class QuantisedWeight(nn.Module):
         self.register_buffer("scale_bytes", scales.float().contiguous().view(torch.uint8), persistent=False)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return self.codes.nbytes + self.scale_bytes.nbytes
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -172,14 +172,21 @@ class QuantisedBase:
     def __init__(self, unet: nn.Module, kind: str, device: torch.device):
         self.before = self.after = 0  # bytes
         self._exchanges: list[tuple[Exchange, QuantisedWeight]] = []
-        for layer in linear_layers(unet):
-            weight = layer.weight
-            quantised = QuantisedWeight(weight.to(device), kind).to(weight.device)
-            self.before, self.after = self.before + weight.nbytes, self.after + quantised.bytes
-            exchange = Exchange(layer, "weight", NAME, quantised, partial(_forward, layer))
-            self._exchanges.append((exchange, quantised))
+        try:
+            for layer in linear_layers(unet):
+                self._take(layer, kind, device)
+        except BaseException:
+            self.remove()
+            raise
         if not self._exchanges:
             raise SPFError(f"spf_base={kind}: this UNet has no linear layers in a {TRANSFORMER}; leave spf_base out.")
+
+    def _take(self, layer: nn.Linear, kind: str, device: torch.device) -> None:
+        weight = layer.weight
+        quantised = QuantisedWeight(weight.to(device), kind).to(weight.device)
+        exchange = Exchange(layer, "weight", NAME, quantised, partial(_forward, layer))
+        self._exchanges.append((exchange, quantised))
+        self.before, self.after = self.before + weight.nbytes, self.after + quantised.nbytes
 
     def __len__(self) -> int:
         return len(self._exchanges)

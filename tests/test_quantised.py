@@ -68,7 +68,7 @@ def test_int8_is_off_by_half_a_step_at_most() -> None:
     stored = QuantisedWeight(weight, "int8")
     step = weight.abs().amax(1, keepdim=True) / 127
     assert torch.all((stored.dense(torch.float32) - weight).abs() <= step / 2 * 1.0001)
-    assert stored.bytes == 20 * 50 + 20 * 4
+    assert stored.nbytes == 20 * 50 + 20 * 4
 
 
 @needs_bitsandbytes
@@ -79,7 +79,7 @@ def test_nf4_is_bitsandbytes_own() -> None:
         weight = random(*shape)
         expected = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
         assert torch.equal(QuantisedWeight(weight, "nf4").dense(torch.float32), expected)
-    assert QuantisedWeight(weight, "nf4").bytes == 64 * 128 * 4.5 / 8
+    assert QuantisedWeight(weight, "nf4").nbytes == 64 * 128 * 4.5 / 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,6 +170,22 @@ def test_removal_gives_plain_layers_with_the_same_values(kind: str) -> None:
     assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
     assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(predict(model), out)
+
+
+def test_a_failure_halfway_leaves_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original, calls = unet(), quantised._quantise, []
+
+    def fails_later(*words: Any) -> Any:
+        calls.append(words)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
+        return original(*words)
+
+    monkeypatch.setattr(quantised, "_quantise", fails_later)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        QuantisedBase(model, "int8", CPU)
+    assert not any(hasattr(layer, NAME) for layer in linear_layers(model))
+    assert torch.isfinite(predict(model)).all()
 
 
 def test_a_failed_application_leaves_plain_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
