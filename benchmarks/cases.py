@@ -12,11 +12,13 @@ import torch
 
 from benchmarks.steps import Setup, Step, Workbench
 from benchmarks.tracking import MetaGpu, track
+from spf_plugin.config import BASES
 
 PLAIN, SPF, DOP, PURE_CC, REFERENCE = "plain", "spf", "dop", "pure_cc", "reference"
 MAPS_KEPT, ALL_LAYERS = "spf_maps_kept", "spf layers=all"
 NO_QUERIES = "spf fine_grained_multiplier=0"
 OUTPUT_ONLY = "spf fine_grained_multiplier=0 text_consistent_multiplier=0"
+_SIZES = (("sdxl", 1024), ("sd1", 512), ("sd2", 768))
 _PAIR, _PEERS = (PLAIN, SPF), (DOP, PURE_CC)
 _WAYS = (REFERENCE, MAPS_KEPT, NO_QUERIES, OUTPUT_ONLY)
 
@@ -39,6 +41,9 @@ CASES: tuple[tuple[Setup, tuple[str, ...]], ...] = (
     (Setup("sdxl", 1024, 1, False, weights="fp8"), (PLAIN,)),
     (Setup("sd2", 768, 1, False), _PAIR),
     (Setup("sd2", 768, 4, False), _PAIR),
+    (Setup("sd2", 768, 1, True, weights="fp8"), _PAIR),
+    *((Setup(model, side, 1, True, weights=base), _PAIR) for base in BASES[1:] for model, side in _SIZES),
+    (Setup("sdxl", 1024, 1, False, weights="nf4"), (PLAIN,)),
 )
 PUBLISHED = 8  # the first so many of CASES
 
@@ -87,7 +92,7 @@ def tracked(setup: Setup, steps: tuple[str, ...]) -> Iterator[Record]:
     """Track each step once, on tensors without data."""
     with MetaGpu():
         bench = Workbench(setup)
-        unet, lora = (sum(p.numel() for p in ps) for ps in (bench.unet.parameters(), bench.parameters))
+        unet, lora = bench.unet_parameters, sum(p.numel() for p in bench.parameters)
         for name in steps:
             cost = track(bench.step(name))
             bench.clear()

@@ -61,10 +61,11 @@ class Row:
     @property
     def static(self) -> int:
         """Bytes of the weights and of AdamW8bit's state."""
-        weight = {"bf16": 2, "fp8": 1, "fp32": 4}[self.setup.weights]
         models = 2 if self.record.step == PURE_CC else 1
         lora = self.plain.lora_parameters * (LORA_BYTES + OPTIMIZERS["adamw8bit"])
-        return int(self.plain.unet_parameters * weight * models + lora)
+        weights, parameters = self.setup.weights, self.plain.unet_parameters
+        unet = parameters * 4 if weights == "fp32" else plan.unet_bytes(self.setup.family, weights, parameters)
+        return int(unet * models + lora)
 
     @property
     def total(self) -> int:
@@ -203,18 +204,34 @@ def _ways(records: Records) -> list[list[str]]:
     return lines
 
 
-def _fp8(records: Records) -> str:
-    """What 8-bit weights do to a step's own memory, with and without checkpointing."""
-    said = []
-    for on in (True, False):
-        pair = [records.get((Setup("sdxl", 1024, 1, on, weights=weights), PLAIN)) for weights in ("bf16", "fp8")]
-        if None in pair:
+def _weights(records: Records) -> list[list[str]]:
+    """The frozen UNet in fewer bits, at batch 1 with checkpointing."""
+    lines = []
+    for family, resolution in (("sd1", 512), ("sdxl", 1024)):
+        for weights in ("bf16", "fp8", "int8", "nf4"):
+            setup = Setup(family, resolution, 1, True, weights=weights)
+            found = rows(records, setup)
+            if len(found) < 2:
+                continue
+            plain, spf = found[:2]
+            unet = plan.unet_bytes(family, weights, plain.plain.unet_parameters)
+            sizes = (unet, plain.record.peak, spf.record.peak, spf.total)
+            how = {"bf16": "16 bit", "fp8": "`--fp8_base` (the host's)"}.get(weights, f"`spf_base={weights}`")
+            lines.append([NAMES[family], how, *(f"{size / MIB:.0f} MB" for size in sizes), NOT_MEASURED])
+    return lines
+
+
+def _unsaved(records: Records) -> str:
+    """What the weights' bits do to a plain step's own memory without checkpointing."""
+    peaks = []
+    for weights in ("bf16", "fp8", "nf4"):
+        record = records.get((Setup("sdxl", 1024, 1, False, weights=weights), PLAIN))
+        if record is None:
             return ""
-        half, eighth = (record.peak / MIB for record in pair if record is not None)
-        said.append(f"{half:.0f} to {eighth:.0f} MB with{'' if on else 'out'} checkpointing")
+        peaks.append(f"{record.peak / MIB:.0f} MB")
     return (
-        f"SDXL's weights shrink by 2449 MB; the plain step's own peak goes from {said[0]}, and from {said[1]}: there "
-        "backward keeps a half-precision copy of every weight, so nothing is saved."
+        f"Without checkpointing a plain step of SDXL needs {peaks[0]}, {peaks[1]} with fp8_base (its backward keeps a\n"
+        f"16-bit copy of every weight, so nothing is saved), and {peaks[2]} with nf4, which keeps none."
     )
 
 
@@ -256,6 +273,7 @@ def markdown(records: Records, environment: Mapping[str, str], command: str) -> 
             other_rows.append([title(plain.setup), f"{plain.record.peak / MIB:.0f} MB", *cells])
         lines += _markdown(other_head, other_rows)
     head = ["", "every step, FLOPs at most 1.35", "default schedule, at most 1.15", "memory, at most 1.05"]
+    weights_head = ["", "frozen UNet", "UNet", "plain step's peak", "SPF step's peak", "SPF with weights", "GPU time"]
     preset_head = ["preset", "weights and optimizer", "step, tracked", "assumed", "together", "card"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         command=command,
@@ -263,7 +281,8 @@ def markdown(records: Records, environment: Mapping[str, str], command: str) -> 
         targets="\n".join(_markdown(head, _targets(records))),
         table="\n".join(lines).rstrip(),
         ways="\n".join(_markdown(["", "", "FLOPs", "memory"], _ways(records))),
-        fp8=_fp8(records),
+        weights="\n".join(_markdown(weights_head, _weights(records))),
+        unsaved=_unsaved(records),
         presets="\n".join(_markdown(preset_head, _presets())),
         context=plan.gib(plan.CONTEXT),
         start=SPFConfig().stage2_start,

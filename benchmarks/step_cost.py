@@ -31,7 +31,7 @@ COMMAND = "python -m benchmarks.step_cost"
 
 def environment(device: str) -> dict[str, str]:
     """Where the figures come from."""
-    names = ("torch", "diffusers", "lycoris-lora")
+    names = ("torch", "diffusers", "lycoris-lora", "bitsandbytes")
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none (tensors without data)"
     return {"date": date.today().isoformat(), "python": platform.python_version(), "gpu": gpu} | {
         name: version(name) for name in names

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,8 +22,9 @@ from benchmarks.unets import CONFIGS, POOLED, base_model, lora
 from spf_plugin import objective, probe
 from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment
-from spf_plugin.config import PREFIX, SPFConfig, parse
+from spf_plugin.config import BASES, PREFIX, SPFConfig, parse
 from spf_plugin.hosts.reference import ReferenceHost
+from spf_plugin.quantised import QuantisedBase
 from spf_plugin.text import Conds, map_conds
 from spf_plugin.trainer.loop import Settings, Trainer
 
@@ -34,7 +34,6 @@ TOKENS = 77
 STEPS = 1000
 TIMESTEP = 500
 NOT_LOGGED = 1  # a step number of stage 2 at which nothing is logged
-NOBODY = SimpleNamespace(any=lambda: False)  # no preserved samples, for tensors that have no values to ask
 DOP_MULTIPLIER = 1.0
 PURE_CC_ETA = 2.0
 
@@ -52,7 +51,8 @@ class Setup:
         batch: images.
         checkpointing: gradient checkpointing.
         rank: of the LoRA.
-        weights: `bf16`, or `fp8` (sd-scripts' `fp8_base`); `fp32` trains without mixed precision.
+        weights: `bf16`; `fp8` (sd-scripts' `fp8_base`); `int8` or `nf4` (`spf_base`); `fp32` trains without mixed
+            precision.
         device: `cpu`, `cuda`, or `meta` for tensors without data.
     """
 
@@ -65,7 +65,7 @@ class Setup:
     device: str = "meta"
 
 
-WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
+WEIGHTS = {"fp8": torch.float8_e4m3fn, "fp32": torch.float32}
 
 
 class Accelerator:
@@ -119,8 +119,8 @@ class Workbench:
 
     def __post_init__(self) -> None:
         setup = self.setup
-        dtype = WEIGHTS[setup.weights]
-        model = base_model(setup.family, dtype, setup.device)
+        model = base_model(setup.family, WEIGHTS.get(setup.weights, torch.bfloat16), setup.device)
+        self.unet_parameters = sum(p.numel() for p in model.unet.parameters())
         settings = Settings(
             model=setup.family,
             data=Path(),
@@ -133,6 +133,8 @@ class Workbench:
         self.trainer = Trainer(settings, model, Accelerator(setup))
         self.host = Host(self.trainer, setup)
         self.network, self.adapter = lora(model, setup.rank, setup.device), Adapter()
+        if setup.weights in BASES[1:]:
+            QuantisedBase(model.unet, setup.weights, torch.device(setup.device))
         with self.adapter.watching([model.unet]):
             self.network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
         self.network.requires_grad_(True).train()
@@ -197,7 +199,6 @@ class Workbench:
             spf = Attachment(self.host, config, self.unet, self.adapter)
             stack.callback(spf.close)
             spf.open()
-            stack.enter_context(mock.patch.object(spf, "_choose_preserved", return_value=NOBODY))
             spf.step, spf._checked = NOT_LOGGED, True  # the first step of a run only checks, at plain cost
             self.plain(mark)
 

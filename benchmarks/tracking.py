@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -75,6 +76,9 @@ class MetaGpu(TorchFunctionMode):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
         self._stack.enter_context(torch._C._ExcludeDispatchKeyGuard(keys))
         self._stack.enter_context(mock.patch.object(torch, "autocast", self._autocast))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):  # a quantised layer asks them
+            answer = partial(self._of_cpu, getattr(torch, name))
+            self._stack.enter_context(mock.patch.object(torch, name, answer))
         # torch.autocast calls this when its outermost block ends, also around what checkpointing recomputes.
         self._stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", self._casts.clear))
         return super().__enter__()
@@ -88,6 +92,10 @@ class MetaGpu(TorchFunctionMode):
     def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
         """`torch.autocast`, for a device that has none."""
         return torch.amp.autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    @staticmethod
+    def _of_cpu(ask: Callable[[str], Any], device_type: str) -> Any:
+        return ask("cpu" if device_type == "meta" else device_type)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in (dtype, torch.float64):

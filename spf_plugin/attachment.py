@@ -198,7 +198,9 @@ class Attachment:
         text = self.text.for_batch(self.host.captions(batch), text_conds, self.host.targets(batch))
         in_range = (timesteps >= self.config.min_timestep) & (timesteps < self.config.max_timestep)
         aligned = in_range.to(text.empty.device) & ~text.empty
-        if not aligned.any():
+        # Asking the tensor makes the host wait for the GPU; over the full range the captions alone decide.
+        full_range = self.config.min_timestep == 0 and self.config.max_timestep == 1000
+        if not any(prompt.full.strip() for prompt in text.prompts) if full_range else not aligned.any():
             return predict(text_conds)
         return self._dual_path(predict, text_conds, text, aligned, micro_step, noisy_latents, timesteps, batch)
 
@@ -223,12 +225,13 @@ class Attachment:
     ) -> Tensor:  # fmt: skip
         config, trained = self.config, self.host.text_encoder_trained
         base_conds = self.text.reference_conds(text, conds, text_encoder_trained=trained)
+        weights = self.text.distances(text)  # before the passes: it moves tensors, which would wait for them
         with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
             reference = Path.of(predict(base_conds), seen, self.layers, text.base_groups)
         reference = Path(reference.eps.detach(), reference.queries, reference.attention)
 
         preserved = self._choose_preserved(text.has_target & aligned, micro_step)
-        if preserved.any():
+        if preserved is not None:
             text = text.with_base_prompt(preserved)
             own_base = base_conds
             if trained:  # the trained text encoder must not leak the target into base prompts either
@@ -246,7 +249,7 @@ class Attachment:
             reference,
             response,
             present=text.present,
-            weights=self.text.distances(text),
+            weights=weights,
             target_map_kind=config.map,
             gain=config.map_gain,
             aligned=aligned,
@@ -263,7 +266,7 @@ class Attachment:
                 self.watch.record(self.logs, result.map, shown)
         if self.watch is not None:
             self.watch.show(self.step, text, shown, timesteps, noisy_latents, reference, response, result)
-        if preserved.any():
+        if preserved is not None:
             # These samples reproduce the base model instead of denoising the training image.
             prediction = torch.where(preserved.view(-1, 1, 1, 1), prediction.detach(), prediction)
         if self.enhancement is not None and self._aligns_now() and self.step % config.response_every == 0:
@@ -283,14 +286,15 @@ class Attachment:
             self.logs["spf/response_skipped"] = float(self.enhancement.skipped)
         return prediction
 
-    def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor:
-        """A share of the samples, `[B]` bool. Its own generator, seeded by the step: no global random state is touched,
-        and a resumed run chooses as an uninterrupted one."""
+    def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor | None:
+        """A share of the samples, `[B]` bool, or None for nobody. Its own generator, seeded by the step: no global
+        random state is touched, and a resumed run chooses as an uninterrupted one."""
         if not self.config.base_preservation or not self._aligns_now():
-            return torch.zeros_like(candidates)
+            return None
         seed = hash((self.host.seed, self.step, micro_step, self.host.accelerator.process_index)) & 0x7FFFFFFF
         draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed))
-        return (draw < self.config.base_preservation).to(candidates.device) & candidates
+        drawn = draw < self.config.base_preservation
+        return drawn.to(candidates.device) & candidates if drawn.any() else None  # known without asking the GPU
 
     def _backward(self, original: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
         pending, self._pending = self._pending, None

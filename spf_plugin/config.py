@@ -21,6 +21,7 @@ from spf_plugin.prompt import Target, parse_targets
 PREFIX = "spf_"
 MAPS = ("soft", "paper", "difference", "target", "hard", "none")
 TRAIN = ("all", "cross_attention")
+BASES = ("off", "int8", "nf4")
 LAYERS = ("last", "all")
 RESPONSES = ("off", "anchor", "directional")
 REGIONS = ("map", "all")
@@ -112,6 +113,12 @@ class SPFConfig:
         _choice_or_regex(TRAIN),
         "Which of its modules are trained: `all`, `cross_attention` (as the paper does), or a regular expression over "
         "LoRA names.",
+    )
+    base: str = _setting(
+        "off",
+        _choice(BASES),
+        "Keep the linear weights of the frozen UNet's transformers in fewer bits: `int8`, or `nf4` (4.5 bits; needs "
+        "bitsandbytes). Saves memory; reference and LoRA share the same weights. Not together with `--fp8_base`.",
     )
     text_consistent_multiplier: float = _setting(
         0.3, _number(0.0), "Weight of the text-consistent loss: attention of the base phrases, outside the map."

@@ -44,7 +44,7 @@ STOPS = {
     "diffusers": "sd-scripts does not start",
     "transformers": "sd-scripts does not start",
     "accelerate": "sd-scripts does not start",
-    "bitsandbytes": "the 8-bit optimizers (AdamW8bit of the presets) do not start",
+    "bitsandbytes": "the 8-bit optimizers (AdamW8bit of the presets) and spf_base=nf4 do not start",
     "xformers": "--xformers does not start (use --sdpa)",
 }
 SCRIPTS = ("train_network.py", "sdxl_train_network.py")

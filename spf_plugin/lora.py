@@ -20,15 +20,14 @@ from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment, Host
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import KohyaHost, raw_network_args
+from spf_plugin.hosts.kohya import DEFAULT_NETWORK, KohyaHost, raw_network_args
+from spf_plugin.quantised import QuantisedBase
 from spf_plugin.saving import save_normalised
 from spf_plugin.watch import Watch
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_NETWORK = "networks.lora"
 
 
 def _stop_on_stray_words() -> None:
@@ -126,7 +125,8 @@ def create_network_from_weights(
 def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -> nn.Module:
     """Attach SPF to a network that is created and not applied yet, and to the host that will train it.
 
-    The attachment is at `network.spf`; `network.spf.close()` detaches it (the end of training does, too).
+    The attachment is at `network.spf`; `network.spf.close()` detaches it (the end of training does, too). With
+    `spf_base` the UNet is quantised when the network is applied, and stays so: dense weights may not fit on the card.
 
     Raises:
         SPFError: `spf_train` or `spf_layers` matches nothing; the response term's models cannot be loaded.
@@ -144,9 +144,21 @@ def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -
 
     @contextmanager
     def applying(models: Sequence[nn.Module]) -> Iterator[None]:
-        with adapter.watching(models):
-            yield
-        attachment.open()
+        base = None
+        if config.base != "off":  # first, so that what the adapter takes for the original is the quantised base
+            base = QuantisedBase(unet, config.base, host.accelerator.device)
+            logger.info(
+                f"SPF: {len(base)} linear layers of the UNet kept as {config.base}: {base.after / 2**20:.0f} MB in "
+                f"place of {base.before / 2**20:.0f} MB"
+            )
+        try:
+            with adapter.watching(models):
+                yield
+            attachment.open()
+        except BaseException:
+            if base is not None:
+                base.remove()
+            raise
         stage2 = config.stage2_step(host.max_train_steps) if config.active else None
         logger.info(
             f"SPF: target {'|'.join(map(str, config.target)) or '(per subset)'}; {len(adapter)} modules trained, "

@@ -112,7 +112,10 @@ def dual_path(
         total = weighted if total is None else total + weighted
 
     def mean(value: Tensor) -> Tensor:
-        return value.detach()[aligned].nanmean()
+        """Over the aligned samples that have a value. Picking them by a mask would make the host wait for the GPU."""
+        value = value.detach()
+        counts = aligned & ~value.isnan()
+        return torch.where(counts, value, torch.zeros_like(value)).sum() / counts.sum()
 
     return Objective(
         loss=total,

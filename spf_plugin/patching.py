@@ -1,6 +1,7 @@
 """The only module that changes somebody else's objects, and puts back exactly what was there.
 
-Every function is a context manager. Put several on one `contextlib.ExitStack`.
+What changes something for a while is a context manager: put several on one `contextlib.ExitStack`. `Exchange` stays
+until it is undone.
 """
 
 from __future__ import annotations
@@ -76,3 +77,33 @@ def bypassed(originals: Mapping[nn.Module, Any]) -> Iterator[None]:
     finally:
         for module, present in adapted.items():
             restore_attribute(module, "forward", present)
+
+
+class Exchange:
+    """A module's parameter, replaced by a module that takes less memory, and its `forward`, for as long as it lives.
+
+    Not a context manager: an abandoned one would undo itself when it is collected, and bring the memory back.
+
+    Args:
+        module: loses the parameter `name` (and its memory, if nobody else holds it), gets `instead` as its submodule
+            `instead_name`, and `forward` on the instance.
+
+    Raises:
+        AttributeError: the module has no such parameter (any more).
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, instead_name: str, instead: nn.Module, forward: Callable[..., Any]
+    ):
+        self._module, self._name, self._instead_name, self._forward = module, name, instead_name, forward
+        self._before = instance_attribute(module, "forward")
+        delattr(module, name)
+        module.add_module(instead_name, instead)
+        module.forward = forward
+
+    def undo(self, parameter: nn.Parameter) -> None:
+        """Give the module `parameter` under the old name, and its `forward` as it was (a later wrapper stays)."""
+        delattr(self._module, self._instead_name)
+        self._module.register_parameter(self._name, parameter)
+        if instance_attribute(self._module, "forward") is self._forward:
+            restore_attribute(self._module, "forward", self._before)

@@ -24,6 +24,8 @@ BASIS = "tracked on tensors without data, not measured on a GPU"
 CONTEXT = int(0.8 * GIB)
 LORA_BYTES = 4  # the trained weights are float32 in every host
 TEXT_ENCODERS = {"sd1": 123_060_480, "sd2": 340_387_840, "sdxl": 123_060_480 + 694_659_840}  # parameters
+# Of the UNet: what `spf_base` quantises. Weights of the transformers' linear layers, and their rows.
+LINEAR = {"sd1": (242_196_480, 212_160), "sd2": (273_367_040, 237_120), "sdxl": (2_207_744_000, 1_436_160)}
 MODELS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 # Bytes of state per trained weight. 8-bit states have one float32 scale per 256 values.
 OPTIMIZERS = {
@@ -49,7 +51,8 @@ class Run:
         batch: images per step.
         rank: of the LoRA.
         checkpointing: gradient checkpointing.
-        fp8: the frozen UNet in 8 bit.
+        weights: of the frozen UNet: `bf16` (or another 16-bit type), `fp8` (the host's `fp8_base`), or `spf_base`'s
+            `int8` and `nf4`.
         fused_attention: sdpa, xformers or the like.
         text_cached: the text encoders have left the card.
         optimizer: as sd-scripts spells it.
@@ -65,7 +68,7 @@ class Run:
     batch: int = 1
     rank: int = 4
     checkpointing: bool = False
-    fp8: bool = False
+    weights: str = "bf16"
     fused_attention: bool = False
     text_cached: bool = False
     optimizer: str = "AdamW"
@@ -225,6 +228,11 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
     if not (_flag(settings, "cache_latents", problems) | _flag(settings, "cache_latents_to_disk", problems)):
         problems.append("there are no figures for a VAE that stays on the card; set cache_latents = true")
     attention = [_flag(settings, name, problems) for name in ("sdpa", "xformers", "mem_eff_attn")]
+    spf = _spf(settings, path.parent, problems)
+    fp8 = _flag(settings, "fp8_base", problems) | _flag(settings, "fp8_base_unet", problems)
+    base = "off" if spf is None else spf.base
+    if fp8 and base != "off":
+        problems.append(f"spf_base={base} and fp8_base both shrink the frozen UNet; leave one of them out")
     run = Run(
         model=_model(settings, model, problems),
         width=width,
@@ -232,16 +240,16 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
         batch=_whole(settings, "train_batch_size", 1, problems),
         rank=_whole(settings, "network_dim", 4, problems),
         checkpointing=_flag(settings, "gradient_checkpointing", problems),
-        fp8=_flag(settings, "fp8_base", problems) | _flag(settings, "fp8_base_unet", problems),
+        weights=base if base != "off" else "fp8" if fp8 else "bf16",
         fused_attention=any(attention),
         text_cached=_flag(settings, "cache_text_encoder_outputs", problems),
         optimizer=_optimizer(settings, problems),
         save_bytes=2 if settings.get("save_precision") in ("fp16", "bf16") else 4,
         steps=0 if "max_train_epochs" in settings else _whole(settings, "max_train_steps", _DEFAULT_STEPS, problems),
         accumulation=_whole(settings, "gradient_accumulation_steps", 1, problems),
-        spf=_spf(settings, path.parent, problems),
+        spf=spf,
     )
-    if run.fp8 and not run.checkpointing:
+    if fp8 and not run.checkpointing:
         problems.append(
             "fp8_base without gradient_checkpointing saves nothing: backward keeps a half-precision copy of every "
             "weight. Set gradient_checkpointing = true"
@@ -270,25 +278,42 @@ def _notes(settings: Mapping[str, Any], run: Run) -> list[str]:
 # -- predicting --------------------------------------------------------------------------------------------------------
 
 
-def _points(run: Run, weights: str) -> list[dict[str, Any]]:
-    chosen = "checkpointing" if run.checkpointing else "no checkpointing"
-    points = figures()["models"][run.model]["figures"].get(weights, {}).get(chosen, [])
+def _points(model: str, checkpointing: bool, weights: str = "bf16") -> list[dict[str, Any]]:
+    chosen = "checkpointing" if checkpointing else "no checkpointing"
+    points = figures()["models"][model]["figures"][weights][chosen]
     return sorted(points, key=lambda point: point["pixels"])
+
+
+def unet_bytes(model: str, weights: str, parameters: int) -> int:
+    """Bytes of the frozen UNet.
+
+    Args:
+        model: `sd1`, `sd2` or `sdxl`.
+        weights: as in `Run`. `int8` takes a byte a weight and 4 a row, `nf4` 4.5 bits a weight, both of the linear
+            layers of the transformers; all else stays in 16 bit.
+        parameters: of the whole UNet.
+    """
+    if weights in ("bf16", "fp8"):
+        return parameters * (2 if weights == "bf16" else 1)
+    linear, rows = LINEAR[model]
+    return (parameters - linear) * 2 + (linear + 4 * rows if weights == "int8" else linear * 9 // 16)
 
 
 def step_bytes(run: Run) -> int:
     """Bytes that a step adds at its peak to weights and optimizer: activations, gradients, what SPF captures.
 
-    Linear in the pixels of a batch, through the smallest and the largest tracked setup; 8-bit weights have the slope of
-    16-bit ones. The peak comes early in backward, when few gradients are there yet, so that a larger rank hardly counts
-    (0.6 to 1.3 bytes a weight were tracked, 2 are taken), until at last all gradients are.
+    Linear in the pixels of a batch, through the smallest and the largest tracked setup. Smaller weights, which a step
+    turns into 16-bit ones for a moment, add what they add to the smallest setup with checkpointing. The peak comes
+    early in backward, when few gradients are there yet, so that a larger rank hardly counts (0.6 to 1.3 bytes a weight
+    were tracked, 2 are taken), until at last all gradients are.
     """
     kind = "spf" if run.spf is not None else "plain"
-    half = _points(run, "bf16")
+    half = _points(run.model, run.checkpointing)
     low, high = half[0], half[-1]
     slope = (high[kind]["peak"] - low[kind]["peak"]) / (high["pixels"] - low["pixels"])
-    base = _points(run, "fp8")[0] if run.fp8 else low
-    size = base[kind]["peak"] + slope * (run.width * run.height * run.batch - base["pixels"])
+    size = low[kind]["peak"] + slope * (run.width * run.height * run.batch - low["pixels"])
+    dense, stored = (_points(run.model, True, weights)[0][kind]["peak"] for weights in ("bf16", run.weights))
+    size += stored - dense
     per_rank = figures()["models"][run.model]["lora_parameters_per_rank"]
     extra = max(run.rank - figures()["rank"], 0) * per_rank
     return int(max(size + 2 * extra, run.rank * per_rank * LORA_BYTES))
@@ -317,9 +342,9 @@ def predict(run: Run) -> Prediction:
     model = figures()["models"][run.model]
     lora = model["lora_parameters_per_rank"] * run.rank
     state = OPTIMIZERS[run.optimizer.rsplit(".", 1)[-1].lower()]
-    text = 0 if run.text_cached else TEXT_ENCODERS[run.model] * (1 if run.fp8 else 2)
+    text = 0 if run.text_cached else TEXT_ENCODERS[run.model] * (1 if run.weights == "fp8" else 2)
     parts = {
-        "UNet, frozen": model["unet_parameters"] * (1 if run.fp8 else 2),
+        "UNet, frozen": unet_bytes(run.model, run.weights, model["unet_parameters"]),
         "text encoders": text,
         "LoRA weights": lora * LORA_BYTES,
         "optimizer state": int(lora * state),
@@ -328,7 +353,7 @@ def predict(run: Run) -> Prediction:
     }
     ratio = 1.0
     if run.spf is not None:
-        point = _points(run, "bf16")[0]
+        point = _points(run.model, run.checkpointing)[0]
         share = aligned_share(run.spf, run.steps, run.batch)
         ratio += (point["spf"]["flops"] / point["plain"]["flops"] - 1) * share
     return Prediction({k: v for k, v in parts.items() if v}, ratio, lora * run.save_bytes)
@@ -349,8 +374,11 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
         accumulate = run.accumulation * run.batch
         setting = f"train_batch_size = 1, gradient_accumulation_steps = {accumulate}"
         out.append((setting, lambda r: replace(r, batch=1, accumulation=accumulate)))
-    if not run.fp8:
-        out.append(("fp8_base = true", lambda r: replace(r, fp8=True)))
+    # Only in SDXL are the linear layers so many that 4 bit for them are less than 8 bit for everything.
+    if run.weights == "bf16" and run.spf is not None and run.model == "sdxl":
+        out.append(("spf_base=nf4, in network_args", lambda r: replace(r, weights="nf4")))
+    elif run.weights == "bf16":
+        out.append(("fp8_base = true", lambda r: replace(r, weights="fp8")))
     if run.rank > 8:
         out.append(("network_dim = 8", lambda r: replace(r, rank=8)))
     for side in (768, 512):

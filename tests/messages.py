@@ -14,7 +14,8 @@ GAP = "\0"
 MADE = {
     "config.py": set(),
     "prompt.py": {"parse_targets"},
-    "hosts/kohya.py": {"trainer_problem", "problems", "_target_problems"},
+    "hosts/kohya.py": {"trainer_problem", "problems", "_base_problems", "_target_problems"},
+    "quantised.py": {"problems", "device_problems"},
     "cli/train.py": {"key_values"},
     "check/source.py": {"parse_words", "close"},
 }

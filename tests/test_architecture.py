@@ -15,7 +15,7 @@ PACKAGE = ROOT / "spf_plugin"
 LEVELS: list[set[str]] = [
     {"errors", "patching", "prompt"},
     {"config", "sfcm"},
-    {"losses", "probe", "adapter", "text"},
+    {"losses", "probe", "adapter", "text", "quantised"},
     {"objective"},
     {"attachment", "saving"},
     {"hosts.kohya"},

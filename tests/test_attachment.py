@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment
@@ -197,7 +198,7 @@ def test_preserved_samples_have_no_diffusion_loss() -> None:
         prediction = run.predict()
         preserved = run.spf._choose_preserved(torch.tensor([True, True]), 0)
         gradient = torch.autograd.grad(prediction.square().sum(), run.weight, retain_graph=True, allow_unused=True)[0]
-        if preserved.all():
+        if preserved is not None and preserved.all():
             assert gradient is None or float(gradient.abs().max()) == 0
         run.host.accelerator.backward(prediction.square().mean())
     assert run.spf.logs["spf/output"] >= 0
@@ -208,8 +209,12 @@ def test_choice_of_preserved_samples_is_a_function_of_the_step() -> None:
     candidates = torch.ones(64, dtype=torch.bool)
     a.spf.step = b.spf.step = 7
     state = torch.get_rng_state()
-    assert torch.equal(a.spf._choose_preserved(candidates, 0), b.spf._choose_preserved(candidates, 0))
-    assert not torch.equal(a.spf._choose_preserved(candidates, 0), a.spf._choose_preserved(candidates, 1))
+    first, again, other = (run.spf._choose_preserved(candidates, i) for run, i in ((a, 0), (b, 0), (a, 1)))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -344,6 +349,32 @@ def test_no_tensor_of_a_step_survives_it() -> None:
     for _ in range(200):
         run.step()
     assert tensors() == before
+
+
+def test_no_step_waits_for_the_gpu() -> None:
+    """Nothing of an aligned step that logs nothing asks a tensor for its values (on a GPU, the host would wait)."""
+    asked: list[str] = []
+
+    class Asking(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func._overloadpacket.__name__
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "index" else []
+            if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+                asked.append(name)
+            return func(*args, **(kwargs or {}))
+
+    run = Run(CAPTIONS, spf_log_every="100", spf_base_preservation="0")
+    run.step()
+    with Asking():
+        prediction = run.predict()
+    assert run.spf._pending is not None  # it was aligned
+    assert not asked
+    run.host.accelerator.backward(prediction.square().mean())
+    limited = Run(CAPTIONS, spf_log_every="100", spf_base_preservation="0", spf_max_timestep="900")
+    limited.step()
+    with Asking():
+        limited.predict()
+    assert asked  # so the mode would have seen it
 
 
 def test_state() -> None:

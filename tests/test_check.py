@@ -194,6 +194,18 @@ def test_the_command_line_wins_and_is_read_as_the_host_reads_it(run: Run) -> Non
     assert answer["findings"][0]["code"] == "stops"
 
 
+def test_a_quantised_base_that_the_run_cannot_have(run: Run) -> None:
+    run.args("spf_target=blonde hair", "spf_base=int8", "spf_network=lycoris.kohya", "dora_wd=True")
+    run.set(fp8_base=True)
+    said = [finding.message for finding in look(run).findings if finding.code == "stops"]
+    assert len(said) == 3
+    for words in ("cannot go with dora_wd", "Add bypass_mode=True", "--fp8_base both shrink the frozen UNet"):
+        assert any(words in message for message in said)
+    run.args("spf_target=blonde hair", "spf_base=int8")
+    run.set(fp8_base=None)
+    assert "stops" not in codes(look(run))
+
+
 def test_a_data_folder_alone(run: Run) -> None:
     result = CliRunner().invoke(app, ["data", "--target", "blonde hair", "--json", "--tokenizer", "none"])
     answer = json.loads(result.stdout)

@@ -20,14 +20,15 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from spf_plugin import patching
-from spf_plugin.config import SPFConfig
+from spf_plugin import patching, quantised
+from spf_plugin.config import SPFConfig, split_network_args
 from spf_plugin.errors import SPFError
 from spf_plugin.prompt import Target, parse_targets, split, strip_weights
 from spf_plugin.text import Conds
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_NETWORK = "networks.lora"
 STATE_FILE = "spf_state.json"
 HOST_STATE_FILE = "train_state.json"
 CUSTOM_TARGET = "spf_target"
@@ -184,7 +185,24 @@ class KohyaHost:
                 reason = error.strerror or error
                 found.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
         if config is not None:
-            found += self._target_problems(config)
+            found += [*self._base_problems(config), *self._target_problems(config)]
+        return found
+
+    def _base_problems(self, config: SPFConfig) -> list[str]:
+        """Why `spf_base` would not work here."""
+        if config.base == "off":
+            return []
+        words = [str(word) for word in self.args.network_args or []]
+        _, theirs = split_network_args(dict(word.split("=", 1) for word in words if "=" in word))
+        found = quantised.problems(config.base, config.network or DEFAULT_NETWORK, theirs)
+        fp8 = [name for name in ("fp8_base", "fp8_base_unet") if getattr(self.args, name, False)]
+        if fp8:
+            found.append(
+                f"spf_base={config.base} and --{fp8[0]} both shrink the frozen UNet. Leave one of them out; "
+                "spf_base=nf4 is the smaller."
+            )
+        if self.accelerator is not None:  # `spf check` may run on another machine
+            found += quantised.device_problems(config.base, self.accelerator.device)
         return found
 
     def _target_problems(self, config: SPFConfig) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spf_plugin import adapter, lora
+from spf_plugin import adapter, lora, quantised
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.reference import ReferenceHost
@@ -281,12 +281,18 @@ def train(
         if warning:
             warn(warning)
     accelerator = _accelerator(settings)
+    if settings.spf is not None:
+        base = settings.spf.base
+        problems = quantised.problems(base, settings.network, settings.full_network_args)
+        problems += quantised.device_problems(base, accelerator.device)
+        if problems:
+            raise SPFError(problems)
     progress("loading the model", 0, 1, {})
     model = load(settings.model, DTYPES[settings.mixed_precision])
     resolution = settings.resolution or model.resolution
     if resolution < model.latent_scale or resolution % model.latent_scale:
         raise SPFError(f"--resolution {resolution}: must be a multiple of {model.latent_scale}.")
-    for part in (model.unet, model.vae, *model.text_encoders):
+    for part in (model.vae, *model.text_encoders):
         part.to(accelerator.device)
     progress("loading the model", 1, 1, {})
     cache = cache_data(pictures, model, resolution, settings.seed, progress)
@@ -300,6 +306,7 @@ def train(
         detach = lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet).spf.close  # type: ignore
     try:
         network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
+        model.unet.to(accelerator.device)  # not before: `spf_base` has made it smaller
         network.to(accelerator.device).requires_grad_(True).train()
         dtype = DTYPES[settings.save_precision]
         saving.check_space(settings.out, network, dtype)

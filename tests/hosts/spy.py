@@ -1,7 +1,8 @@
 """A network module for tests: spf_plugin.lora, with each reference prediction compared to an untouched UNet.
 
 Writes `spy.json` into the output folder: for every aligned step, whether the reference equalled the copy bit for bit,
-and the largest difference between reference and response.
+and the largest difference between reference and response; in the first also the bytes of the UNet before and now. With
+`spf_base` the copy is quantised by itself.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from torch import nn
 
 from spf_plugin import lora
 from spf_plugin.hosts.kohya import training_frame
+from spf_plugin.quantised import QuantisedBase
+
+
+def size(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
 def create_network(
     multiplier: float, dim: int, alpha: float, vae: nn.Module, text_encoder: Any, unet: nn.Module, **kwargs: Any
 ) -> nn.Module:
     pristine = copy.deepcopy(unet).requires_grad_(False)
+    before = size(pristine)
+    if kwargs.get("spf_base", "off") != "off":
+        QuantisedBase(pristine, kwargs["spf_base"], torch.device("cpu"))
     frame = training_frame()
     assert frame is not None
     trainer, output = frame.f_locals["self"], Path(frame.f_locals["args"].output_dir)
@@ -34,9 +43,11 @@ def create_network(
             if seen and "response" not in seen[-1]:
                 seen[-1]["response"] = float((prediction.detach() - call_unet.reference).abs().max())
         else:
-            pristine.train(model.training)
+            pristine.train(model.training).to(next(model.parameters()).dtype)
             base = original(args, accelerator, pristine, *rest, **kw)
             seen.append({"equal": bool(torch.equal(base, prediction))})
+            if len(seen) == 1:
+                seen[0]["bytes"] = [before, size(model)]
             call_unet.reference = prediction
         (output / "spy.json").write_text(json.dumps(seen))
         return prediction
