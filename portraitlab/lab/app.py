@@ -17,7 +17,7 @@ from rich.console import Console
 
 from portraitlab import environment
 from portraitlab.captions import REPLACEMENTS, TARGETS
-from portraitlab.lab import plots, results, tables
+from portraitlab.lab import maps, plots, results, tables
 from portraitlab.lab.rows import LEARNING_RATE, ROWS
 from portraitlab.lab.running import Bench, Point
 from portraitlab.lab.tasks import DATA, Task
@@ -143,6 +143,39 @@ def sequence(
                 bench.run_sequence(task, names, Point(row, learning_rate, seed))
     found = list(results.read(out / "results").values())
     console.print(tables.terminal(*tables.sequences(found, tuple(names)), "drift x 1000", console.width))
+
+
+@app.command("maps")
+def map_quality(
+    kinds: Annotated[str, typer.Option(help="Maps with commas.")] = "difference,soft,paper,target",
+    row: Annotated[str, typer.Option(help="The LoRA whose response makes the maps.")] = "plain",
+    target: Annotated[str, typer.Option(help=f"What is taught: {', '.join(KNOWN)}.")] = "sunglasses",
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the LoRA.")] = LEARNING_RATE,
+    seed: Annotated[int, typer.Option(help="Of the LoRA.")] = 0,
+    pictures: Annotated[int, typer.Option(min=1, help="Training pictures to look at.")] = 8,
+    steps: Steps = 150,
+    data: Data = "polluted",
+    out: Out = RUNS,
+    model: Model = MODEL_FOLDER,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown, for the documentation.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Show how well each control map finds the target in training pictures, noise level by noise level."""
+    console = Console(soft_wrap=True)
+    with _bench(console, out, model, None, threads) as bench:
+        _check([row], [target], data)
+        task, point = Task(target, steps=steps, data=data), Point(row, learning_rate, seed)
+        lora = bench.trained(task, point)
+        config = ROWS["spf"].config(task)
+
+        def report(done: int, total: int) -> None:
+            bench.show("maps", done, total, {})
+
+        head, lines = maps.quality(task, lora, model, config, kinds.split(","), pictures, report, seed)
+    if markdown:
+        print(tables.markdown(head, lines))
+    else:
+        console.print(tables.terminal(head, lines, f"maps of {row} at {learning_rate:g}: {target}", console.width))
 
 
 @app.command("list")

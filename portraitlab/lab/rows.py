@@ -69,7 +69,7 @@ ROWS: dict[str, Row] = {
     **{f"spf-attention-{w:g}": Row({"text_consistent_multiplier": w, "fine_grained_multiplier": w}) for w in (1,)},
     **{f"spf-map-{kind}": Row({"map": kind}) for kind in _MAPS},
     **{f"spf-gain-{g:g}": Row({"map_gain": g}) for g in (1.5, 6)},
-    **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5)},
+    **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5, 0.75)},
     **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
     "spf-cross-attention": Row({"train": "cross_attention"}),
     "spf-anchor": Row({"response": "anchor", **_GUIDED}),

@@ -94,9 +94,16 @@ class Bench:
                 if self.missing(measured, [point]):
                     self._measure(evaluator, measured, point, pipeline, label, seconds)
 
+    def trained(self, task: Task, point: Point) -> Path:
+        """The LoRA of a point, trained if it is not there."""
+        lora = self._file(task, point)
+        return lora if lora.exists() else self._train(task, point, self.model, point.row)[0]
+
+    def _file(self, task: Task, point: Point) -> Path:
+        return self.out / "loras" / f"{self.key(task, point)}.safetensors"
+
     def _train(self, task: Task, point: Point, model: Path, label: str) -> tuple[Path, float]:
-        lora = self.out / "loras" / f"{self.key(task, point)}.safetensors"
-        row = ROWS[point.row]
+        lora, row = self._file(task, point), ROWS[point.row]
         seconds = train_row(task, row, point.learning_rate, point.seed, model, lora, self.device, label, self.show)
         return lora, seconds
 

@@ -359,3 +359,33 @@ def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(seen[0][1], seen[0][2])  # a fresh LoRA changes nothing
     assert not torch.allclose(seen[1][1], seen[1][2], atol=1e-5)
     assert "call_unet" not in vars(seen[0][0])
+
+
+def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from portraitlab.lab import maps
+
+    task = Task()
+    masks = task.masks(0)[:, 0].numpy()
+
+    class Pipeline:
+        def load_lora_weights(self, folder: str, weight_name: str) -> None:
+            assert Path(folder, weight_name) == tmp_path / "x.safetensors"
+
+    class Seen:
+        def __init__(self, index: int):
+            self.control = {"soft": {100: masks[index]}, "paper": {100: np.zeros((16, 16))}}
+
+    monkeypatch.setattr(maps, "load_pipeline", lambda _: Pipeline())
+    monkeypatch.setattr(maps.maps, "explain", lambda *_, seed, **__: Seen(seed))
+    config = ROWS["spf"].config(task)
+    head, lines = maps.quality(
+        task, tmp_path / "x.safetensors", tmp_path, config, ("soft", "paper"), 3, lambda *_: None
+    )
+    assert head == ["map", "timestep", "separation", "inside", "outside"]
+    assert lines == [["soft", "100", "1.00", "1.00", "0.00"], ["paper", "100", "0.50", "0.00", "0.00"]]
+
+
+def test_the_documentations_tables_are_what_its_commands_print() -> None:
+    text = app.PAGE.read_text(encoding="utf-8")
+    assert len(app.BLOCK.findall(text)) >= 5
+    assert app.filled(text) == text, "run `spf lab document`"
