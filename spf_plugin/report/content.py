@@ -30,11 +30,12 @@ def command_of(settings: Settings) -> str:
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--out", settings.out.as_posix()]
     defaults = Settings(settings.model, settings.loras, settings.out)
-    for option in ("size", "weight", "batch", "device", "dtype", "clip", "lpips"):
+    given = ("size", "weight", "batch", "device", "dtype", "clip", "lpips", "faces", "segmentation", "target_class")
+    for option in given:
         value = getattr(settings, option)
         if value != getattr(defaults, option):
             words += [
-                "--batch-size" if option == "batch" else f"--{option}",
+                "--batch-size" if option == "batch" else f"--{option.replace('_', '-')}",
                 f"{value:g}" if option == "weight" else value,
             ]
     return shlex.join(map(str, words))
