@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -171,7 +172,9 @@ def set_rows(measure: Clip, variants: Sequence[Variant], features: Sequence[Tens
     kids: list[float | None] = [None]
     fids: list[float | None] = [None]
     for one in features[1:]:
-        kid: Any = KernelInceptionDistance(feature=_AsTheyAre(width), subsets=20, subset_size=n // 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it keeps all features in memory
+            kid: Any = KernelInceptionDistance(feature=_AsTheyAre(width), subsets=20, subset_size=n // 2)
         fid: Any = FrechetInceptionDistance(feature=_AsTheyAre(width))
         for metric in (kid, fid):
             metric.update(features[0].double(), real=True)

@@ -34,7 +34,10 @@ class Segmenter:
 
     def __init__(self, name: str):
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+        from transformers.utils import logging
 
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # it has much to say on the choice of an image processor
         try:
             with models.quiet():
                 self._processor: Any = AutoImageProcessor.from_pretrained(name)
@@ -44,6 +47,8 @@ class Segmenter:
                 f"--segmentation {name}: not a semantic segmentation model of transformers with safetensors weights "
                 f"({models.first_line(error)}). Give a folder or hub name of one, such as a face parsing SegFormer."
             ) from None
+        finally:
+            logging.set_verbosity(level)
         self.name, self.device = name, torch.device("cpu")
         self.classes: dict[int, str] = {int(i): str(label) for i, label in self._model.config.id2label.items()}
         self.digest = weights_digest(name, self._model)
