@@ -98,7 +98,7 @@ def test_the_page_and_its_files(made: Path, lora: Path) -> None:
     assert "hair.safetensors" in text
     assert "plain.safetensors" in text
     assert "ss_tag_frequency" in text
-    for part in ("Map `difference`", "Not measured", "LPIPS", "FID", "face identity", "sha256 of unet/", "diffusers "):
+    for part in ("Map “difference”", "Not measured", "LPIPS", "FID", "face identity", "sha256 of unet/", "diffusers "):
         assert part in text, part
     for name in ("samples.png", "maps.png", "phrases.png", "drift.png"):
         assert (made / name).stat().st_size > 500, name

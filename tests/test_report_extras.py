@@ -73,7 +73,7 @@ def test_the_face_rows_count_what_was_compared(faces: Faces) -> None:
     without, with_ = faces.rows(variants(base, (base, changed)))
     assert without.values == [None, pytest.approx(1.0)]
     assert with_.values == [pytest.approx(1.0), pytest.approx(1.0)]
-    assert with_.n == "pairs of images with a face in both (base model 2, LoRA 0 1; of 3)"
+    assert with_.n == "2 (base model), 1 (LoRA 0) of 3 pairs of images, those with a face in both"
     assert "licence not recorded" in with_.by
     for name, digest in faces.digests.items():
         assert f"{name} {digest[:12]}" in with_.by

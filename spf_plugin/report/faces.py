@@ -78,13 +78,13 @@ class Faces:
         with_ = [likeness(self.features(v.with_), base) for v in variants]
 
         def counted(pairs: Sequence[tuple[float | None, int]], of: Sequence[Variant]) -> str:
-            counts = ", ".join(f"{v.label} {n}" for v, (_, n) in zip(of, pairs, strict=True))
-            return f"pairs of images with a face in both ({counts}; of {len(base)})"
+            counts = ", ".join(f"{n} ({v.label})" for v, (_, n) in zip(of, pairs, strict=True))
+            return f"{counts} of {len(base)} pairs of images, those with a face in both"
 
         scale = f"1 is the same picture; {_SAME_PERSON} and more counts as the same person"
         return [
             Row("face_without", "face identity, target not asked for", scale, self.by, counted(without, variants[1:]),
-                "{:.3f}", [None, *(value for value, _ in without)], "Likeness of the face when not asked"),
+                "{:.3f}", [None, *(value for value, _ in without)], "Face kept when not asked"),
             Row("face_with", "face identity, target asked for", scale, self.by, counted(with_, variants),
                 "{:.3f}", [value for value, _ in with_]),
         ]  # fmt: skip

@@ -21,7 +21,7 @@ from spf_plugin.report.results import Images, Row, Variant
 
 SET_IMAGES = 50  # with fewer, KID's and FID's own spread is larger than what they tell
 _BATCH = 16
-UNKNOWN_LICENCE = "not recorded with these weights; ask where they come from"
+UNKNOWN_LICENCE = "not recorded with these weights"
 #: Licences of open_clip's weights by the beginning of their tag, as their model cards state them.
 _LICENCES = {"laion": "MIT", "openai": "MIT", "datacomp": "MIT", "commonpool": "MIT"}
 

@@ -84,7 +84,7 @@ class Segmenter:
         note, n = "mean IoU; 1 is the base model's segmentation", f"{len(base)} images"
         return [
             Row("segmentation_without", "segmentation, target not asked for", note, self.by, n, "{:.3f}",
-                [None, *without], "Likeness of the layout when not asked (mean IoU)"),
+                [None, *without], "Layout kept when not asked"),
             Row("segmentation_with", "segmentation, target asked for", f"{note}; {where}", self.by, n, "{:.3f}", with_),
         ]  # fmt: skip
 
