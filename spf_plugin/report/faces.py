@@ -102,8 +102,9 @@ def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         what = "no file" if not found else "more than one file"
+        other = RECOGNIZER if pattern == DETECTOR else DETECTOR
         raise SPFError(
-            f"--faces {folder}: {what} named {pattern}. Give a folder with one of it and one "
-            f"{RECOGNIZER if pattern == DETECTOR else DETECTOR}, from OpenCV's model zoo (opencv_zoo)."
+            f"--faces {folder}: {what} named {pattern}. Give a folder with one of it and one {other}, from OpenCV's "
+            "model zoo (opencv_zoo)."
         )
     return found[0]
