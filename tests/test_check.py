@@ -427,6 +427,29 @@ def test_a_border_that_images_without_the_target_have_too(tmp_path: Path) -> Non
     assert "same-border" not in {finding.code for finding in found}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK", "I;16"])
+def test_every_kind_of_picture_has_a_border(mode: str) -> None:
+    from PIL import Image
+
+    image = Image.new("RGB", (40, 30), (250, 250, 250)).convert("L" if mode == "I;16" else mode).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(256)
+    colour = borders.border(image)
+    assert colour is not None
+    assert borders.colour_name(colour) == "white" or mode == "I;16"  # 250 of 65535
+
+
+def test_a_street_has_no_border() -> None:
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    assert borders.border(Image.fromarray(noise)) is None
+    half = Image.new("RGB", (64, 64), "white")
+    half.paste((20, 60, 20), (0, 0, 30, 64))
+    assert borders.border(half) is None
+
+
 def test_colours_are_measured_as_opencv_does() -> None:
     import cv2
 

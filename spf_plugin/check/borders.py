@@ -47,7 +47,10 @@ def border(image: Any) -> Colour | None:
     Args:
         image: a Pillow image.
     """
-    small = np.asarray(image.convert("RGB").resize((_SIDE, _SIDE), resample=4))  # 4: the mean of each box
+    from PIL import Image
+
+    opaque = image.convert("RGBA").convert("RGB")  # as the trainer sees it; without a warning for old palettes
+    small = np.asarray(opaque.resize((_SIDE, _SIDE), Image.Resampling.BOX))
     top, sides = small[:_STRIP], small[_STRIP : _SIDE // 2]
     lab = to_lab(np.concatenate([part.reshape(-1, 3) for part in (top, sides[:, :_STRIP], sides[:, -_STRIP:])]))
     middle = np.median(lab, axis=0)
