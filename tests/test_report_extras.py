@@ -221,6 +221,53 @@ def test_kid_and_fid_by_their_formulas(tmp_path: Path) -> None:
         assert measure.digest[:12] in row.by
 
 
+# -- LPIPS ------------------------------------------------------------------------------------------------------------
+
+
+def test_lpips_by_its_formula(tmp_path: Path) -> None:
+    """AlexNet written out with the file's own tensors, and lpips' weights of its five layers."""
+    try:
+        import lpips  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another build
+        pytest.skip(f"LPIPS NOT TESTED: it needs lpips and a torchvision that fits this torch ({error})")
+    from safetensors.torch import save_file
+
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        f"features.{i}.weight": torch.randn(o, n, k, k, generator=random) * (2 / (n * k * k)) ** 0.5
+        for i, (o, n, k) in shapes.items()
+    } | {f"features.{i}.bias": torch.randn(o, generator=random) * 0.1 for i, (o, _, _) in shapes.items()}
+    save_file(tensors, tmp_path / "alex.safetensors")
+    measure = metrics.Lpips(str(tmp_path / "alex.safetensors"))
+
+    def layers(image: Any) -> list[torch.Tensor]:
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 127.5 - 1
+        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+        x = (x - shift.double().view(3, 1, 1)) / scale.double().view(3, 1, 1)
+        out = []
+        for i, (stride, padding) in {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}.items():
+            if i in (3, 6):
+                x = torch.nn.functional.max_pool2d(x, 3, 2)
+            weight, bias = tensors[f"features.{i}.weight"].double(), tensors[f"features.{i}.bias"].double()
+            x = torch.nn.functional.conv2d(x, weight, bias, stride=stride, padding=padding).relu()
+            out.append(x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10))
+        return out
+
+    a, b = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    expected = 0.0
+    for x, y, line in zip(layers(a), layers(b), measure.net.lins, strict=True):
+        weight = line.model[-1].weight.detach().double()
+        expected += float(((x - y) ** 2 * weight.view(1, -1, 1, 1)).sum(1).mean())
+    without, with_ = measure.rows(variants(a[None], (a[None], b[None])))
+    assert without.values == [None, 0.0]
+    assert with_.values == [0.0, pytest.approx(expected, rel=1e-3)]
+    assert f"alex.safetensors {measure.digest[:12]}, licence not recorded" in with_.by
+    (tmp_path / "other.safetensors").write_bytes(b"none")
+    with pytest.raises(SPFError, match="not AlexNet's weights"):
+        metrics.Lpips(str(tmp_path / "other.safetensors"))
+
+
 # -- what is missing --------------------------------------------------------------------------------------------------
 
 
