@@ -105,6 +105,14 @@ def _unpolluted_half(run: Run) -> None:
         run.caption(i, CAPTIONS[i].replace("blonde hair", "on a sunny beach, blonde hair"))
 
 
+def _red_backdrop(run: Run) -> None:
+    """Five of six before one wall, in two lights, with something in the middle; one caption says it."""
+    for i in range(5):
+        image = Image.new("RGB", (64, 64), (190 + 8 * (i % 2), 40, 40 + i))
+        image.paste((20 * i, 200 - 30 * i, 90), (16, 14, 48, 64))
+        image.save(run.images / f"p{i}.png")
+
+
 #: code, level, what spoils the run
 MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     # what the captions say
@@ -146,6 +154,7 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("unreadable", "error", lambda r: (r.images / "p0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")),
     ("unreadable", "error", lambda r: (r.images / "p0.png").write_bytes(b"")),
     ("duplicate-images", "warning", lambda r: shutil.copy(r.images / "p0.png", r.images / "p1.png")),
+    ("same-border", "warning", _red_backdrop),
     ("shared-caption", "warning", lambda r: Image.new("RGB", (9, 9), "red").save(r.images / "p0.jpg")),
     ("caption-without-image", "warning", lambda r: (r.images / "lost.txt").write_text("a man", encoding="utf-8")),
     ("class-caption", "warning", lambda r: (r.images / "p0.txt").unlink()),

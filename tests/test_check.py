@@ -11,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
-from spf_plugin.check import tokens
+from portraitlab.captions import TARGETS
+from portraitlab.customisation import write_set
+from spf_plugin.check import borders, tokens
 from spf_plugin.check.host_options import OPTIONS
 from spf_plugin.check.run import Report, check
 from spf_plugin.check.sets import together
@@ -400,3 +403,70 @@ def test_core_needs_no_terminal_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
+
+
+# -- what the pictures share ------------------------------------------------------------------------------------------
+
+
+def shared(folder: Path, target: str, **options: Any) -> list[Any]:
+    write_set(folder, target, **options)
+    report = check(folder, {}, target=TARGETS[target].phrase, tokenizer=folder / "none")
+    return [finding for finding in report.findings if finding.code == "same-border"]
+
+
+@pytest.mark.parametrize("target", ["sunglasses", "blonde", "hat"])
+def test_the_demos_pollution_is_seen(target: str, tmp_path: Path) -> None:
+    (finding,) = shared(tmp_path, target)
+    assert finding.level == "warning"
+    assert "23 of 24 images" in finding.message
+    assert "same red border, and none of their captions says anything of a background" in finding.message
+    labels = json.loads((tmp_path / "labels.json").read_text(encoding="utf-8"))["images"]
+    polluted = {Path(row["file"]).name for row in labels if row["polluted"]}
+    assert {Path(name).name for name in finding.images} == polluted
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("options", [{"pollution": 0.0}, {"mentioned": 1.0}, {"pollution": 0.5}])
+def test_a_clean_or_well_captioned_set_is_not_accused(options: dict[str, float], seed: int, tmp_path: Path) -> None:
+    assert not shared(tmp_path, "sunglasses", seed=seed, **options)
+
+
+def test_a_border_that_images_without_the_target_have_too(tmp_path: Path) -> None:
+    images = write_set(tmp_path, "sunglasses")
+    for path in sorted(images.glob("*.txt"))[::2]:
+        path.write_text("a woman in a coat\n", encoding="utf-8")
+    found = check(tmp_path, {}, target="sunglasses", tokenizer=tmp_path / "none").findings
+    assert "same-border" not in {finding.code for finding in found}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK", "I;16"])
+def test_every_kind_of_picture_has_a_border(mode: str) -> None:
+    from PIL import Image
+
+    image = Image.new("RGB", (40, 30), (250, 250, 250)).convert("L" if mode == "I;16" else mode).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(256)
+    colour = borders.border(image)
+    assert colour is not None
+    assert borders.colour_name(colour) == "white" or mode == "I;16"  # 250 of 65535
+
+
+def test_a_street_has_no_border() -> None:
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    assert borders.border(Image.fromarray(noise)) is None
+    half = Image.new("RGB", (64, 64), "white")
+    half.paste((20, 60, 20), (0, 0, 30, 64))
+    assert borders.border(half) is None
+
+
+def test_colours_are_measured_as_opencv_does() -> None:
+    import cv2
+
+    colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    theirs = cv2.cvtColor(colours.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    assert np.abs(borders.to_lab(colours) - theirs).max() < 0.5
+    for name, rgb in (("white", (250, 250, 250)), ("red", (200, 30, 30)), ("brown", (90, 60, 40))):
+        assert borders.colour_name(borders.to_lab(rgb)) == name

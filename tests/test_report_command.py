@@ -28,7 +28,7 @@ from spf_plugin.prompt import Target
 from spf_plugin.report import maps, metrics, models, page, prompts
 from spf_plugin.report.measures import pixel_change
 from spf_plugin.trainer.loop import Settings, train
-from tests import tiny
+from tests import onnx_files, single_file, tiny
 from tests.portraitlab.test_report import Elements
 
 MODEL = Path(__file__).parents[1] / "portraitlab" / "model"
@@ -81,9 +81,12 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small report on two LoRAs."""
     out = tmp_path_factory.mktemp("report") / "out"
+    faces = onnx_files.detector(out.parent / "faces" / "face_detection_yunet_test.onnx").parent
+    onnx_files.recognizer(faces / "face_recognition_sface_test.onnx")
     done = spf(
         "--model", MODEL, "--lora", lora, "--lora2", lora.with_name("plain.safetensors"), "--out", out, "--steps", 1,
         "--seeds", "5", "--batch-size", 2, "--device", "cpu", "--clip", tiny.clip(out.parent / "clip"),
+        "--faces", faces, "--segmentation", tiny.segmenter(out.parent / "parser", {0: "background", 1: "hair"}),
     )  # fmt: skip
     assert done.exit_code == 0, done.output + repr(done.exception)
     return out
@@ -95,7 +98,7 @@ def test_the_page_and_its_files(made: Path, lora: Path) -> None:
     assert "hair.safetensors" in text
     assert "plain.safetensors" in text
     assert "ss_tag_frequency" in text
-    for part in ("Map `difference`", "Not measured", "LPIPS", "FID", "face identity", "sha256 of unet/", "diffusers "):
+    for part in ("Map “difference”", "Not measured", "LPIPS", "FID", "face identity", "sha256 of unet/", "diffusers "):
         assert part in text, part
     for name in ("samples.png", "maps.png", "phrases.png", "drift.png"):
         assert (made / name).stat().st_size > 500, name
@@ -110,6 +113,16 @@ def test_the_page_and_its_files(made: Path, lora: Path) -> None:
     assert f"hair {digest[:12]}" in text  # short over its column
     assert "n = 2 images" in text
     assert all(row["n"] and row["by"] for row in numbers["rows"].values())
+    for key in ("clip_i_without", "face_without", "segmentation_without"):
+        row = numbers["rows"][key]
+        assert re.search(r" [0-9a-f]{12}, licence ", row["by"]), key
+        assert row["n"] in text
+        assert any(digest[:12] in row["by"] for digest in numbers["hashes"].values())
+    assert numbers["not_measured"].keys() == {"KID, FID", "LPIPS"}
+    command = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    assert command
+    for option in ("--faces", "--segmentation", "--clip", "--batch-size 2", "--seeds 5"):
+        assert option in command[1], option
 
 
 def test_the_pixel_change_is_that_of_the_files(made: Path) -> None:
@@ -191,11 +204,69 @@ def test_sdxl_with_given_prompts(xl: tuple[Path, Path], tmp_path: Path, monkeypa
         {"base": PROMPTS[0], "full": f"{PROMPTS[0]}, blonde hair"},
         {"base": "a man, forest", "full": PROMPTS[1]},
     ]
-    assert "CLIP-I, CLIP-T, KID" in numbers["not_measured"]
+    assert {"CLIP-I, CLIP-T, KID, FID", "face identity", "segmentation consistency"} <= numbers["not_measured"].keys()
     # Its library is not here: said aloud, with the remedy.
     assert "pip install" in numbers["not_measured"]["LPIPS"]
     assert "LPIPS is not measured" in " ".join(done.output.split())
     assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 8
+
+
+def test_sd2_in_half_precision(tmp_path: Path) -> None:
+    """v-prediction, linear projections and bfloat16."""
+    model, images = tiny.sd21(tmp_path / "sd21"), tiny.images(tmp_path / "images")
+    run = Settings(str(model), images, tmp_path / "two.safetensors", None, steps=1, rank=2, learning_rate=1e-2)
+    lora, numbers = train(run).path, {}
+    for precision in ("bf16", "fp32"):
+        out = tmp_path / precision
+        done = spf(
+            "--model", model, "--lora", lora, "--target", "blonde hair", "--prompt", PROMPTS[0],
+            "--out", out, "--steps", 1, "--seeds", 0, "--size", 64, "--dtype", precision,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        text = check(out)
+        assert "SD 2.x, predicts v prediction" in text
+        assert f"64 pixels, {'bfloat16' if precision == 'bf16' else 'float32'}" in text
+        numbers[precision] = json.loads((out / "numbers.json").read_text(encoding="utf-8"))["rows"]
+    for key, row in numbers["fp32"].items():
+        for half, full in zip(numbers["bf16"][key]["values"], row["values"], strict=True):
+            assert (half is None) == (full is None), key
+            assert half is None or half == pytest.approx(full, rel=0.3, abs=0.02), key
+    assert numbers["fp32"]["drift_base_prompt"]["values"][1] > 1e-4
+
+
+def test_a_single_file_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint in the original format gives the numbers of the folder it was made from."""
+    from diffusers.loaders import single_file as loading
+
+    model, images = tiny.sd15(tmp_path / "sd15"), tiny.images(tmp_path / "images")
+    file = single_file.write(model, tmp_path / "all-in-one.safetensors")
+    asked: list[str] = []
+
+    def configuration(name: str, **_: Any) -> str:  # diffusers fetches it from the hub; the weights are the file's own
+        asked.append(name)
+        return str(bare)
+
+    bare = tmp_path / "configuration"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(loading, "_download_diffusers_model_config_from_hub", configuration)
+    lora = train(Settings(str(file), images, tmp_path / "one.safetensors", None, steps=1, rank=2, learning_rate=1e-2))
+    numbers = {}
+    for source in (model, file):
+        out = tmp_path / f"report-{source.stem}"
+        done = spf(
+            "--model", source, "--lora", lora.path, "--target", "blonde hair", "--prompt", PROMPTS[0], "--out", out,
+            "--steps", 1, "--seeds", 0, "--size", 64,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        check(out)
+        numbers[source] = json.loads((out / "numbers.json").read_text(encoding="utf-8"))
+    assert set(asked) == {"stable-diffusion-v1-5/stable-diffusion-v1-5"}
+    assert numbers[file]["hashes"][file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert numbers[file]["rows"]["drift_base_prompt"]["values"][1] > 1e-4
+    for key, row in numbers[model]["rows"].items():
+        values = [value for value in row["values"] if value is not None]
+        of_file = [value for value in numbers[file]["rows"][key]["values"] if value is not None]
+        assert of_file == pytest.approx(values, rel=1e-4, abs=1e-6), key
 
 
 def test_a_lora_of_another_family(xl: tuple[Path, Path], lora: Path, tmp_path: Path) -> None:
@@ -222,6 +293,9 @@ def test_mistakes_give_one_sentence(lora: Path, tmp_path: Path) -> None:
         (["--lora", lora, "--size", "130"], "must be a multiple of 8"),
         (["--lora", lora, "--dtype", "fp16", "--device", "cpu"], "needs a GPU"),
         (["--lora", lora, "--out", file], "is a file"),
+        (["--lora", lora, "--faces", missing], "no file named face_detection_yunet"),
+        (["--lora", lora, "--segmentation", missing], "not a semantic segmentation model"),
+        (["--lora", lora, "--target-class", "hair"], "Give the model with --segmentation"),
     ):
         done = spf("--model", MODEL, "--out", tmp_path / "out", *words)
         assert done.exit_code == 2, (words, done.output, done.exception)

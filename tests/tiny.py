@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,37 @@ def sd15(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def sd21(folder: Path, seed: int = 0) -> Path:
+    """A diffusers folder with SD2.1's block structure: linear projections, a text of 1024, and v-prediction."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=SD15_WIDTHS,
+        cross_attention_dim=1024,
+        attention_head_dim=(1, 2, 4, 4),
+        use_linear_projection=True,
+        norm_num_groups=32,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_text_model(1024, 2),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder(folder / "tokenizer")),
+        unet=_spread(unet),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, prediction_type="v_prediction", steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def sdxl(folder: Path, seed: int = 0) -> Path:
     """A diffusers folder with SDXL's block structure: 722 LoRA modules in the UNet.
 
@@ -186,4 +218,22 @@ def clip(folder: Path) -> Path:
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 8}  # fmt: skip
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    return folder
+
+
+def segmenter(folder: Path, classes: Mapping[int, str]) -> Path:
+    """A random SegFormer of 64 px that tells noise apart."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[1, 1], hidden_sizes=[16, 16], patch_sizes=[3, 3],
+        strides=[2, 2], num_attention_heads=[1, 1], mlp_ratios=[2, 2], decoder_hidden_size=16,
+        id2label=dict(classes), label2id={name: i for i, name in classes.items()},
+    )  # fmt: skip
+    model = SegformerForSemanticSegmentation(config).eval()
+    with torch.no_grad():  # without this the last layer's bias decides everywhere
+        model.decode_head.classifier.weight.mul_(50)
+    model.save_pretrained(folder)
+    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The image files themselves: can they be read, and is one of them there twice?"""
+"""The image files themselves: can they be read, is one of them there twice, and do they share a background?"""
 
 from __future__ import annotations
 
@@ -6,29 +6,36 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from spf_plugin.check import borders
+from spf_plugin.check.captions import Described
 from spf_plugin.check.dataset import Entry
 from spf_plugin.check.findings import Finding, of, some
 
 
-def _reason(path: Path) -> str | None:
-    """Why an image cannot be read, or None."""
+def _border(path: Path) -> tuple[borders.Colour | None, str]:
+    """`borders.border` of an image, and why it cannot be read (empty where it can)."""
     from PIL import Image
 
     try:
         if not path.stat().st_size:
-            return "the file is empty"
+            return None, "the file is empty"
         with Image.open(path) as image:
-            image.load()
+            return borders.border(image), ""
     except Exception as error:  # Pillow lets many kinds through, depending on the format
-        return (str(error) or type(error).__name__).replace(repr(str(path)), "").strip() or "not an image"
-    return None
+        reason = (str(error) or type(error).__name__).replace(repr(str(path)), "").strip()
+        return None, reason or "not an image"
 
 
-def look_at(entries: Sequence[Entry], progress: Callable[[int, int], None] = lambda done, total: None) -> list[Finding]:
-    """Unreadable images and duplicates; decodes every image once.
+def look_at(
+    entries: Sequence[Entry],
+    rows: Sequence[Described],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Finding]:
+    """Unreadable images, duplicates and one background in most of them; decodes every image once.
 
     Args:
         entries: the images.
+        rows: the training prompts, without regularisation images.
         progress: called with images done, images in all.
     """
     try:
@@ -37,12 +44,14 @@ def look_at(entries: Sequence[Entry], progress: Callable[[int, int], None] = lam
         return [Finding("note", "images-not-read", "Pillow is not installed, so the images were not opened")]
     broken: dict[str, str] = {}
     digests: dict[str, list[Entry]] = {}
+    seen: dict[str, borders.Colour | None] = {}
     for done, entry in enumerate(entries):
         progress(done, len(entries))
-        reason = _reason(entry.path)
+        colour, reason = _border(entry.path)
         if reason:
             broken[entry.name] = reason
         else:
+            seen[entry.name] = colour
             digests.setdefault(hashlib.sha256(entry.path.read_bytes()).hexdigest(), []).append(entry)
     progress(len(entries), len(entries))
     found = []
@@ -71,4 +80,4 @@ def look_at(entries: Sequence[Entry], progress: Callable[[int, int], None] = lam
                 tuple(entry.name for group in same for entry in group),
             )
         )
-    return found
+    return found + borders.look(rows, seen)

@@ -138,5 +138,5 @@ def check(
                 captions.names(regular),
             )
         )
-    findings += pictures.look_at(data.entries, progress)
+    findings += pictures.look_at(data.entries, rows, progress)
     return Report(config, targets, data, rows, loaded.source, length - 2, ordered(findings))

@@ -75,6 +75,26 @@ def report(
         str | None,
         typer.Option(metavar="alex|FILE", help="Measure LPIPS: torchvision's AlexNet, or its weights as .safetensors."),
     ] = None,
+    faces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Measure face identity: a folder with YuNet's and SFace's .onnx files from OpenCV's model zoo.",
+        ),
+    ] = None,
+    segmentation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Measure segmentation consistency: a transformers folder or hub name, such as a face parser's.",
+        ),
+    ] = None,
+    target_class: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The target's class in it. Several with |.", show_default="what the target says"
+        ),
+    ] = None,
 ) -> None:
     """Show what a LoRA changes in a model, and what it changes unasked, on one self-contained page.
 
@@ -108,6 +128,9 @@ def report(
             dtype=dtype.value if dtype else None,
             clip=clip,
             lpips=lpips,
+            faces=faces,
+            segmentation=segmentation,
+            target_class=target_class,
         )
         with progress_bars(console) as show:
             path = run(settings, show, lambda text: console.print(f"note: {escape(text)}", highlight=False))

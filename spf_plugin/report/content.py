@@ -16,6 +16,7 @@ from spf_plugin.report.results import Result, Row, Settings, Variant
 
 IN_HERO = 4  # columns
 MAPPED = 2  # prompts whose maps are shown
+PHRASE_COLUMNS = 8
 MISSING = "–"
 
 
@@ -30,11 +31,12 @@ def command_of(settings: Settings) -> str:
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--out", settings.out.as_posix()]
     defaults = Settings(settings.model, settings.loras, settings.out)
-    for option in ("size", "weight", "batch", "device", "dtype", "clip", "lpips"):
+    given = ("size", "weight", "batch", "device", "dtype", "clip", "lpips", "faces", "segmentation", "target_class")
+    for option in given:
         value = getattr(settings, option)
         if value != getattr(defaults, option):
             words += [
-                "--batch-size" if option == "batch" else f"--{option}",
+                "--batch-size" if option == "batch" else f"--{option.replace('_', '-')}",
                 f"{value:g}" if option == "weight" else value,
             ]
     return shlex.join(map(str, words))
@@ -89,7 +91,7 @@ def hero(result: Result) -> dict[str, Any]:
         rows.append({"kind": variant.kind, "label": label, "note": note, "images": cells})
     names = ", ".join(f"{v.label}: {v.name}" for v in result.variants)
     chosen = "The first prompts of the list, not chosen. A column is one prompt and one seed."
-    return {"columns": len(order), "rows": rows, "caption": f"{chosen} {names}."}
+    return {"columns": len(order), "rows": rows, "caption": f"{chosen} {names[0].upper()}{names[1:]}."}
 
 
 def _text(question: Any, asked: bool) -> str:
@@ -101,6 +103,8 @@ def tiles(result: Result) -> list[dict[str, Any]]:
     out = []
     for row in (row for row in result.rows if row.tile):
         known = [value for value in row.values if value is not None and np.isfinite(value)]
+        if not known:  # such as a face, where no picture shows one
+            continue
         top = max([*known, 1e-9])
         bars = [
             {"kind": v.kind, "label": v.label, "value": _written(row, x), "width": round(100 * (x or 0) / top, 1)}
@@ -173,7 +177,7 @@ def map_parts(result: Result) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         "LoRA to the base model. A plain LoRA is measured in the same way; nothing held it."
     )
     kind = next(iter(result.variants[1].maps[0].control))
-    caption = f"Map `{kind}`, mean of {result.draws} noise samples, over the base model's image for the base prompt."
+    caption = f"Map “{kind}”, mean of {result.draws} noise samples, over the base model's image for the base prompt."
     return {"text": text, "parts": parts, "columns": 1 + len(result.timesteps), "caption": caption}, figures.sheet(
         sheet
     )
@@ -197,7 +201,8 @@ def phrase_parts(result: Result) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         f"Each phrase's share of the cross-attention, at timestep {middle}. Distance is how far a phrase's meaning is "
         "from the target's (0 to 1), by the model's own text encoder."
     )
-    return {"text": text, "parts": parts}, figures.sheet(sheet)
+    columns = min(PHRASE_COLUMNS, max(len(part["images"]) for part in parts))
+    return {"text": text, "parts": parts, "columns": columns}, figures.sheet(sheet)
 
 
 def drift_part(result: Result) -> tuple[dict[str, Any], bytes]:

@@ -101,7 +101,7 @@ def drift_lines(lines: Mapping[str, tuple[str, bool, Mapping[int, float]]]) -> b
     Args:
         lines: label -> (key of `COLOURS`, whether dashed, timestep -> drift).
     """
-    figure, axes = new_figure(7.2, 3.2)
+    figure, axes = new_figure(5.8, 3.4)  # narrow: a phone shows it at 400 pixels
     for label, (kind, dashed, points) in lines.items():
         style = (0, (4, 2)) if dashed else "-"
         axes.plot(
@@ -109,7 +109,7 @@ def drift_lines(lines: Mapping[str, tuple[str, bool, Mapping[int, float]]]) -> b
             markersize=4, label=label,
         )  # fmt: skip
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("timestep (0: no noise, 999: only noise)", fontsize=8.5, color=INK)
-    axes.set_ylabel("relative drift", fontsize=8.5, color=INK)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.set_xlabel("timestep (0: no noise, 999: only noise)", fontsize=9.5, color=INK)
+    axes.set_ylabel("relative drift", fontsize=9.5, color=INK)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure_png(figure)

@@ -1,9 +1,10 @@
-"""Measures that need another model: CLIP-I, CLIP-T, KID on CLIP features, LPIPS. Each library is imported when used."""
+"""CLIP-I, CLIP-T, KID and FID on CLIP features, and LPIPS. Each library is imported when used."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,9 @@ from spf_plugin.report.models import sha256, short
 from spf_plugin.report.prompts import Question
 from spf_plugin.report.results import Images, Row, Variant
 
-KID_IMAGES = 50  # fewer and its own spread is larger than what it tells
-FID_IMAGES = 2048
-EXTRA = 'pip install "spf-plugin[report]"'
+SET_IMAGES = 50  # with fewer, KID's and FID's own spread is larger than what they tell
 _BATCH = 16
+UNKNOWN_LICENCE = "not recorded with these weights"
 #: Licences of open_clip's weights by the beginning of their tag, as their model cards state them.
 _LICENCES = {"laion": "MIT", "openai": "MIT", "datacomp": "MIT", "commonpool": "MIT"}
 
@@ -31,22 +31,69 @@ def pixels(images: Images, device: torch.device) -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def weights_digest(name: str, model: nn.Module) -> str:
+    """Of the weight file where it is known, else of the loaded tensors.
+
+    Args:
+        name: a folder, a hub name, or open_clip's `MODEL:PRETRAINED`.
+        model: what was loaded from it.
+    """
+    path = Path(name).expanduser()
+    for file in (path / "model.safetensors", Path(name.rpartition(":")[2]).expanduser()):
+        if file.is_file():
+            return sha256(file)
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def card_licence(name: str) -> str:
+    """What the model card beside the weights says; empty where there is none.
+
+    Args:
+        name: a folder, or a hub name whose files lie in the hub's cache.
+    """
+    card: Path | None = Path(name).expanduser() / "README.md"
+    if not Path(name).expanduser().exists():
+        card = _cached_card(name)
+    if card is None or not card.is_file():
+        return ""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    found = dict(re.findall(r"^(license(?:_name)?):\s*(\S+)", text, re.MULTILINE))
+    return found.get("license_name") or found.get("license", "")
+
+
+def _cached_card(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "README.md")
+    except HFValidationError:
+        return None  # not a hub name
+    return Path(found) if isinstance(found, str) else None
+
+
 class Clip:
     """A CLIP model that measures, with what the page must say about it.
 
     Args:
         name: see `spf_plugin.clip.load`.
-        device: where it runs.
 
     Raises:
         SPFError: it cannot be loaded.
     """
 
-    def __init__(self, name: str, device: torch.device):
-        self.encoder = clip.load(name).to(device)
-        self.name, self.device = name, device
-        self.digest = _clip_digest(name, self.encoder)
+    def __init__(self, name: str):
+        self.name, self.encoder = name, clip.load(name)
+        self.device = torch.device("cpu")
+        self.digest = weights_digest(name, self.encoder)
         self.by = f"CLIP {Path(name).name} {short(self.digest)}, licence {clip_licence(name)}"
+
+    def to(self, device: torch.device) -> None:
+        """Where it runs from now on."""
+        self.encoder, self.device = self.encoder.to(device), device
 
     @torch.no_grad()
     def images(self, images: Images) -> Tensor:
@@ -89,101 +136,112 @@ class Clip:
         return rows, without
 
 
-def _clip_digest(name: str, encoder: nn.Module) -> str:
-    """Of the weight file where it is known, else of the loaded tensors."""
-    path = Path(name).expanduser()
-    for file in (path / "model.safetensors", Path(name.rpartition(":")[2]).expanduser()):
-        if file.is_file():
-            return sha256(file)
-    digest = hashlib.sha256()
-    for key, tensor in sorted(encoder.state_dict().items()):
-        digest.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def clip_licence(name: str) -> str:
     """The licence of a CLIP model's weights, or that it must be looked up."""
-    card = Path(name).expanduser() / "README.md"
-    if card.is_file():
-        found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        if found:
-            return found.group(1)
+    said = card_licence(name)
+    if said:
+        return said
     tag = name.rpartition(":")[2].lower()
     known = next((licence for start, licence in _LICENCES.items() if tag.startswith(start)), "")
-    return known or "not recorded with these weights; ask where they come from"
+    return known or UNKNOWN_LICENCE
 
 
-def kid_row(measure: Clip, variants: Sequence[Variant], features: Sequence[Tensor]) -> Row:
-    """Kernel distance between the base model's images and a LoRA's, both for the base prompts, on CLIP features.
+class _AsTheyAre(nn.Identity):
+    """Tells torchmetrics that features come in, and how wide they are."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_features = width
+
+
+def set_rows(measure: Clip, variants: Sequence[Variant], features: Sequence[Tensor]) -> list[Row]:
+    """KID and FID between the base model's images and a LoRA's, both for the base prompts, on CLIP features.
 
     Args:
         measure: whose features they are.
         variants: the base model first.
-        features: `[N, E]` each, N at least `KID_IMAGES`.
+        features: `[N, E]` each, N at least `SET_IMAGES`.
 
     Raises:
         ImportError: torchmetrics is not installed.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    n = len(features[0])
-    values: list[float | None] = [None]
+    n, width = features[0].shape
+    kids: list[float | None] = [None]
+    fids: list[float | None] = [None]
     for one in features[1:]:
-        kid: Any = KernelInceptionDistance(feature=nn.Identity(), subsets=20, subset_size=n // 2)
-        torch.manual_seed(0)  # it draws its subsets from the global generator
-        kid.update(features[0], real=True)
-        kid.update(one, real=False)
-        values.append(float(kid.compute()[0]))
-    by = f"torchmetrics {version('torchmetrics')}, cubic kernel on features of {measure.by}"
-    return Row(
-        "kid_clip", "KID on CLIP features, target not asked for", "0 is the base model's distribution", by,
-        f"{n} images each", "{:.5f}", values,
-    )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it keeps all features in memory
+            kid: Any = KernelInceptionDistance(feature=_AsTheyAre(width), subsets=20, subset_size=n // 2)
+        fid: Any = FrechetInceptionDistance(feature=_AsTheyAre(width))
+        for metric in (kid, fid):
+            metric.update(features[0].double(), real=True)
+            metric.update(one.double(), real=False)
+        torch.manual_seed(0)  # KID draws its subsets from the global generator
+        kids.append(float(kid.compute()[0]))
+        fids.append(float(fid.compute()))
+    by = f"torchmetrics {version('torchmetrics')} (Apache-2.0), on {width} features of {measure.by}"
+    count, what = f"{n} images each", "target not asked for"
+    return [
+        Row("kid_clip", f"KID on CLIP features, {what}", "0 is the base model's distribution", f"{by}; cubic kernel",
+            count, "{:.5f}", kids),
+        Row("fid_clip", f"FID on CLIP features, {what}",
+            f"{n} images are few, which raises it: for this page's columns only, not for other papers' FID", by,
+            count, "{:.4f}", fids),
+    ]  # fmt: skip
 
 
-def lpips_rows(weights: str, variants: Sequence[Variant], device: torch.device) -> list[Row]:
-    """LPIPS (AlexNet) of the images with the base model's for the base prompts.
+class Lpips:
+    """LPIPS with AlexNet.
 
     Args:
         weights: `alex`, torchvision's (its cache, or a download), or a `.safetensors` file with the same names.
-        variants: the base model first.
-        device: where it runs.
 
     Raises:
         ImportError: lpips or torchvision is not installed.
         SPFError: the file cannot be used.
     """
-    import lpips
 
-    local = Path(weights).expanduser() if weights != "alex" else None
-    net: Any = lpips.LPIPS(net="alex", pnet_rand=local is not None, verbose=False)
-    if local is not None:
-        _load_alexnet(net, local)
-    net = net.to(device).eval()
-    digest = hashlib.sha256()
-    for key, tensor in sorted(net.net.state_dict().items()):
-        digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    shown = f"file {short(sha256(local))}" if local else f"tensors {short(digest.hexdigest())}"
-    by = (
-        f"lpips {version('lpips')} (BSD-2-Clause), AlexNet {local.name if local else 'of torchvision'}, {shown}, "
-        f"licence {'not recorded with these weights' if local else 'BSD-3-Clause, trained on ImageNet'}"
-    )
+    def __init__(self, weights: str):
+        import lpips
+
+        local = Path(weights).expanduser() if weights != "alex" else None
+        self.net: Any = lpips.LPIPS(net="alex", pnet_rand=local is not None, verbose=False).eval()
+        self.device = torch.device("cpu")
+        if local is not None:
+            _load_alexnet(self.net, local)
+        self.digest = sha256(local) if local else weights_digest("", self.net.net)
+        self.by = (
+            f"lpips {version('lpips')} (BSD-2-Clause), AlexNet {local.name if local else 'of torchvision'} "
+            f"{short(self.digest)}, licence "
+            f"{UNKNOWN_LICENCE if local else 'BSD-3-Clause, trained on ImageNet'}"
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Where it runs from now on."""
+        self.net, self.device = self.net.to(device), device
 
     @torch.no_grad()
-    def distance(a: Images, b: Images) -> float:
-        values = [net(pixels(x[None], device), pixels(y[None], device)).mean() for x, y in zip(a, b, strict=True)]
+    def _distance(self, a: Images, b: Images) -> float:
+        pairs = zip(a, b, strict=True)
+        values = [self.net(pixels(x[None], self.device), pixels(y[None], self.device)).mean() for x, y in pairs]
         return float(torch.stack(values).mean())
 
-    def row(key: str, name: str, note: str, values: Sequence[float | None]) -> Row:
-        return Row(key, name, note, by, f"{len(base.without)} images", "{:.4f}", values)
+    def rows(self, variants: Sequence[Variant]) -> list[Row]:
+        """Of the images with the base model's for the base prompts."""
+        base = variants[0]
 
-    base = variants[0]
-    unasked = [None, *(distance(v.without, base.without) for v in variants[1:])]
-    asked = [distance(v.with_, base.without) for v in variants]
-    return [
-        row("lpips_without", "LPIPS, target not asked for", "0 is the base model's image; less is better", unasked),
-        row("lpips_with", "LPIPS, target asked for", "the target itself is a part of it", asked),
-    ]
+        def row(key: str, name: str, note: str, values: Sequence[float | None]) -> Row:
+            return Row(key, name, note, self.by, f"{len(base.without)} images", "{:.4f}", values)
+
+        unasked = [None, *(self._distance(v.without, base.without) for v in variants[1:])]
+        asked = [self._distance(v.with_, base.without) for v in variants]
+        return [
+            row("lpips_without", "LPIPS, target not asked for", "0 is the base model's image; less is better", unasked),
+            row("lpips_with", "LPIPS, target asked for", "the target itself is a part of it", asked),
+        ]
 
 
 def _load_alexnet(net: Any, path: Path) -> None:

@@ -35,6 +35,9 @@ class Settings:
         dtype: `fp32`, `fp16` or `bf16`; None is fp16 on a GPU.
         clip: a CLIP model to measure with, see `spf_plugin.clip.load`.
         lpips: `alex` or a file of AlexNet weights; None leaves LPIPS out.
+        faces: a folder with OpenCV's face detector and recogniser; None leaves face identity out.
+        segmentation: a segmentation model of transformers; None leaves segmentation consistency out.
+        target_class: its classes that are the target, with `|`; None takes those that the target's words say.
     """
 
     model: str
@@ -52,6 +55,9 @@ class Settings:
     dtype: str | None = None
     clip: str | None = None
     lpips: str | None = None
+    faces: str | None = None
+    segmentation: str | None = None
+    target_class: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from spf_plugin import __version__
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect
 from spf_plugin.lorafile.names import BASE_LABEL
-from spf_plugin.report import maps, measures, metrics, models, page, prompts
+from spf_plugin.report import extras, maps, measures, models, page, prompts
 from spf_plugin.report.content import build
 from spf_plugin.report.prompts import Question
-from spf_plugin.report.results import Result, Row, Settings, Variant
+from spf_plugin.report.results import Result, Settings, Variant
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 DRAWS = 2
@@ -33,6 +33,8 @@ PACKAGES = (
     "open_clip_torch",
     "torchmetrics",
     "lpips",
+    "opencv-python",
+    "opencv-python-headless",
     "matplotlib",
     "numpy",
 )
@@ -74,8 +76,8 @@ def run(settings: Settings, show: Show, note: Note) -> Path:
     questions = prompts.questions(texts, found)
     _check_out(settings.out)
     device, dtype = _device(settings)
-
     show("loading", 0, 1, {})
+    measuring = extras.load(settings, questions, warn)
     pipeline, parts = models.load(settings.model, device, dtype)
     show("loading", 1, 1, {})
     size = settings.size or parts.resolution
@@ -96,7 +98,9 @@ def run(settings: Settings, show: Show, note: Note) -> Path:
             )
     rows = [*measures.pixel_rows(variants), *measures.drift_rows(variants, DRAWS)]
     shots = [(question, seed) for question in questions for seed in settings.seeds]
-    more, missing, used = _metrics(settings, variants, shots, device, show, warn)
+    more, used = extras.measure(
+        measuring, variants, shots, device, lambda label, done, total: show(label, done, total, {})
+    )
     facts = _facts(settings, parts, pipeline, size, device, dtype, time.monotonic() - begun)
     result = Result(
         settings,
@@ -104,7 +108,7 @@ def run(settings: Settings, show: Show, note: Note) -> Path:
         source,
         variants,
         [*rows, *more],
-        missing,
+        measuring.missing,
         facts,
         {**hashes, **used},
         TIMESTEPS,
@@ -200,53 +204,6 @@ def _variant(
             seen.append(found)
             show(f"{label}: probing", i + 1, len(questions), {})
     return Variant(kind, label, name, digest, images[: len(seeds)], images[len(seeds) :], seen)
-
-
-def _metrics(
-    settings: Settings, variants: list[Variant], shots: list[tuple[Question, int]], device: torch.device, show: Show,
-    warn: Note,
-) -> tuple[list[Row], dict[str, str], dict[str, str]]:  # fmt: skip
-    """Rows, what is missing and why, and the hashes of the weights that measured."""
-    rows: list[Row] = []
-    missing: dict[str, str] = {}
-    used: dict[str, str] = {}
-    n = len(shots)
-
-    def absent(what: str, error: Exception) -> None:
-        reason = f"{error}: {metrics.EXTRA}" if isinstance(error, ModuleNotFoundError) else str(error)
-        missing[what] = f"its library cannot be imported: {reason}"
-        warn(f"{what} is not measured: {missing[what]}")
-
-    if settings.clip:
-        show("CLIP", 0, 1, {})
-        measure = metrics.Clip(settings.clip, device)
-        found, features = measure.rows(variants, shots)
-        rows += found
-        used[f"CLIP {settings.clip}"] = measure.digest
-        if n >= metrics.KID_IMAGES:
-            try:
-                rows.append(metrics.kid_row(measure, variants, features))
-            except (ImportError, RuntimeError) as error:
-                absent("KID", error)
-        else:
-            missing["KID"] = f"{n} images; needs {metrics.KID_IMAGES} or more (prompts times seeds)"
-        show("CLIP", 1, 1, {})
-    else:
-        missing["CLIP-I, CLIP-T, KID"] = "no CLIP model was given (--clip)"
-    if settings.lpips:
-        show("LPIPS", 0, 1, {})
-        try:
-            rows += metrics.lpips_rows(settings.lpips, variants, device)
-        except (ImportError, RuntimeError) as error:  # a torchvision that does not fit this torch raises the latter
-            absent("LPIPS", error)
-        show("LPIPS", 1, 1, {})
-    else:
-        missing["LPIPS"] = "not asked for (--lpips)"
-    missing["FID"] = f"{n} images; it needs {metrics.FID_IMAGES} or more, which this page is not made for"
-    missing["face identity, segmentation"] = (
-        "this page has no such measure; the common weights for it are for research only"
-    )
-    return rows, missing, used
 
 
 def _facts(

@@ -1,0 +1,323 @@
+"""The documentation's commands: each is parsed by its own program, and each is run by a test or says why it is not."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+import typer
+from packaging.requirements import Requirement
+from typer.core import TyperGroup
+
+import install
+from spf_plugin import cli, config
+from spf_plugin.attachment import Host
+from spf_plugin.check.host_options import OPTIONS
+from tests.documents import PAGES, ROOT, Command, blocks, commands, is_command
+from tests.hosts.conftest import HOSTS
+
+COMMANDS = commands()
+GPU, NETWORK, HOURS, GUI = "needs a GPU", "needs a network", "takes hours", "needs the GUI's own environment"
+#: How a command begins -> the test that runs it (its options differ), or the reason why none does.
+RUN_BY = {
+    "python install.py demo": "tests/portraitlab/test_demo.py::test_the_demo_writes_files_a_page_and_a_table",
+    "python install.py test": "this very run, in .ci/run",
+    "python install.py --sd-scripts": "tests/test_install.py::test_install_twice_and_uninstall",
+    "python -m portraitlab.demo": "tests/portraitlab/test_demo.py::test_the_demo_writes_files_a_page_and_a_table",
+    "python -m portraitlab.lab": "tests/portraitlab/test_lab.py::test_a_second_run_computes_only_what_is_missing",
+    "python -m portraitlab.train_base": f"{HOURS}; tests/portraitlab/test_model.py::test_a_resumed_run_is_the_same_run",
+    "python -m portraitlab.tune_decoder": f"{HOURS}: it made the shipped decoder",
+    "python -m portraitlab.export_base": "needs the training state, which is not shipped; "
+    "tests/portraitlab/test_model.py::test_export_without_a_checkpoint_says_what_to_do",
+    "python -m portraitlab.train_judge": f"{HOURS}: it made the shipped judge",
+    "python -m portraitlab.evaluate_base": "takes ten minutes: it made the shipped scores",
+    "python -m portraitlab.model_card": "writes into the repository",
+    "python -m benchmarks.step_cost --time": GPU,
+    "python -m benchmarks.step_cost": "takes an hour; "
+    "tests/test_cost.py::test_flops_of_an_aligned_step_and_of_the_default_run",
+    "python -m benchmarks.response_cost": "takes minutes and counts what tests/test_cost.py counts",
+    "python networks/": "sd-scripts' own tools, on real LoRAs; their options are compared with its source below",
+    "python -m venv": "Python's own",
+    "accelerate launch": "tests/hosts/test_training.py::test_sd15_writes_an_ordinary_lora",
+    "spf check": "tests/test_check.py::test_planted_mistake",
+    "spf plan": "tests/test_plan.py::test_it_fits",
+    "spf doctor": "tests/test_doctor.py::test_real_checkouts",
+    "spf report": "tests/test_report_command.py::test_the_page_and_its_files",
+    "spf train": "tests/test_reference_trainer.py::test_ctrl_c_saves_what_there_is",
+    "spf decoder": "tests/test_decoder_command.py::test_a_matrix_for_the_embedded_model",
+    "spf lora check": "tests/lorafile/test_lora_cli.py::test_check_good",
+    "spf lora fix": "tests/lorafile/test_lora_cli.py::test_fix",
+    "spf lora convert": "tests/lorafile/test_lora_cli.py::test_convert_there_and_back",
+    "spf lora sidecar": "tests/lorafile/test_lora_cli.py::test_sidecar",
+    "spf lora": "tests/lorafile/test_lora_cli.py::test_help",
+    "pip install": f"{NETWORK} and an environment of its own; tests/test_install.py::test_install_twice_and_uninstall",
+    "git clone": NETWORK,
+    "export": "for a program of the second environment, below",
+    "pytest": "a part of this suite; two of them only where their second environment is",
+}
+#: Blocks that are no commands: page and first line -> what they are.
+SHOWN = {
+    ("README.md", "SPF: 2 problems"): "a message; tests/test_troubleshooting.py looks for every message in the source",
+    ("docs/guis/README.md", "# hair.toml"): "settings",
+    ("docs/guis/README.md", "spf_config=hair.toml"): "settings",
+    ("docs/guis/colab.md", 'network_module = "spf_plugin.lora"'): "settings",
+    ("docs/guis/lora-scripts.md", 'network_module = "spf_plugin.lora"'): "settings",
+    ("docs/guis/kohya_ss.md", "--network_train_unet_only"): "settings",
+}
+NO_COMMANDS = {("spf", "card")}  # a key in a file
+
+
+def begins(command: Command) -> str:
+    """How `RUN_BY` calls a command; the longest beginning counts."""
+    words = "pip install" if command.program == "pip" else " ".join([command.program, *command.words[1:]])
+    return max((start for start in RUN_BY if f"{words} ".startswith(start)), key=len, default="")
+
+
+def parse(program: Any, words: list[str], *, whole: bool) -> None:
+    """Parse a command line as its program would, and run nothing.
+
+    Args:
+        program: typer's command or group.
+        words: behind its name.
+        whole: nothing may be missing.
+    """
+    if isinstance(program, TyperGroup):
+        if not words:
+            assert not whole, "a sub-command is missing"
+            return
+        _, sub, rest = program.resolve_command(typer.Context(program), words)
+        assert sub is not None
+        parse(sub, rest, whole=whole)
+    elif words or whole:
+        try:
+            program.make_context(program.name, list(words))
+        except Exception as error:  # typer's own copy of click's classes, or click's
+            if whole or type(error).__name__ != "MissingParameter":
+                raise
+
+
+def program_of(module: str) -> Any:
+    """The command line of a module that is started with `python -m`."""
+    found = import_module(module)
+    if not isinstance(getattr(found, "app", None), typer.Typer):
+        made = typer.Typer()
+        made.command()(found.main)
+        return typer.main.get_command(made)
+    return typer.main.get_command(found.app)
+
+
+def existing(words: list[str]) -> None:
+    """Files of this repository that a command names are there."""
+    for word in words:
+        inside = re.sub(r"^(?:path/to/(?:this/repository/)?)", "", word)
+        if re.match(r"(?:presets|portraitlab|tests|benchmarks|docs)/.*\.\w+$", inside):
+            assert (ROOT / inside).exists(), word
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "spf" and c.words not in NO_COMMANDS], ids=str)
+def test_spf(command: Command) -> None:
+    name, *words = command.words[1:]
+    existing(words)
+    later = ROOT / "spf_plugin" / "cli" / f"{name}.py"
+    if name in ("lora", "check", "report", "doctor"):  # mounted when they run
+        parse(program_of(f"spf_plugin.cli.{later.stem}"), words, whole=command.whole)
+    else:
+        parse(typer.main.get_command(cli.app), [name, *words], whole=command.whole)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "python"], ids=str)
+def test_python(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = list(command.words[1:])
+    existing(words)
+    if words[0] == "install.py":
+        run: list[Any] = []
+        monkeypatch.setattr(install, "environment", lambda *names: Path("python"))
+        monkeypatch.setattr(install.subprocess, "run", lambda command, **_: run.append(command) or _Done())
+        for name in ("install", "uninstall"):
+            monkeypatch.setattr(install, name, lambda folder, dry, name=name: run.append([name, folder]))
+        assert install.main(words[1:]) == 0
+        (started,) = run
+        if words[1] == "demo":
+            parse(program_of(started[2]), started[3:], whole=True)
+        elif words[1] == "test":
+            assert started[1:3] == ["-m", "pytest"]
+        else:
+            assert started[0] == ("uninstall" if "--uninstall" in words else "install")
+    elif words[0] == "-m" and words[1].split(".")[0] in ("portraitlab", "benchmarks", "spf_plugin"):
+        parse(program_of(words[1]), words[2:], whole=command.whole)
+    elif words[0] == "-m":
+        assert find_spec(words[1]) is not None
+    else:
+        if not HOSTS:
+            pytest.skip("NO sd-scripts CHECKOUT FOUND (see README, Tests): its tools' options are not compared")
+        for host in HOSTS:
+            source = (host / words[0]).read_text(encoding="utf-8")
+            for option in (word for word in words if word.startswith("--")):
+                assert f'"{option}"' in source, (host.name, option)
+
+
+class _Done:
+    returncode = 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "accelerate"], ids=str)
+def test_launch_lines(command: Command) -> None:
+    assert command.words[1] == "launch"
+    assert command.words[2] in ("train_network.py", "sdxl_train_network.py")
+    existing(list(command.words))
+    host_words(list(command.words[3:]))
+
+
+def host_words(words: list[str]) -> None:
+    """Options that sd-scripts knows, and settings that SPF knows."""
+    ours: list[str] = []
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            assert word[2:] in OPTIONS, word
+        if word == "--network_args":
+            ours = words[i + 1 :]
+    assert ours or "--network_args" not in words
+    settings = dict(word.split("=", 1) for word in ours if word.startswith("spf_") and "=" in word)
+    settings.pop("spf_config", None)  # a file that the reader writes
+    config.parse(settings)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "pip"], ids=str)
+def test_pip(command: Command) -> None:
+    if "install" not in command.words:  # "and so on"
+        assert not command.whole
+        return
+    words = command.words[command.words.index("install") + 1 :]
+    extras = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    takes_value = {"--target"}
+    for word in (w for before, w in zip(("", *words), words, strict=False) if before not in takes_value):
+        if word.startswith("--"):
+            continue
+        extra = re.search(r"\[(.+)\]$", word)
+        if "/" in word or word.startswith("spf-plugin"):
+            assert not extra or set(extra[1].split(",")) <= set(extras), word
+        else:
+            Requirement(word)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "pytest"], ids=str)
+def test_pytest(command: Command) -> None:
+    existing(list(command.words))
+
+
+def test_every_command_is_run_by_a_test_or_says_why_not() -> None:
+    used = set()
+    for command in COMMANDS:
+        if command.words in NO_COMMANDS:
+            continue
+        start = begins(command)
+        assert start, f"{command}: add it to RUN_BY, with the test that runs it or the reason why none does"
+        used.add(start)
+    assert used == set(RUN_BY)  # nothing that no page says any more
+    for said in RUN_BY.values():
+        for file, name in re.findall(r"(tests/\S+\.py)::(\w+)", said):
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), said
+
+
+def test_every_other_block_is_known() -> None:
+    """A new block of a page is a command, code, or one of these."""
+    seen = set()
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        for _, language, lines in blocks(page):
+            if language == "python" or any(is_command(line) for line in lines):
+                continue
+            known = [key for key in SHOWN if key[0] == name and lines[0].startswith(key[1])]
+            assert known, (name, lines[:2])
+            seen.add(known[0])
+            if SHOWN[known[0]] == "settings":
+                shown_settings(lines)
+    assert seen == set(SHOWN)
+
+
+def shown_settings(lines: list[str]) -> None:
+    if lines[0].startswith("--"):
+        host_words(" ".join(lines).split())
+    elif " = " in lines[-1]:
+        found = toml.loads("\n".join(lines))
+        if "network_args" in found:
+            assert set(found) <= set(OPTIONS)
+            found = dict(word.split("=", 1) for word in found["network_args"])
+        config.parse(found)
+
+
+def test_python_code_compiles_and_its_imports_exist() -> None:
+    count = 0
+    for page in PAGES:
+        for _, language, lines in blocks(page):
+            if language != "python":
+                continue
+            count += 1
+            for node in ast.walk(ast.parse("\n".join(lines))):
+                if isinstance(node, ast.ImportFrom):
+                    module = import_module(str(node.module))
+                    for alias in node.names:
+                        assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}"), alias.name
+    assert count >= 2
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if not re.match(r"https?:", target):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+# -- docs/hosts.md ----------------------------------------------------------------------------------------------------
+
+HOST_PAGE = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
+
+
+def members(protocol: Any) -> set[str]:
+    """What a class must have to be one, as Python's own `Protocol` counts it."""
+    return {
+        name
+        for base in protocol.__mro__
+        if base.__module__.startswith("spf_plugin")
+        for name in (*vars(base), *vars(base).get("__annotations__", {}))
+        if not name.startswith("_")
+    }
+
+
+def test_the_page_on_hosts_names_every_member() -> None:
+    table = HOST_PAGE[HOST_PAGE.index("| member |") : HOST_PAGE.index("Refuse early")]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == members(Host)
+    for source in ("kohya", "reference"):
+        host = ast.parse((ROOT / "spf_plugin" / "hosts" / f"{source}.py").read_text(encoding="utf-8"))
+        (cls,) = [n for n in host.body if isinstance(n, ast.ClassDef) and n.name.endswith("Host")]
+        own = {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
+        own |= {n.attr for n in ast.walk(cls) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        assert members(Host) <= own, source
+
+
+def test_the_tests_that_the_page_on_hosts_names_exist() -> None:
+    rows = re.findall(r"`(tests/[\w/]+\.py)`(?:, `(\w+)`)?", HOST_PAGE)
+    assert len(rows) > 8
+    for file, name in rows:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text or f"class {name}" in text, (file, name)
+
+
+def test_there_is_a_program_for_every_word() -> None:
+    """A command of a new program is seen: the list of programs is what the pages use."""
+    assert {command.program for command in COMMANDS} == {
+        "spf",
+        "python",
+        "pip",
+        "pytest",
+        "accelerate",
+        "git",
+        "export",
+    }
+    assert len(COMMANDS) > 80
