@@ -266,9 +266,15 @@ class Attachment:
                 self.watch.record(self.logs, result.map, shown)
         if self.watch is not None:
             self.watch.show(self.step, text, shown, timesteps, noisy_latents, reference, response, result)
+        returned = prediction
+        if config.diffusion_region == "map" and self._aligns_now():
+            # Outside the map the training image is what the LoRA must not learn. The host's loss keeps its value; its
+            # gradient passes where the map is open.
+            gate = torch.where(aligned.view(-1, 1, 1, 1), result.map, torch.ones_like(result.map))
+            returned = torch.lerp(returned.detach(), returned, gate.to(returned.dtype))
         if preserved is not None:
             # These samples reproduce the base model instead of denoising the training image.
-            prediction = torch.where(preserved.view(-1, 1, 1, 1), prediction.detach(), prediction)
+            returned = torch.where(preserved.view(-1, 1, 1, 1), returned.detach(), returned)
         if self.enhancement is not None and self._aligns_now() and self.step % config.response_every == 0:
             term = self.enhancement(
                 noisy_latents=noisy_latents,
@@ -284,7 +290,7 @@ class Attachment:
                 self._pending_response = prediction, term.gradient * config.response_multiplier
                 self.logs["spf/response"] = float(term.loss)
             self.logs["spf/response_skipped"] = float(self.enhancement.skipped)
-        return prediction
+        return returned
 
     def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor | None:
         """A share of the samples, `[B]` bool, or None for nobody. Its own generator, seeded by the step: no global

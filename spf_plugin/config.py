@@ -135,6 +135,12 @@ class SPFConfig:
         "Share of the samples that get the base prompt and must reproduce the base model everywhere; stops the target "
         "from leaking into prompts without it.",
     )
+    diffusion_region: str = _setting(
+        "map",
+        _choice(REGIONS),
+        "Where the diffusion loss may act in an aligned step: `map`, inside the control map only, or `all`, as "
+        "published.",
+    )
     response: str = _setting(
         "off",
         _choice(RESPONSES),
@@ -307,6 +313,10 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
             problems.append(f"{key}={value!r}: {reason}")
     if values.get("min_timestep", 0) >= values.get("max_timestep", 1000):
         problems.append("spf_min_timestep must be below spf_max_timestep")
+    if values.get("map") == "none" and values.get("diffusion_region", "map") == "map":
+        problems.append(
+            "spf_map=none leaves nothing free, so the diffusion loss would act nowhere: add spf_diffusion_region=all"
+        )
     if problems:
         raise SPFError(problems)
     return SPFConfig(**values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spf_plugin import attachment, objective
 from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import SPFConfig, parse
@@ -202,6 +203,32 @@ def test_preserved_samples_have_no_diffusion_loss() -> None:
             assert gradient is None or float(gradient.abs().max()) == 0
         run.host.accelerator.backward(prediction.square().mean())
     assert run.spf.logs["spf/output"] >= 0
+
+
+def test_the_diffusion_loss_acts_inside_the_map_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value stays; its gradient at the prediction is multiplied by the map."""
+    maps: list[Tensor] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = objective.dual_path(*args, **kwargs)
+        maps.append(result.map)
+        return result
+
+    monkeypatch.setattr(attachment, "dual_path", spy)
+    captions = [*CAPTIONS, "a woman, red coat"]  # the last has no target: nothing is open
+    gated = Run(captions, spf_base_preservation="0")
+    everywhere = Run(captions, spf_base_preservation="0", spf_diffusion_region="all")
+    for run in (gated, everywhere):
+        run.predict()  # the first prediction of a run only checks
+    mine, theirs = gated.predict(), everywhere.predict()
+    assert torch.equal(mine, theirs)
+    m = maps[0]
+    assert 0 < float(m.mean()) < 1
+    assert not m[2].any()
+    upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(mine, gated.weight, upstream)
+    (expected,) = torch.autograd.grad(theirs, everywhere.weight, m * upstream)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_choice_of_preserved_samples_is_a_function_of_the_step() -> None:

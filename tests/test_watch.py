@@ -110,7 +110,11 @@ def test_steps_without_a_target_and_maps_that_are_off_do_not_count(
             {}, torch.cat([torch.full((1, 1, 4, 4), 0.3), torch.zeros(1, 1, 4, 4)]), torch.tensor([True, False])
         )
         watch.record({}, torch.zeros(2, 1, 4, 4), torch.tensor([False, False]))
-    feed(watching(Run(CAPTIONS, spf_map="none"), FakeHost(tmp_path / "out")), 0.0, 2 * HISTORY)
+    feed(
+        watching(Run(CAPTIONS, spf_map="none", spf_diffusion_region="all"), FakeHost(tmp_path / "out")),
+        0.0,
+        2 * HISTORY,
+    )
     assert not caplog.records
 
 

@@ -39,9 +39,9 @@ class Row:
 #: No weights: SPF then trains a plain LoRA and measures its drift; with so rare a log it costs nothing.
 PLAIN = {
     "text_consistent_multiplier": 0, "fine_grained_multiplier": 0, "output_multiplier": 0, "base_preservation": 0,
-    "log_every": 1000,
+    "diffusion_region": "all", "log_every": 1000,
 }  # fmt: skip
-_MAPS = ("paper", "difference", "target", "hard", "none")
+_EVERYWHERE = {"diffusion_region": "all"}
 _GUIDED = {"clip": str(CLIP_FOLDERS[0])}
 
 ROWS: dict[str, Row] = {
@@ -64,14 +64,20 @@ ROWS: dict[str, Row] = {
     "spf-no-output": Row({"output_multiplier": 0}),
     "spf-only-output": Row({"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
     "spf-no-base-preservation": Row({"base_preservation": 0}),
-    "spf-base-preservation-0.3": Row({"base_preservation": 0.3}),
     **{f"spf-output-{w:g}": Row({"output_multiplier": w}) for w in (1, 10)},
-    **{f"spf-attention-{w:g}": Row({"text_consistent_multiplier": w, "fine_grained_multiplier": w}) for w in (1,)},
-    **{f"spf-map-{kind}": Row({"map": kind}) for kind in _MAPS},
-    **{f"spf-gain-{g:g}": Row({"map_gain": g}) for g in (1.5, 6)},
-    **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5, 0.75)},
+    **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "target", "hard")},
+    **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5)},
     **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
+    "spf-every-1-output-1": Row({"every": 1, "output_multiplier": 1}),
     "spf-cross-attention": Row({"train": "cross_attention"}),
     "spf-anchor": Row({"response": "anchor", **_GUIDED}),
-    "spf-directional": Row({"response": "directional", **_GUIDED}),
+    # The diffusion loss acts everywhere, as published (and as the defaults were when most of these rows were chosen).
+    "everywhere": Row(_EVERYWHERE),
+    **{f"everywhere-output-{w:g}": Row({**_EVERYWHERE, "output_multiplier": w}) for w in (0, 1)},
+    "everywhere-only-output": Row({**_EVERYWHERE, "text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
+    **{f"everywhere-base-preservation-{w:g}": Row({**_EVERYWHERE, "base_preservation": w}) for w in (0, 0.3)},
+    **{f"everywhere-map-{kind}": Row({**_EVERYWHERE, "map": kind}) for kind in ("paper", "difference", "none")},
+    "everywhere-gain-6": Row({**_EVERYWHERE, "map_gain": 6}),
+    **{f"everywhere-stage2-{s:g}": Row({**_EVERYWHERE, "stage2_start": s}) for s in (0, 0.5, 0.75)},
+    "everywhere-every-1": Row({**_EVERYWHERE, "every": 1}),
 }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portraitlab.demo import Show, timed_training
 from portraitlab.lab import peers
-from portraitlab.lab.rows import PLAIN, Row
+from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
 from spf_plugin.trainer.loop import Settings
 
@@ -41,7 +41,7 @@ def train_row(
         if row.peer == "pure_cc":
             first = out.with_name(f"extractor-{task.target}-{task.data}-{seed}.safetensors")
             if not first.exists():
-                train_row(task, Row(PLAIN), learning_rate, seed, model, first, device, f"{label}, stage one", show)
+                train_row(task, Row(PLAIN), LEARNING_RATE, seed, model, first, device, f"{label}, stage one", show)
             options["extractor"] = first
         objective = peers.objective(peers.KINDS[row.peer](task, seed, **options))
     return timed_training(run, f"{label}: training", show, objective)[1]
