@@ -133,6 +133,8 @@ def test_spf(command: Command) -> None:
     later = ROOT / "spf_plugin" / "cli" / f"{name}.py"
     if name in ("lora", "check", "report", "doctor"):  # mounted when they run
         parse(program_of(f"spf_plugin.cli.{later.stem}"), words, whole=command.whole)
+    elif name == "lab":
+        parse(program_of("portraitlab.lab.app"), words, whole=command.whole)
     else:
         parse(typer.main.get_command(cli.app), [name, *words], whole=command.whole)
 

@@ -63,7 +63,7 @@ def test_a_result_is_filed_under_all_it_depends_on(model: Path, tmp_path: Path) 
         results.key(task, None, 0, 0, model),
         results.key(task, ROWS["dop-1"], 1e-3, 0, model),
         results.key(task, ROWS["dop-10"], 1e-3, 0, model),
-        results.key(task, ROWS["spf-map-none"], 1e-3, 0, model),
+        results.key(task, ROWS["spf-map-hard"], 1e-3, 0, model),
         results.key(replace(task, steps=100), row, 1e-3, 0, model),
         results.key(replace(task, data="clean"), row, 1e-3, 0, model),
         results.key(replace(task, sequence=("hat", "sunglasses")), row, 1e-3, 0, model),
@@ -92,22 +92,29 @@ def test_results_are_read_back_and_published_in_a_stable_order(tmp_path: Path) -
     assert {task.sequence for task in results.tasks(read.values())} == {(), ("hat", "beard")}
 
 
+class FakeEvaluator:
+    """Draws nothing and scores everything alike."""
+
+    base = np.zeros((4, 8, 8, 3), np.uint8)
+
+    def __init__(self, task: Task, *_: Any):
+        self.task = task
+
+    def draw(self, *_: Any) -> tuple[Any, Any]:
+        return self.base, self.base
+
+    def scores(self, *_: Any) -> dict[str, float]:
+        return dict(made("spf", 0, 0.5, 0.0).scores)
+
+
 def test_a_second_run_computes_only_what_is_missing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
 
-    class Evaluator:
-        base = np.zeros((4, 8, 8, 3), np.uint8)
-
-        def __init__(self, task: Task, *_: Any):
-            self.task = task
-
-        def draw(self, *_: Any) -> tuple[Any, Any]:
-            return self.base, self.base
-
+    class Evaluator(FakeEvaluator):
         def scores(self, *_: Any) -> dict[str, float]:
-            return made("spf", 0, (ran or [0])[-1] / 10, 0.0).scores  # type: ignore[return-value]
+            return dict(made("spf", 0, (ran or [0])[-1] / 10, 0.0).scores)
 
     def train_row(task: Task, row: Row, rate: float, seed: int, *_: Any) -> float:
         if seed == 1 and len(ran) == 1:
@@ -129,6 +136,42 @@ def test_a_second_run_computes_only_what_is_missing(
     assert ran == [0, -1, 1, 2]
     assert "0.10 (0.06)" in second.output  # mean and standard error of 0, .1, .2
     assert len(list((tmp_path / "lab" / "results").glob("*.json"))) == 4  # three seeds and the untuned model
+
+
+def test_targets_are_taught_one_after_the_other(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, Path]] = []
+    loaded: list[tuple[Path, int]] = []
+
+    class Pipeline:
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+            (folder / "model_index.json").write_text("{}")
+
+    def train_row(task: Task, row: Row, rate: float, seed: int, on: Path, *_: Any) -> float:
+        trained.append((task.target, on))
+        return 0.1
+
+    def load_with(on: Path, loras: list[Path], device: str) -> Pipeline:
+        loaded.append((on, len(loras)))
+        return Pipeline()
+
+    monkeypatch.setattr(running, "Evaluator", FakeEvaluator)
+    monkeypatch.setattr(running, "train_row", train_row)
+    monkeypatch.setattr(running, "load_with", load_with)
+    out = tmp_path / "lab"
+    words = ["sequence", "--targets", "blonde,beard,hoodie", "--rows", "spf", "--out", str(out), "--model", str(model)]
+    done = CliRunner().invoke(app.app, words, env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    assert [name for name, _ in trained] == ["blonde", "beard", "hoodie"]
+    assert trained[0][1] == model
+    assert all(on.parent == out / "merged" for _, on in trained[1:])  # the earlier LoRAs are part of the model
+    assert trained[1][1] != trained[2][1]
+    assert {on for on, _ in loaded} == {model}  # measured on the untuned model with all LoRAs so far
+    found = results.read(out / "results", tmp_path / "none").values()
+    assert sorted((len(r.task["sequence"]), r.task["target"]) for r in found) == [
+        (1, "blonde"), (2, "beard"), (2, "blonde"), (3, "beard"), (3, "blonde"), (3, "hoodie")
+    ]  # fmt: skip
+    assert "3. hoodie" in done.output
 
 
 def test_mistakes_are_named_at_once() -> None:
