@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 
 from portraitlab import environment
@@ -286,6 +288,32 @@ def plot(
             path = into / f"{task.target}-{task.data}-{task.steps}-{task.prompts}-{task.evaluation_seed}.png"
             path.write_bytes(drawing)
             print(path)
+
+
+@app.command()
+def pictures(
+    points: Annotated[str, typer.Option(help="Rows and learning rates: plain:2e-3,spf:4e-3.")],
+    into: Annotated[Path, typer.Option(help="The PNG to write.")],
+    target: Annotated[str, typer.Option(help=f"What was taught: {', '.join(KNOWN)}.")] = "sunglasses",
+    seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
+    out: Out = RUNS,
+    model: Model = MODEL_FOLDER,
+) -> None:
+    """Show what measured LoRAs and the base model drew from the same seeds: explicit prompts above, partial below."""
+    console = Console(soft_wrap=True)
+    with _bench(console, out, model, "cpu", None) as bench:
+        chosen = [(name, float(rate)) for name, _, rate in (point.partition(":") for point in points.split(","))]
+        _check([name for name, _ in chosen], [target], DATA[0])
+        task = Task(target)
+        untuned = results.key(task, None, 0, 0, model)
+        named = [("base model, prompts without the target", f"{untuned}-without"), ("base model, with it", untuned)]
+        named += [(f"{n}, learning rate {rate:g}", bench.key(task, Point(n, rate, seed))) for n, rate in chosen]
+        missing = [f"no pictures of {label}: run it first" for label, key in named if not bench.picture(key).exists()]
+        if missing:
+            raise SPFError(missing)
+        lines = [(label, np.asarray(Image.open(bench.picture(key)))) for label, key in named]
+        Image.fromarray(plots.labelled(lines)).save(into, optimize=True)
+    print(into)
 
 
 @app.command()

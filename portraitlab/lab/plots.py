@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from portraitlab.lab.curves import Mean, response
 from portraitlab.lab.results import Result
 from portraitlab.lab.tables import by_row
-from spf_plugin.report.figures import INK, figure_png, new_figure
+from spf_plugin.report.figures import INK, PAPER, Image8, figure_png, new_figure
 
 #: One colour and mark a family of methods; rows that vary a method share its colour.
 STYLES = {
@@ -66,3 +68,18 @@ def response_against_drift(results: Sequence[Result], phrase: str) -> bytes | No
     axes[0].set_ylabel(f"response: {phrase}", fontsize=8.5, color=INK)
     axes[1].legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure_png(figure)
+
+
+def labelled(lines: Sequence[tuple[str, Image8]]) -> Image8:
+    """Pictures of one width below each other, each under its label, on white."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, gap = ImageFont.load_default(15), 24
+    height = sum(picture.shape[0] + gap for _, picture in lines)
+    page = Image.new("RGB", (lines[0][1].shape[1], height), PAPER)
+    draw, top = ImageDraw.Draw(page), 0
+    for label, picture in lines:
+        draw.text((4, top + 3), label, fill=INK, font=font)
+        page.paste(Image.fromarray(picture), (0, top + gap))
+        top += picture.shape[0] + gap
+    return np.asarray(page)

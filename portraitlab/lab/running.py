@@ -129,10 +129,13 @@ class Bench:
         scores = evaluator.scores(pictures, bare, pipeline)
         results.write(self.out / "results", Result(key, "base", 0, 0, task.facts, scores))
 
+    def picture(self, key: str) -> Path:
+        """Where the pictures of a result are shown."""
+        return self.out / "pictures" / f"{key}.png"
+
     def _picture(self, key: str, pictures: NDArray[np.uint8]) -> None:
         """The first few explicit prompts' pictures and as many partial ones, in two lines."""
-        folder = self.out / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.picture(key).parent.mkdir(parents=True, exist_ok=True)
         half = len(pictures) // 2
         chosen = np.concatenate([pictures[:half][:SHOWN_PICTURES], pictures[half:][:SHOWN_PICTURES]])
-        Image.fromarray(sheet(chosen, min(SHOWN_PICTURES, half))).save(folder / f"{key}.png")
+        Image.fromarray(sheet(chosen, min(SHOWN_PICTURES, half))).save(self.picture(key))
