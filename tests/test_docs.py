@@ -29,14 +29,12 @@ RUN_BY = {
     "python install.py demo": "tests/portraitlab/test_demo.py::test_the_demo_writes_files_a_page_and_a_table",
     "python install.py test": "this very run, in .ci/run",
     "python install.py --sd-scripts": "tests/test_install.py::test_install_twice_and_uninstall",
-    "python -m portraitlab.demo": "tests/portraitlab/test_demo.py::test_the_demo_writes_files_a_page_and_a_table",
     "spf lab run": "tests/portraitlab/test_lab.py::test_a_second_run_computes_only_what_is_missing",
     "spf lab sequence": "tests/portraitlab/test_lab.py::test_targets_are_taught_one_after_the_other",
-    "spf lab table": "tests/portraitlab/test_lab.py::test_the_documentations_tables_are_what_its_commands_print",
+    "spf lab document": "tests/portraitlab/test_lab.py::test_the_documentations_tables_are_what_its_commands_print",
     "spf lab plot": "tests/portraitlab/test_lab.py::test_tables_and_plot",
     "spf lab maps": "tests/portraitlab/test_lab.py::test_map_quality_knows_a_perfect_map_from_an_empty_one",
     "spf lab publish": "tests/portraitlab/test_lab.py::test_results_are_read_back_and_published_in_a_stable_order",
-    "spf lab": "tests/portraitlab/test_lab.py::test_a_second_run_computes_only_what_is_missing",
     "python -m portraitlab.train_base": f"{HOURS}; tests/portraitlab/test_model.py::test_a_resumed_run_is_the_same_run",
     "python -m portraitlab.tune_decoder": f"{HOURS}: it made the shipped decoder",
     "python -m portraitlab.export_base": "needs the training state, which is not shipped; "
@@ -47,6 +45,7 @@ RUN_BY = {
     "python -m benchmarks.step_cost --time": GPU,
     "python -m benchmarks.step_cost": "takes an hour; "
     "tests/test_cost.py::test_flops_of_an_aligned_step_and_of_the_default_run",
+    "python -m benchmarks.base_error": "tests/test_quantised.py::test_distance_from_the_unquantised_model",
     "python -m benchmarks.response_cost": "takes minutes and counts what tests/test_cost.py counts",
     "python networks/": "sd-scripts' own tools, on real LoRAs; their options are compared with its source below",
     "python -m venv": "Python's own",

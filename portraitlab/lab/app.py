@@ -114,7 +114,8 @@ def run(
         known = len(points) - len(bench.missing(task, points))
         console.print(f"{known} of {len(points)} LoRAs are measured already", highlight=False)
         bench.run(task, points)
-    found = [r for r in results.read(out / "results").values() if r.about(task) and r.row in (*names, "base")]
+    shown = {bench.key(task, point) for point in points} | {results.key(task, None, 0, 0, model)}
+    found = [result for key, result in results.read(out / "results").items() if key in shown]
     title = f"{_words(task)}: mean over training seeds (standard error), drift x 1000"
     console.print(tables.terminal(*tables.rows(found), title, console.width))
 

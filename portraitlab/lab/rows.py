@@ -65,6 +65,7 @@ ROWS: dict[str, Row] = {
     "spf-only-output": Row({"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
     "spf-no-base-preservation": Row({"base_preservation": 0}),
     **{f"spf-output-{w:g}": Row({"output_multiplier": w}) for w in (1, 10)},
+    "spf-output-1-preservation-0.3": Row({"output_multiplier": 1, "base_preservation": 0.3}),
     **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "target", "hard")},
     **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5)},
     **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
