@@ -121,3 +121,9 @@ def test_every_setting_is_in_the_table_with_its_help() -> None:
 def test_readme_has_the_table_of_this_version() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert settings_table() in readme, "run: python -c 'from spf_plugin.config import *; print(settings_table())'"
+
+
+def test_no_map_and_a_diffusion_loss_inside_the_map_exclude_each_other() -> None:
+    with pytest.raises(SPFError, match="add spf_diffusion_region=all"):
+        parse({"spf_map": "none"})
+    assert parse({"spf_map": "none", "spf_diffusion_region": "all"}).map == "none"
