@@ -327,12 +327,22 @@ def enhanced(captions: list[str] = CAPTIONS, **settings: str) -> Run:
     return run
 
 
-@pytest.mark.parametrize("mode", ["anchor", "directional"])
-def test_gradient_equals_the_plain_sum_of_losses(mode: str) -> None:
-    """Against a slow version: the whole term in one graph, through the UNet, beside the diffusion loss."""
+@pytest.mark.parametrize(("mode", "region"), [("anchor", "all"), ("anchor", "map"), ("directional", "all")])
+def test_gradient_equals_the_plain_sum_of_losses(mode: str, region: str) -> None:
+    """Against a slow version: the whole term in one graph, through the UNet, beside the diffusion loss, which acts
+    everywhere or inside the map; the term itself acts everywhere."""
     settings = {**NO_ALIGNMENT, "spf_response": mode, "spf_response_region": "all", "spf_response_multiplier": "0.7",
-                "spf_response_max_ratio": "1e6"}  # fmt: skip
+                "spf_response_max_ratio": "1e6", "spf_diffusion_region": region}  # fmt: skip
     run = enhanced(**settings)
+    maps: list[Tensor] = []
+    call = run.spf.enhancement
+
+    def spy(**given: Any) -> Any:
+        maps.append(given["control_map"])
+        return call(**given)  # type: ignore[misc]
+
+    spy.candidates, spy.skipped = call.candidates, 0  # type: ignore[union-attr, attr-defined]
+    run.spf.enhancement = spy  # type: ignore[assignment]
     run.step()
     found = run.weight.grad
     assert found is not None
@@ -359,7 +369,10 @@ def test_gradient_equals_the_plain_sum_of_losses(mode: str) -> None:
     else:
         words = texts(CAPTIONS) - texts(["a woman, red coat", "a man, blue shirt"])
         term = 1 - F.cosine_similarity(embed(x0(prediction)) - embed(x0(reference)), words)
-    loss = prediction.square().mean() + 0.7 * (abar * term).mean()
+    gate = maps[0] if region == "map" else torch.ones_like(maps[0])
+    assert (region == "all") == bool((gate == 1).all())
+    inside = gate * prediction + (1 - gate) * prediction.detach()
+    loss = inside.square().mean() + 0.7 * (abar * term).mean()
     (wanted,) = torch.autograd.grad(loss, run.weight)
     (without,) = torch.autograd.grad(unet(z, encode(CAPTIONS)).square().mean(), run.weight)
     assert not torch.allclose(wanted, without, rtol=1e-2)

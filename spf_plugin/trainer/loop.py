@@ -272,6 +272,7 @@ def train(
     """
     if settings.save_precision not in DTYPES or settings.mixed_precision not in DTYPES:
         raise SPFError("the precision must be no, fp16 or bf16 (and fp16, bf16 or fp32 for the file).")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel, aloud
     inner = _inner(settings.network)
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it announces every network it makes
     saving.check_output(settings.out)
