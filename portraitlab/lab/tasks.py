@@ -18,9 +18,6 @@ from portraitlab.portraits import HAIR_COLOURS, Person, counterfactual
 
 IMAGES = 24
 DATA = ("polluted", "named", "clean")
-#: Targets that the defaults were chosen on, and those that only verify them.
-TUNING = ("sunglasses", "blonde", "shades", "hoodie", "hat")
-VERIFICATION = ("beard", "scarf", "earrings", "freckles")
 
 
 @dataclass(frozen=True)
