@@ -28,7 +28,6 @@ from spf_plugin.watch import Watch, WatchedHost
 
 logger = logging.getLogger(__name__)
 
-PRESERVE_AT_LEAST = 1.0  # base-preservation samples have no diffusion loss; their output loss always counts
 PROBE_SCALE = 2.0**12  # the diffusion loss's gradient at a float16 prediction would vanish unscaled
 
 
@@ -157,7 +156,9 @@ class Attachment:
         """1: plain fine-tuning; 2: dual-path alignment."""
         return 1 if self.step < self.config.stage2_step(self.host.max_train_steps) else 2
 
-    def _aligns_now(self) -> bool:
+    @property
+    def aligns_now(self) -> bool:
+        """Whether this step runs both paths in order to train."""
         return self.config.active and self.stage == 2 and self.step % self.config.every == 0
 
     def _measures_now(self) -> bool:
@@ -192,7 +193,7 @@ class Attachment:
         micro_step, self._micro_step = self._micro_step, self._micro_step + 1
         if not self._checked:
             return self._check(predict, text_conds)
-        if not (self._aligns_now() or self._measures_now()):
+        if not (self.aligns_now or self._measures_now()):
             return predict(text_conds)
 
         text = self.text.for_batch(self.host.captions(batch), text_conds, self.host.targets(batch))
@@ -255,7 +256,7 @@ class Attachment:
             aligned=aligned,
             free=text.has_target,
             multipliers={name: weight * weigh for name, weight in config.multipliers.items()},
-            preserve_multiplier=max(config.output_multiplier, PRESERVE_AT_LEAST) * weigh,
+            preserve_multiplier=config.base_preservation_multiplier * weigh,
         )
         if result.loss is not None and config.active:
             self._pending = result.loss
@@ -267,7 +268,7 @@ class Attachment:
         if self.watch is not None:
             self.watch.show(self.step, text, shown, timesteps, noisy_latents, reference, response, result)
         returned = prediction
-        if config.diffusion_region == "map" and self._aligns_now():
+        if config.diffusion_region == "map" and self.aligns_now:
             # Outside the map the training image is what the LoRA must not learn. The host's loss keeps its value; its
             # gradient passes where the map is open.
             gate = torch.where(aligned.view(-1, 1, 1, 1), result.map, torch.ones_like(result.map))
@@ -275,7 +276,7 @@ class Attachment:
         if preserved is not None:
             # These samples reproduce the base model instead of denoising the training image.
             returned = torch.where(preserved.view(-1, 1, 1, 1), returned.detach(), returned)
-        if self.enhancement is not None and self._aligns_now() and self.step % config.response_every == 0:
+        if self.enhancement is not None and self.aligns_now and self.step % config.response_every == 0:
             term = self.enhancement(
                 noisy_latents=noisy_latents,
                 timesteps=timesteps,
@@ -295,7 +296,7 @@ class Attachment:
     def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor | None:
         """A share of the samples, `[B]` bool, or None for nobody. Its own generator, seeded by the step: no global
         random state is touched, and a resumed run chooses as an uninterrupted one."""
-        if not self.config.base_preservation or not self._aligns_now():
+        if not self.config.base_preservation or not self.aligns_now:
             return None
         seed = hash((self.host.seed, self.step, micro_step, self.host.accelerator.process_index)) & 0x7FFFFFFF
         draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed))

@@ -19,7 +19,7 @@ from spf_plugin.errors import SPFError, nearest
 from spf_plugin.prompt import Target, parse_targets
 
 PREFIX = "spf_"
-MAPS = ("soft", "paper", "difference", "target", "hard", "none")
+MAPS = ("soft", "paper", "difference", "target", "product", "hard", "none")
 TRAIN = ("all", "cross_attention")
 BASES = ("off", "int8", "nf4")
 LAYERS = ("last", "all")
@@ -135,6 +135,9 @@ class SPFConfig:
         "Share of the samples that get the base prompt and must reproduce the base model everywhere; stops the target "
         "from leaking into prompts without it.",
     )
+    base_preservation_multiplier: float = _setting(
+        3.0, _number(0.0), "Weight of that: the output loss of these samples, and of captions without the target."
+    )
     diffusion_region: str = _setting(
         "map",
         _choice(REGIONS),
@@ -182,8 +185,8 @@ class SPFConfig:
     map: str = _setting(
         "soft",
         _choice(MAPS),
-        "How the control map is made: `soft` (default), `paper` (as published), `difference`, `target`, `hard`, or "
-        "`none` (align everywhere).",
+        "How the control map is made: `soft` (default), `paper` (as published), `difference`, `target`, `product`, "
+        "`hard`, or `none` (align everywhere).",
     )
     map_gain: float = _setting(3.0, _number(0.1, 100.0), "Brightness of the map; larger leaves more of the image free.")
     every: int = _setting(

@@ -99,6 +99,14 @@ def subtract_phrases(difference: Tensor, phrase_maps: Tensor, weights: Tensor) -
     return m
 
 
+def attenuate_phrases(difference: Tensor, phrase_maps: Tensor, weights: Tensor) -> Tensor:
+    """`M = D prod_p (1 - w_p A_p)`: a phrase dims the difference where it responds and never blackens it.
+
+    Args and shapes as in `subtract_phrases`.
+    """
+    return difference * (1 - weights[..., None, None] * phrase_maps).prod(dim=1, keepdim=True)
+
+
 def brighten(m: Tensor, gain: float) -> Tensor:
     """Lift the high quantile to 1, multiply by `gain`, grow by one latent cell.
 
@@ -122,9 +130,10 @@ def control_map(
     """The SFCM.
 
     Args:
-        kind: `paper` (as published), `soft` (shares instead of stretched maps, brightened), `hard` (soft, thresholded),
-            `difference` (the noise difference alone, brightened), `target` (attention of the target's own tokens,
-            brightened), `none` (0 everywhere: align everything).
+        kind: `paper` (as published), `soft` (shares instead of stretched maps, brightened), `product`
+            (shares multiplied away, brightened), `hard` (soft, thresholded), `difference` (the noise difference alone,
+            brightened), `target` (attention of the target's own tokens, brightened), `none` (0 everywhere: align
+            everything).
         eps_res: `[B, C, h, w]`, prediction of the response path.
         eps_ref: `[B, C, h, w]`, prediction of the reference path.
         phrase_maps: `[B, P, h, w]`, attention on each base phrase, response path (P may be 0).
@@ -148,9 +157,10 @@ def control_map(
             return brighten(difference, gain)
         if kind == "paper":
             return subtract_phrases(difference, stretch(phrase_maps.float()), weights)
-        if kind in ("soft", "hard"):
+        if kind in ("soft", "product", "hard"):
             shares = share(phrase_maps.float(), target_map.float())
-            m = brighten(subtract_phrases(difference, shares, weights), gain)
+            without = attenuate_phrases if kind == "product" else subtract_phrases
+            m = brighten(without(difference, shares, weights), gain)
             return (m > HARD_THRESHOLD).float() if kind == "hard" else m
     raise ValueError(f"unknown map {kind!r}")
 

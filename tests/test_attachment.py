@@ -205,6 +205,21 @@ def test_preserved_samples_have_no_diffusion_loss() -> None:
     assert run.spf.logs["spf/output"] >= 0
 
 
+@pytest.mark.parametrize("weight", ["0", "3", "8"])
+def test_base_preservation_has_its_own_weight(weight: str) -> None:
+    """A caption without the target must agree with the base model everywhere, whatever the other losses weigh."""
+    off = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output")}
+    run = Run(["a woman, red coat"], spf_base_preservation_multiplier=weight, **off)
+    run.step()
+    prediction = run.step().detach()
+    with torch.no_grad(), run.spf.adapter.bypassed():
+        base = run.unet(run.z, run.host.encode(run.captions))
+    difference = float((prediction - base).square().mean() / base.square().mean())
+    added = run.host.accelerator.losses[1] - float(prediction.square().mean())
+    assert added == pytest.approx(float(weight) * difference, rel=1e-4, abs=1e-6)
+    assert difference > 0.001
+
+
 def test_the_diffusion_loss_acts_inside_the_map_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value stays; its gradient at the prediction is multiplied by the map."""
     maps: list[Tensor] = []

@@ -180,7 +180,7 @@ def test_paper_map_is_the_published_recursion() -> None:
             assert float(m[0, 0, y, x]) == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "hard", "none"])
+@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "product", "hard", "none"])
 def test_every_map_is_a_constant_in_range(kind: str) -> None:
     res, ref = random(B, C, H, W, seed=1).requires_grad_(), random(B, C, H, W, seed=2)
     maps = random(B, P, H, W, seed=3).abs().requires_grad_()
@@ -196,6 +196,20 @@ def test_every_map_is_a_constant_in_range(kind: str) -> None:
         assert set(m.unique().tolist()) <= {0.0, 1.0}
     if kind == "none":
         assert float(m.max()) == 0
+
+
+def test_product_map_dims_the_difference() -> None:
+    difference = sfcm.noise_difference(random(B, C, H, W, seed=1), random(B, C, H, W, seed=2))
+    maps = sfcm.stretch(random(B, P, H, W, seed=3))
+    weights = random(B, P, seed=4).sigmoid()
+    m = sfcm.attenuate_phrases(difference, maps, weights)
+    for b in range(B):
+        for y in range(H):
+            for x in range(W):
+                value = float(difference[b, 0, y, x])
+                for p in range(P):
+                    value *= 1 - float(weights[b, p]) * float(maps[b, p, y, x])
+                assert float(m[b, 0, y, x]) == pytest.approx(value, abs=1e-6)
 
 
 def test_bright_map_finds_a_local_change() -> None:

@@ -20,7 +20,7 @@ from portraitlab.model_files import MODEL_FOLDER
 #: What was measured for docs/lab.md.
 PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
 #: Settings that are younger than the first results; with this value training is what it was without them.
-ADDED_LATER = {"spf_base": "off", "spf_diffusion_region": "all"}
+ADDED_LATER = {"spf_base": "off", "spf_diffusion_region": "all", "spf_base_preservation_multiplier": "3"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Pat
         spf = {name: value for name, value in spf.items() if ADDED_LATER.get(name) != value}
         facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, MIN_SNR_GAMMA]
         facts += [row.steps] if row.steps else []
+        facts += [row.anchor] if row.anchor != "train" else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -21,12 +21,14 @@ class Row:
         spf: SPF settings without their prefix, on top of the defaults.
         peer: a key of `peers.KINDS` in place of SPF, or nothing.
         options: the peer's parameters.
+        anchor: `train`, or `self` (`anchors`): the pictures on which SPF aligns.
         steps: another number of steps than the task's: plain training that is stopped early.
     """
 
     spf: Mapping[str, Any] = field(default_factory=dict)
     peer: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    anchor: str = "train"
     steps: int | None = None
 
     def config(self, task: Task) -> SPFConfig:
@@ -42,6 +44,7 @@ PLAIN = {
     "diffusion_region": "all", "log_every": 1000,
 }  # fmt: skip
 _EVERYWHERE = {"diffusion_region": "all"}
+_LESS = {"output_multiplier": 1, "base_preservation_multiplier": 1}
 _GUIDED = {"clip": str(CLIP_FOLDERS[0])}
 
 ROWS: dict[str, Row] = {
@@ -64,17 +67,24 @@ ROWS: dict[str, Row] = {
     "spf-no-output": Row({"output_multiplier": 0}),
     "spf-only-output": Row({"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
     "spf-no-base-preservation": Row({"base_preservation": 0}),
-    **{f"spf-output-{w:g}": Row({"output_multiplier": w}) for w in (1, 10)},
-    "spf-output-1-preservation-0.3": Row({"output_multiplier": 1, "base_preservation": 0.3}),
-    **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "target", "hard")},
+    "spf-output-1": Row(_LESS),
+    "spf-preservation-0.25-10": Row({"base_preservation": 0.25, "base_preservation_multiplier": 10}),
+    **{
+        f"spf-output-1-preservation-{share:g}-{w:g}": Row(
+            {**_LESS, "base_preservation": share, "base_preservation_multiplier": w}
+        )
+        for share, w in ((0.3, 1), (0.25, 10), (0.5, 10), (0.1, 30), (0.25, 30))
+    },
+    **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "target", "product", "hard")},
     **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5)},
     **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
-    "spf-every-1-output-1": Row({"every": 1, "output_multiplier": 1}),
+    "spf-every-1-output-1": Row({**_LESS, "every": 1}),
+    "spf-self-anchor": Row(anchor="self"),
     "spf-cross-attention": Row({"train": "cross_attention"}),
     "spf-anchor": Row({"response": "anchor", **_GUIDED}),
     # The diffusion loss acts everywhere, as published (and as the defaults were when most of these rows were chosen).
     "everywhere": Row(_EVERYWHERE),
-    **{f"everywhere-output-{w:g}": Row({**_EVERYWHERE, "output_multiplier": w}) for w in (0, 1)},
+    **{f"everywhere-output-{w:g}": Row({**_EVERYWHERE, **_LESS, "output_multiplier": w}) for w in (0, 1)},
     "everywhere-only-output": Row({**_EVERYWHERE, "text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
     **{f"everywhere-base-preservation-{w:g}": Row({**_EVERYWHERE, "base_preservation": w}) for w in (0, 0.3)},
     **{f"everywhere-map-{kind}": Row({**_EVERYWHERE, "map": kind}) for kind in ("paper", "difference", "none")},

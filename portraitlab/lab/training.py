@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from portraitlab.demo import Show, timed_training
-from portraitlab.lab import peers
+from portraitlab.lab import anchors, peers
 from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
 from spf_plugin.trainer.loop import Settings
@@ -26,7 +26,7 @@ def train_row(
         model=str(model),
         data=task.write(out.parent.parent / "data", seed),
         out=out,
-        spf=None if row.peer else row.config(task),
+        spf=row.config(task) if row.peer == "" and row.anchor == "train" else None,
         steps=row.steps or task.steps,
         rank=RANK,
         learning_rate=learning_rate,
@@ -36,6 +36,8 @@ def train_row(
         device=device,
     )
     objective = None
+    if row.anchor == "self":
+        objective = anchors.objective(task, seed, row.config(task))
     if row.peer:
         options = dict(row.options)
         if row.peer == "pure_cc":

@@ -110,7 +110,7 @@ def test_replacement_and_several_targets(host: Host) -> None:
     aligned(host.train("spf_target=blonde_hair->black hair|white dress", *EVERY_STEP[1:], "spf_map=paper"))
 
 
-@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "hard", "none"])
+@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "product", "hard", "none"])
 def test_every_map_trains(host: Host, kind: str) -> None:
     region = "all" if kind == "none" else "map"  # an empty map would leave the diffusion loss nothing
     aligned(host.train(*EVERY_STEP, f"spf_map={kind}", f"spf_diffusion_region={region}", max_train_steps=2))
