@@ -77,6 +77,8 @@ ROWS: dict[str, Row] = {
     },
     **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "target", "product", "hard")},
     **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5)},
+    "spf-stage2-0.1-preservation-0.1-1": Row({"stage2_start": 0.1, "base_preservation_multiplier": 1}),
+    "spf-stage2-0.1-preservation-0": Row({"stage2_start": 0.1, "base_preservation": 0}),
     **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
     "spf-every-1-output-1": Row({**_LESS, "every": 1}),
     "spf-self-anchor": Row(anchor="self"),
