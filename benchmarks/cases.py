@@ -16,10 +16,11 @@ from spf_plugin.config import BASES
 
 PLAIN, SPF, DOP, PURE_CC, REFERENCE = "plain", "spf", "dop", "pure_cc", "reference"
 MAPS_KEPT, ALL_LAYERS = "spf_maps_kept", "spf layers=all"
+PAIRED = "spf paired_preservation_multiplier=10"
 NO_QUERIES = "spf fine_grained_multiplier=0"
 OUTPUT_ONLY = "spf fine_grained_multiplier=0 text_consistent_multiplier=0"
 _SIZES = (("sdxl", 1024), ("sd1", 512), ("sd2", 768))
-_PAIR, _PEERS = (PLAIN, SPF), (DOP, PURE_CC)
+_PAIR, _PEERS = (PLAIN, SPF), (PAIRED, DOP, PURE_CC)
 _WAYS = (REFERENCE, MAPS_KEPT, NO_QUERIES, OUTPUT_ONLY)
 
 # Setups of the published table, then those that `spf plan` needs besides.

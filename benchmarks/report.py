@@ -17,6 +17,7 @@ from benchmarks.cases import (
     MAPS_KEPT,
     NO_QUERIES,
     OUTPUT_ONLY,
+    PAIRED,
     PLAIN,
     PUBLISHED,
     PURE_CC,
@@ -37,6 +38,7 @@ LABELS = {
     PLAIN: "plain LoRA",
     SPF: "SPF, every step aligned",
     ALL_LAYERS: "SPF, every step, spf_layers=all",
+    PAIRED: "SPF, every step, paired preservation",
     DOP: "DOP (ai-toolkit)",
     PURE_CC: "PureCC",
 }
@@ -118,7 +120,7 @@ def rows(records: Records, setup: Setup) -> list[Row]:
             ("SPF, default but spf_every=1", SPFConfig(every=1)),
         ):
             out.append(Row(setup, label, spf, plain, aligned_share(config, STEPS, setup.batch)))
-    for name in (ALL_LAYERS, DOP, PURE_CC):
+    for name in (ALL_LAYERS, PAIRED, DOP, PURE_CC):
         if (setup, name) in records:
             out.append(Row(setup, LABELS[name], records[setup, name], plain))
     return out

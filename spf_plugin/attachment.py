@@ -1,8 +1,9 @@
 """Runs the dual path inside somebody else's training loop, through two calls: `call_unet` and `accelerator.backward`.
 
 Per step: the reference pass (adapter bypassed, base prompt, no grad), then the response pass (adapter on, the host's
-own call), then the losses; they wait until the host calls `backward`, and are added to the loss it passes. The response
-term waits as a gradient with respect to the prediction. Nothing of a step outlives it.
+own call), with paired preservation a third (adapter on, base prompt), then the losses; they wait until the host calls
+`backward`, and are added to the loss it passes. The response term waits as a gradient with respect to the prediction.
+Nothing of a step outlives it.
 """
 
 from __future__ import annotations
@@ -232,18 +233,24 @@ class Attachment:
         reference = Path(reference.eps.detach(), reference.queries, reference.attention)
 
         preserved = self._choose_preserved(text.has_target & aligned, micro_step)
+        paired = config.paired_preservation_multiplier > 0 and self.aligns_now
+        own_base = base_conds
+        if trained and (preserved is not None or paired):
+            # The trained text encoder must not leak the target into base prompts either.
+            encoded = as_type(self.host.encode(text.base, beside=text.full), conds)
+            own_base = map_conds(lambda c, to: c.to(to.device, to.dtype), encoded, conds)
         if preserved is not None:
             text = text.with_base_prompt(preserved)
-            own_base = base_conds
-            if trained:  # the trained text encoder must not leak the target into base prompts either
-                encoded = as_type(self.host.encode(text.base, beside=text.full), conds)
-                own_base = map_conds(lambda c, to: c.to(to.device, to.dtype), encoded, conds)
             conds = map_conds(
                 lambda full, base: torch.where(preserved.view(-1, *[1] * (full.dim() - 1)), base, full), conds, own_base
             )
         with self.host.recomputable(), capture(self.layers) as seen:
             prediction = predict(conds)
         response = Path.of(prediction, seen, self.layers, text.full_groups)
+        base_response = None
+        if paired:
+            with self.host.recomputable():
+                base_response = predict(own_base)
 
         weigh = config.every if config.active else 0  # an aligned step also stands for those that `every` leaves out
         result = dual_path(
@@ -257,6 +264,8 @@ class Attachment:
             free=text.has_target,
             multipliers={name: weight * weigh for name, weight in config.multipliers.items()},
             preserve_multiplier=config.base_preservation_multiplier * weigh,
+            base_response=base_response,
+            paired_multiplier=config.paired_preservation_multiplier * weigh,
         )
         if result.loss is not None and config.active:
             self._pending = result.loss
@@ -296,7 +305,8 @@ class Attachment:
     def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor | None:
         """A share of the samples, `[B]` bool, or None for nobody. Its own generator, seeded by the step: no global
         random state is touched, and a resumed run chooses as an uninterrupted one."""
-        if not self.config.base_preservation or not self.aligns_now:
+        paired = self.config.paired_preservation_multiplier > 0  # then all of them are, in a pass of their own
+        if not self.config.base_preservation or paired or not self.aligns_now:
             return None
         seed = hash((self.host.seed, self.step, micro_step, self.host.accelerator.process_index)) & 0x7FFFFFFF
         draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed))

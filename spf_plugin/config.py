@@ -138,6 +138,13 @@ class SPFConfig:
     base_preservation_multiplier: float = _setting(
         3.0, _number(0.0), "Weight of that: the output loss of these samples, and of captions without the target."
     )
+    paired_preservation_multiplier: float = _setting(
+        0.0,
+        _number(0.0),
+        "Above 0, every aligned sample is also predicted with its base prompt and must reproduce the base model there, "
+        "with this weight, in place of the share above. Binds a target that stays weak or leaks, for one more pass "
+        "with gradient. `10` goes with `spf_output_multiplier=1 spf_every=1 spf_stage2_start=0`.",
+    )
     diffusion_region: str = _setting(
         "map",
         _choice(REGIONS),
@@ -227,7 +234,8 @@ class SPFConfig:
     @property
     def active(self) -> bool:
         """Whether SPF changes training at all. If not, it only measures drift."""
-        return any(self.multipliers.values()) or self.base_preservation > 0 or self.enhances
+        preserves = self.base_preservation > 0 or self.paired_preservation_multiplier > 0
+        return any(self.multipliers.values()) or preserves or self.enhances
 
     def stage2_step(self, max_train_steps: int) -> int:
         """The first optimiser step (0-based) of stage 2."""

@@ -85,6 +85,21 @@ def output(eps_res: Tensor, eps_ref: Tensor, weight: Tensor) -> Tensor:
     return error / ref.square().flatten(1).mean(dim=1).clamp_min(_EPS)
 
 
+def paired_preservation(eps_base: Tensor, eps_ref: Tensor) -> Tensor:
+    """Paired preservation: `mean |eps_base - eps_ref|^2`, the base prompt with the adapter against without it.
+
+    Not relative to `eps_ref`, unlike `output`: it is the term of DOP (ai-toolkit's `diff_output_preservation`).
+
+    Args:
+        eps_base: prediction of the trained model for the base prompt, `[B, C, h, w]`, with graph.
+        eps_ref: `[B, C, h, w]`.
+
+    Returns:
+        `[B]`, float32.
+    """
+    return (eps_base.float() - eps_ref.detach().float()).square().flatten(1).mean(dim=1)
+
+
 def relative_drift(eps_res: Tensor, eps_ref: Tensor, region: Tensor) -> Tensor:
     """`sum_region |eps_res - eps_ref|^2 / sum_region |eps_ref|^2`, a number to report rather than to train on.
 

@@ -246,6 +246,45 @@ def test_the_diffusion_loss_acts_inside_the_map_only(monkeypatch: pytest.MonkeyP
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_paired_preservation_compares_both_prompts_in_one_step() -> None:
+    """Beside the untouched response: the base prompt with the adapter against without it, for samples with a target."""
+    off = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output", "base_preservation")}
+    captions = [*CAPTIONS, "a woman, red coat"]
+    run = Run(captions, spf_paired_preservation_multiplier="4", spf_base_preservation="0.9", **off)
+    run.step()
+    assert run.host.accelerator.losses[0] == pytest.approx(float(run.predict().detach().square().mean()), rel=1e-6)
+    run.spf._pending = None
+    prompts: list[Tensor] = []
+    run.unet.register_forward_pre_hook(lambda _, args: prompts.append(args[1]))
+    prediction = run.step().detach()
+    full, base = run.host.encode(captions), run.host.encode(["a woman, red coat", "a man, blue shirt", captions[2]])
+    assert [torch.equal(seen, wanted) for seen, wanted in zip(prompts, [base, full, base], strict=True)] == [True] * 3
+    with torch.no_grad():
+        tuned = run.unet(run.z, base)
+        with run.spf.adapter.bypassed():
+            untuned = run.unet(run.z, base)
+    differences = (tuned - untuned).square().flatten(1).mean(1)
+    assert float(differences.min()) > 1e-4
+    added = run.host.accelerator.losses[1] - float(prediction.square().mean())
+    assert added == pytest.approx(4 * float(differences[:2].sum() / 3), rel=1e-4)
+    assert run.spf.logs["spf/paired_preservation"] == pytest.approx(float(differences.mean()), rel=1e-4)
+
+
+def test_paired_preservation_stands_for_the_steps_that_every_leaves_out() -> None:
+    off = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output")}
+    added = []
+    for every in ("1", "3"):
+        run = Run(CAPTIONS, spf_paired_preservation_multiplier="4", spf_every=every, **off)
+        run.spf._checked = True
+        calls: list[int] = []
+        run.unet.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        prediction = run.step()
+        added.append(run.host.accelerator.losses[0] - float(prediction.detach().square().mean()))
+        run.step()
+        assert len(calls) == {"1": 6, "3": 4}[every]
+    assert added[1] == pytest.approx(3 * added[0], rel=1e-4)
+
+
 def test_choice_of_preserved_samples_is_a_function_of_the_step() -> None:
     a, b = Run(CAPTIONS, spf_base_preservation="0.5"), Run(CAPTIONS, spf_base_preservation="0.5")
     candidates = torch.ones(64, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -100,6 +101,21 @@ def test_output_and_drift() -> None:
         output[i], drift[i] = error / energy, error / inside
     torch.testing.assert_close(losses.output(res, ref, weight).double(), output, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses.relative_drift(res, ref, weight).double(), drift, rtol=1e-5, atol=0)
+
+
+def test_paired_preservation() -> None:
+    generator = torch.Generator().manual_seed(7)
+    base, ref = (torch.randn(2, 4, 6, 5, generator=generator) for _ in range(2))
+    expected = torch.zeros(2, dtype=torch.float64)
+    for b in range(2):
+        for place in itertools.product(range(4), range(6), range(5)):
+            expected[b] += (float(base[b][place]) - float(ref[b][place])) ** 2 / (4 * 6 * 5)
+    torch.testing.assert_close(losses.paired_preservation(base, ref).double(), expected, rtol=1e-5, atol=0)
+    base.requires_grad_()
+    ref.requires_grad_()
+    losses.paired_preservation(base, ref).sum().backward()
+    assert base.grad is not None
+    assert ref.grad is None
 
 
 def test_losses_send_gradient_to_the_response_only() -> None:

@@ -124,6 +124,19 @@ def test_parts_by_hand() -> None:
     assert plan.predict(replace(run, spf=None)).peak < plan.predict(run).peak
 
 
+@pytest.mark.parametrize(("model", "side"), [("sd1", 512), ("sdxl", 1024)])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_paired_preservation_is_counted(model: str, side: int, checkpointing: bool) -> None:
+    """Against tracked steps of the real UNets that no figure of `plan` comes from."""
+    setup = {"family": model, "resolution": side, "batch": 1, "checkpointing": checkpointing, "rank": 16}
+    tracked = {r["step"]: r for r in records() if r["setup"].items() >= {**setup, "weights": "bf16"}.items()}
+    found = tracked["spf paired_preservation_multiplier=10"]
+    settings = {"spf_paired_preservation_multiplier": 10, "spf_stage2_start": 0, "spf_every": 1}
+    run = Run(model, side, side, rank=16, checkpointing=checkpointing, spf=parse(settings))
+    assert plan.predict(run).flop_ratio == pytest.approx(found["flops"] / tracked["plain"]["flops"], rel=0.01)
+    assert found["peak"] <= plan.step_bytes(run) <= 1.2 * found["peak"]  # rather too much than too little
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
 def test_bytes_of_a_quantised_unet(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a real one, of the small model's structure."""

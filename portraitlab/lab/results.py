@@ -20,7 +20,12 @@ from portraitlab.model_files import MODEL_FOLDER
 #: What was measured for docs/lab.md.
 PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
 #: Settings that are younger than the first results; with this value training is what it was without them.
-ADDED_LATER = {"spf_base": "off", "spf_diffusion_region": "all", "spf_base_preservation_multiplier": "3"}
+ADDED_LATER = {
+    "spf_base": "off",
+    "spf_diffusion_region": "all",
+    "spf_base_preservation_multiplier": "3",
+    "spf_paired_preservation_multiplier": "0",
+}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ PLAIN = {
 }  # fmt: skip
 _EVERYWHERE = {"diffusion_region": "all"}
 _LESS = {"output_multiplier": 1, "base_preservation_multiplier": 1}
+_PAIRED = {"paired_preservation_multiplier": 10, "output_multiplier": 1, "every": 1, "stage2_start": 0}
 _GUIDED = {"clip": str(CLIP_FOLDERS[0])}
 
 ROWS: dict[str, Row] = {
@@ -81,6 +82,13 @@ ROWS: dict[str, Row] = {
     "spf-stage2-0.1-preservation-0": Row({"stage2_start": 0.1, "base_preservation": 0}),
     **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
     "spf-every-1-output-1": Row({**_LESS, "every": 1}),
+    # Both prompts in every step, from the first one on; and the same less thoroughly.
+    "spf-paired": Row(_PAIRED),
+    "spf-paired-3": Row({**_PAIRED, "paired_preservation_multiplier": 3}),
+    "spf-paired-output-3": Row({**_PAIRED, "output_multiplier": 3}),
+    "spf-paired-everywhere": Row({**_PAIRED, **_EVERYWHERE}),
+    "spf-paired-every-2": Row({**_PAIRED, "every": 2}),
+    "spf-paired-late": Row({**_PAIRED, "stage2_start": 0.25}),
     "spf-self-anchor": Row(anchor="self"),
     "spf-cross-attention": Row({"train": "cross_attention"}),
     "spf-anchor": Row({"response": "anchor", **_GUIDED}),

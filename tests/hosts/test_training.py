@@ -90,10 +90,11 @@ def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, unet_only: b
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
-def test_checkpointing_changes_nothing(host: Host, model: str) -> None:
+@pytest.mark.parametrize("setting", ["spf_base_preservation=0.3", "spf_paired_preservation_multiplier=10"])
+def test_checkpointing_changes_nothing(host: Host, model: str, setting: str) -> None:
     """Reentrant checkpointing would leave the alignment losses without gradient; SDXL uses it by default."""
     steps = 8
-    arguments = ("spf_base_preservation=0.3", *EVERY_STEP)
+    arguments = (setting, *EVERY_STEP)
     with_it = host.train(
         *arguments, model=model, max_train_steps=steps, gradient_checkpointing=True, learning_rate=1e-3
     )
@@ -123,10 +124,11 @@ def test_the_reference_is_the_base_model_bit_for_bit(host: Host, arguments: list
     assert all(step["response"] > 1e-4 for step in steps[5:])
 
 
-def test_text_encoder_lora_trains_with_an_untrained_reference(host: Host) -> None:
+@pytest.mark.parametrize("setting", ["spf_base_preservation=0.5", "spf_paired_preservation_multiplier=10"])
+def test_text_encoder_lora_trains_with_an_untrained_reference(host: Host, setting: str) -> None:
     result = host.train(
         *EVERY_STEP,
-        "spf_base_preservation=0.5",
+        setting,
         module="tests.hosts.spy",
         network_train_unet_only=None,
         max_train_steps=12,
