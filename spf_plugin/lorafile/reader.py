@@ -98,6 +98,8 @@ def _open_regular(path: Path) -> int:
 
 def _check_magic(path: Path, first: bytes) -> None:
     """Name the formats that people take for safetensors."""
+    if first[4:] == b"\0\0\0\0{":  # safetensors; a header of 1152 bytes begins as a pickle does, with 80 04
+        return
     if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise _fail(
             path,
@@ -253,17 +255,17 @@ def read_header(path: str | Path) -> Header:
     size = _open_regular(path)
     try:
         with open(path, "rb") as file:
-            first = file.read(8)
+            first = file.read(9)
             _check_magic(path, first)
             if len(first) < 8:
                 raise _fail(path, f"is only {size} bytes long, too short for a safetensors file.", _COPY_AGAIN)
-            length = int.from_bytes(first, "little")
+            length = int.from_bytes(first[:8], "little")
             if length > MAX_HEADER_BYTES:
                 claim = f"the header would be {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed"
                 raise _fail(path, f"is not a safetensors file ({claim}).", "Only .safetensors files are read.")
             if length > size - 8:
                 raise _fail(path, f"is cut short inside its header ({size:,} of {length + 8:,} bytes).", _COPY_AGAIN)
-            brace = file.read(1) if length else b""
+            brace = first[8:] if length else b""
             if brace != b"{":
                 raise _fail(path, "is not a safetensors file (the header does not start with '{').", _COPY_AGAIN)
             raw = brace + file.read(length - 1)

@@ -96,6 +96,16 @@ def test_healthy(tmp_path: Path) -> None:
     assert metadata == {"a": "b"}
 
 
+@pytest.mark.parametrize("second", [2, 3, 4, 5])
+def test_a_header_whose_length_begins_as_a_pickle_does(tmp_path: Path, second: int) -> None:
+    """A safetensors file begins with the length of its header, which may be any: also the bytes 80 04 of a pickle."""
+    path, tensor = tmp_path / "x.safetensors", torch.tensor([1.0])
+    empty = len(save({"t": tensor}, {"a": ""})) - 8 - 4
+    path.write_bytes(save({"t": tensor}, {"a": "x" * (256 * second + 0x80 - empty)}))
+    assert path.read_bytes()[:2] == bytes([0x80, second])
+    assert reader.load(path)[0]["t"].tolist() == [1.0]
+
+
 def test_against_the_library(tmp_path: Path) -> None:
     """Everything the library writes is read the same, whatever the strings."""
     odd = {'quote"\\/\b\f\n\r\t': "\x01\x7f é € \U0001f600", "": "", "j": json.dumps({"a": [1, {"b": "}"}]})}
