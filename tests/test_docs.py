@@ -282,6 +282,23 @@ def test_relative_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_links_into_a_page_lead_to_a_heading() -> None:
+    def anchors(page: Path) -> set[str]:
+        """As GitHub makes them: lower case, no punctuation, hyphens for spaces."""
+        heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            assert anchor in anchors(page.parent / target if target else page), f"{page.name}: {target}#{anchor}"
+
+
+def test_no_placeholder_was_left() -> None:
+    for page in PAGES:
+        found = re.findall(r"^[A-Z]{6,}$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not found, f"{page.name}: {found}"
+
+
 # -- docs/hosts.md ----------------------------------------------------------------------------------------------------
 
 HOST_PAGE = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")

@@ -28,6 +28,8 @@ from spf_plugin.cli.progress import progress_bars
 from spf_plugin.errors import SPFError, nearest
 
 KNOWN = (*TARGETS, *REPLACEMENTS)
+#: How the rows begin that vary a part of a method.
+VARIANTS = ("spf-", "everywhere", "plain-")
 #: What runs within an hour on two CPU cores, with the other defaults.
 SMALL = "plain,masked-prior-1,dop-10,spf"
 
@@ -41,6 +43,9 @@ Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 Model = Annotated[Path, typer.Option(help="Model folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's own")]
+OnlyTarget = Annotated[str | None, typer.Option(help="Only this target.", show_default="all")]
+OnlyData = Annotated[str | None, typer.Option(help="Only these training pictures.", show_default="all")]
+OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons.", show_default="all")]
 RUNS = Path("runs/lab")
 PAGE = results.PUBLISHED.with_name("lab.md")
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
@@ -193,9 +198,9 @@ def list_rows() -> None:
 def table(
     at: Annotated[float | None, typer.Option(help="Compare at this response, from the sweeps.")] = None,
     taught: Annotated[bool, typer.Option("--sequences", help="The targets taught one after the other.")] = False,
-    target: Annotated[str | None, typer.Option(help="Only this target.", show_default="all")] = None,
-    data: Annotated[str | None, typer.Option(help="Only these training pictures.", show_default="all")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Only with so many persons.", show_default="all")] = None,
+    target: OnlyTarget = None,
+    data: OnlyData = None,
+    prompts: OnlyPrompts = None,
     rows: Annotated[str | None, typer.Option(help="Only these rows.", show_default="all")] = None,
     columns: Annotated[str | None, typer.Option(help=f"Only these of {', '.join(tables.COLUMNS)}.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown, for the documentation.")] = False,
@@ -233,7 +238,7 @@ def _tables(
             yield f"One after the other: {', '.join(names)}; drift x 1000.", tables.sequences(found, names)
         return
     for task in every:
-        if task.sequence or any(value not in (None, getattr(task, name)) for name, value in only.items()):
+        if task.sequence or not _chosen(task, only):
             continue
         group = [r for r in found if r.about(task)]
         if at is None:
@@ -242,6 +247,11 @@ def _tables(
         else:
             title = f"{_words(task)}: where the response is {at:g}, drift x 1000."
             yield title, tables.equal_response(group, at)
+
+
+def _chosen(task: Task, only: dict[str, Any]) -> bool:
+    """Whether a task has these values, where one is given."""
+    return all(value in (None, getattr(task, name)) for name, value in only.items())
 
 
 @app.command()
@@ -272,17 +282,23 @@ def _words(task: Task) -> str:
 
 @app.command()
 def plot(
+    target: OnlyTarget = None,
+    data: OnlyData = None,
+    prompts: OnlyPrompts = None,
     rows: Annotated[
-        str | None, typer.Option(help="Only these rows.", show_default="all but SPF's own variants")
+        str | None, typer.Option(help="Only these rows.", show_default="the methods, without their variants")
     ] = None,
     into: Annotated[Path, typer.Option(help="Folder of the plots.")] = RUNS / "plots",
     out: Out = RUNS,
 ) -> None:
     """Draw response against drift, a curve a method, for every task with a sweep."""
     found = list(results.read(out / "results").values())
-    shown = [name for name in ROWS if not name.startswith("spf-")] if rows is None else rows.split(",")
+    methods = [name for name in ROWS if name == "spf-paired" or not name.startswith(VARIANTS)]
+    shown = methods if rows is None else rows.split(",")
     into.mkdir(parents=True, exist_ok=True)
     for task in results.tasks(found):
+        if not _chosen(task, {"target": target, "data": data, "prompts": prompts}):
+            continue
         group = [r for r in found if r.about(task) and r.row in (*shown, "base")]
         drawing = plots.response_against_drift(group, task.goal.phrase)
         if drawing is not None:

@@ -20,6 +20,7 @@ STYLES = {
     "dop": ("#be185d", "v"),
     "blank": ("#64748b", "<"),
     "pure-cc": ("#4d7c0f", ">"),
+    "spf-paired": ("#0f172a", "*"),
     "spf": ("#1d4ed8", "P"),
 }
 PANELS = (("drift_explicit", "explicit prompts"), ("drift_partial", "partial prompts"))
