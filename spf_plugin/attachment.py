@@ -233,7 +233,7 @@ class Attachment:
         reference = Path(reference.eps.detach(), reference.queries, reference.attention)
 
         preserved = self._choose_preserved(text.has_target & aligned, micro_step)
-        paired = config.paired_preservation_multiplier > 0 and self.aligns_now
+        paired = config.pairs and self.aligns_now
         own_base = base_conds
         if trained and (preserved is not None or paired):
             # The trained text encoder must not leak the target into base prompts either.
@@ -305,9 +305,8 @@ class Attachment:
     def _choose_preserved(self, candidates: Tensor, micro_step: int) -> Tensor | None:
         """A share of the samples, `[B]` bool, or None for nobody. Its own generator, seeded by the step: no global
         random state is touched, and a resumed run chooses as an uninterrupted one."""
-        paired = self.config.paired_preservation_multiplier > 0  # then all of them are, in a pass of their own
-        if not self.config.base_preservation or paired or not self.aligns_now:
-            return None
+        if not self.config.base_preservation or self.config.pairs or not self.aligns_now:
+            return None  # with pairs all of them are preserved, in a pass of their own
         seed = hash((self.host.seed, self.step, micro_step, self.host.accelerator.process_index)) & 0x7FFFFFFF
         draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed))
         drawn = draw < self.config.base_preservation

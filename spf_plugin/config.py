@@ -232,10 +232,14 @@ class SPFConfig:
         return self.response != "off" and self.response_multiplier > 0
 
     @property
+    def pairs(self) -> bool:
+        """Whether an aligned step also predicts the base prompt with the adapter on."""
+        return self.paired_preservation_multiplier > 0
+
+    @property
     def active(self) -> bool:
         """Whether SPF changes training at all. If not, it only measures drift."""
-        preserves = self.base_preservation > 0 or self.paired_preservation_multiplier > 0
-        return any(self.multipliers.values()) or preserves or self.enhances
+        return any(self.multipliers.values()) or self.base_preservation > 0 or self.pairs or self.enhances
 
     def stage2_step(self, max_train_steps: int) -> int:
         """The first optimiser step (0-based) of stage 2."""

@@ -307,7 +307,7 @@ def step_bytes(run: Run) -> int:
     early in backward, when few gradients are there yet, so that a larger rank hardly counts (0.6 to 1.3 bytes a weight
     were tracked, 2 are taken), until at last all gradients are.
     """
-    if run.spf is not None and run.spf.paired_preservation_multiplier:
+    if run.spf is not None and run.spf.pairs:
         # The base prompt's pass with gradient holds what a plain step's holds.
         unpaired = replace(run, spf=replace(run.spf, paired_preservation_multiplier=0.0))
         return step_bytes(unpaired) + step_bytes(replace(run, spf=None))
@@ -360,7 +360,7 @@ def predict(run: Run) -> Prediction:
         point = _points(run.model, run.checkpointing)[0]
         share = aligned_share(run.spf, run.steps, run.batch)
         more = point["spf"]["flops"] / point["plain"]["flops"] - 1
-        if run.spf.paired_preservation_multiplier:
+        if run.spf.pairs:
             more += 1  # the base prompt's pass with gradient is a plain step's work
         ratio += more * share
     return Prediction({k: v for k, v in parts.items() if v}, ratio, lora * run.save_bytes)
