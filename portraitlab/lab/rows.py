@@ -84,9 +84,7 @@ ROWS: dict[str, Row] = {
     "spf-every-1-output-1": Row({**_LESS, "every": 1}),
     # Both prompts in every step, from the first one on; and the same less thoroughly.
     "spf-paired": Row(_PAIRED),
-    "spf-paired-3": Row({**_PAIRED, "paired_preservation_multiplier": 3}),
     "spf-paired-output-3": Row({**_PAIRED, "output_multiplier": 3}),
-    "spf-paired-everywhere": Row({**_PAIRED, **_EVERYWHERE}),
     "spf-paired-every-2": Row({**_PAIRED, "every": 2}),
     "spf-paired-late": Row({**_PAIRED, "stage2_start": 0.25}),
     "spf-self-anchor": Row(anchor="self"),

@@ -248,6 +248,17 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert plots.response_against_drift(found[-2:], "sunglasses") is None
 
 
+def test_the_plot_of_one_task(tmp_path: Path) -> None:
+    """Of what is published: one picture, and none of a task that has no sweep."""
+    chosen = ["--data", "polluted", "--prompts", "24", "--out", str(tmp_path), "--into", str(tmp_path / "plots")]
+    for target, expected in (("sunglasses", ["sunglasses-polluted-150-24-0.png"]), ("hoodie", [])):
+        (tmp_path / "plots").mkdir(exist_ok=True)
+        for old in (tmp_path / "plots").iterdir():
+            old.unlink()
+        assert CliRunner().invoke(app.app, ["plot", "--target", target, *chosen]).exit_code == 0
+        assert [path.name for path in (tmp_path / "plots").iterdir()] == expected
+
+
 def test_a_sequence_shows_all_targets_taught_so_far() -> None:
     taught = ("blonde", "hat")
     found = [
