@@ -84,6 +84,8 @@ class Row:
 
     def cells(self) -> list[str]:
         time = NOT_MEASURED if self.record.ratio is None else f"{1 + (self.record.ratio - 1) * self.share:.2f}"
+        if self.record.seconds is not None and self.share == 1:
+            time += f" ({1000 * self.record.seconds:.0f} ms)"
         peak = NOT_MEASURED if self.record.gpu_peak is None else f"{self.record.gpu_peak / MIB:.0f} MB"
         return [
             self.label,
@@ -219,7 +221,9 @@ def _weights(records: Records) -> list[list[str]]:
             unet = plan.unet_bytes(family, weights, plain.plain.unet_parameters)
             sizes = (unet, plain.record.peak, spf.record.peak, spf.total)
             how = {"bf16": "16 bit", "fp8": "`--fp8_base` (the host's)"}.get(weights, f"`spf_base={weights}`")
-            lines.append([NAMES[family], how, *(f"{size / MIB:.0f} MB" for size in sizes), NOT_MEASURED])
+            seconds = spf.record.seconds
+            time = NOT_MEASURED if seconds is None else f"{1000 * seconds:.0f} ms"
+            lines.append([NAMES[family], how, *(f"{size / MIB:.0f} MB" for size in sizes), time])
     return lines
 
 
@@ -259,8 +263,19 @@ def _presets() -> list[list[str]]:
     return lines
 
 
-def markdown(records: Records, environment: Mapping[str, str], command: str) -> str:
-    """docs/cost.md, from its template; `plan.json` must be written before."""
+def _words(environment: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in environment.items())
+
+
+def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping[str, str] | None, command: str) -> str:
+    """docs/cost.md, from its template; `plan.json` must be written before.
+
+    Args:
+        records: what was tracked and timed.
+        environment: where it was tracked.
+        timed_on: where the GPU columns come from, or None.
+        command: what made it.
+    """
     lines = []
     for setup, _ in CASES[:PUBLISHED]:
         found = rows(records, setup)
@@ -275,11 +290,12 @@ def markdown(records: Records, environment: Mapping[str, str], command: str) -> 
             other_rows.append([title(plain.setup), f"{plain.record.peak / MIB:.0f} MB", *cells])
         lines += _markdown(other_head, other_rows)
     head = ["", "every step, FLOPs at most 1.35", "default schedule, at most 1.15", "memory, at most 1.05"]
-    weights_head = ["", "frozen UNet", "UNet", "plain step's peak", "SPF step's peak", "SPF with weights", "GPU time"]
+    weights_head = ["", "frozen UNet", "UNet", "plain step's peak", "SPF step's peak", "SPF with weights", "SPF step"]
     preset_head = ["preset", "weights and optimizer", "step, tracked", "assumed", "together", "card"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         command=command,
-        environment=", ".join(f"{name} {value}" for name, value in environment.items()),
+        environment=_words(environment),
+        timed=f"measured on a GPU ({_words(timed_on)})" if timed_on else "not measured yet",
         targets="\n".join(_markdown(head, _targets(records))),
         table="\n".join(lines).rstrip(),
         ways="\n".join(_markdown(["", "", "FLOPs", "memory"], _ways(records))),

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.cases import CASES, PLAIN, Record, timed, tracked
+from benchmarks.cases import CASES, TIMED, Record, timed, tracked
 from spf_plugin.cli.progress import progress_bars
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     only: Annotated[str, typer.Option(help="Only this model: sd1, sd2 or sdxl.")] = "",
     time: Annotated[bool, typer.Option("--time", help="Also run the steps for real and time them.")] = False,
-    pairs: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+    pairs: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
     device: Annotated[str, typer.Option(help="Where to time: cuda, or cpu for small models.")] = "cuda",
 ) -> None:
     """Measure, print one table, and keep it."""
@@ -60,25 +60,29 @@ def main(
     console.width = max(console.width, 150)  # a wrapped table cannot be read
     kept = DOCS / "cost.json"
     records: dict[Any, Record] = {}
-    if kept.is_file() and not fresh:
-        stored = [Record.from_json(values) for values in json.loads(kept.read_text(encoding="utf-8"))["records"]]
-        records = {record.key: record for record in stored}
+    stored: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() and not fresh else {}
+    for values in stored.get("records", ()):
+        record = Record.from_json(values)
+        records[record.key] = record
     cases = [(setup, steps) for setup, steps in CASES if only in ("", setup.family)]
     todo = [(s, tuple(name for name in steps if (s, name) not in records)) for s, steps in cases]
     total = sum(len(steps) for _, steps in todo)
+    tracked_on = environment("cpu") if total else stored["environment"]
+    timed_on = environment(device) if time else stored.get("timed_on")
 
     def save() -> None:
         ordered = [records[s, name] for s, steps in CASES for name in steps if (s, name) in records]
         values = {
             "command": COMMAND,
-            "environment": environment(device if time else "cpu"),
+            "environment": tracked_on,
+            "timed_on": timed_on,
             "records": [record.as_json() for record in ordered],
         }
         write(kept, json.dumps(values, indent=1) + "\n")
 
     def publish() -> None:
         write(PLAN, json.dumps(report.plan_figures(records, COMMAND), indent=1) + "\n")
-        write(DOCS / "cost.md", report.markdown(records, environment(device if time else "cpu"), COMMAND))
+        write(DOCS / "cost.md", report.markdown(records, tracked_on, timed_on, COMMAND))
 
     done = 0
     with progress_bars(Console(stderr=True)) as progress:
@@ -88,19 +92,22 @@ def main(
                 done += 1
                 progress("tracking", done, total, {})
                 save()
-        for setup, steps in cases if time else ():
+        for setup, steps in TIMED if time else ():
+            if only not in ("", setup.family):
+                continue
             rounds = [0]
 
             def tick(rounds: list[int] = rounds, all_rounds: int = (pairs + 1) * len(steps)) -> None:
                 rounds[0] += 1
-                progress(f"{setup.family} {setup.resolution}", rounds[0], all_rounds, {})  # noqa: B023
+                progress(f"{report.title(setup)}", rounds[0], all_rounds, {})  # noqa: B023
 
             result = timed(type(setup)(**{**setup.__dict__, "device": device}), steps, pairs, tick)
             for name in steps:
                 record = records[setup, name]
                 record.seconds = sorted(result.seconds[name])[pairs // 2]
-                record.ratio = result.ratio(name) if PLAIN in steps else None
+                record.ratio = result.ratio(name)
                 record.gpu_peak = result.peaks.get(name)
+            save()
     save()
     publish()
     console.print(report.table(records))

@@ -6,8 +6,8 @@ from what they publish (formulas at `dop` and `pure_cc`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -188,8 +188,9 @@ class Workbench:
         self.host.accelerator.backward(loss)
         mark("backward")
 
-    def spf(self, mark: Mark, **settings: Any) -> None:
-        """An aligned step of stage 2. `settings` are SPF's, without their prefix.
+    @contextmanager
+    def attached(self, **settings: Any) -> Iterator[None]:
+        """SPF in stage 2, where every step is aligned. `settings` are SPF's, without their prefix.
 
         Base preservation is off: it only chooses, per sample, which text the same two passes get.
         """
@@ -200,6 +201,11 @@ class Workbench:
             stack.callback(spf.close)
             spf.open()
             spf.step, spf._checked = NOT_LOGGED, True  # the first step of a run only checks, at plain cost
+            yield
+
+    def spf(self, mark: Mark, **settings: Any) -> None:
+        """An aligned step, from attaching to detaching."""
+        with self.attached(**settings):
             self.plain(mark)
 
     def spf_maps_kept(self, mark: Mark) -> None:
@@ -253,5 +259,22 @@ class Workbench:
 
     def step(self, name: str) -> Step:
         """A step by its name: a method, or `spf NAME=VALUE ...` with SPF settings."""
-        method, *settings = name.split()
-        return partial(getattr(self, method), **dict(item.split("=", 1) for item in settings))
+        method, settings = _words(name)
+        return partial(getattr(self, method), **settings)
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[Step]:
+        """The same in the middle of a run: SPF stays attached and has encoded its prompts in an earlier step."""
+        method, settings = _words(name)
+        if method != "spf":
+            yield self.step(name)
+            return
+        with self.attached(**settings):
+            self.plain(lambda _: None)
+            self.clear()
+            yield self.plain
+
+
+def _words(name: str) -> tuple[str, dict[str, str]]:
+    method, *settings = name.split()
+    return method, dict(item.split("=", 1) for item in settings)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spf_plugin import adapter
-from spf_plugin.trainer.loop import DEFAULT_NETWORK, PLAIN_LORA
+from spf_plugin.trainer.loop import DEFAULT_NETWORK, PLAIN_LORA, network_module
 from spf_plugin.trainer.models import BaseModel
 
 _SD = {
@@ -93,7 +93,7 @@ def base_model(family: str, dtype: torch.dtype, device: str = "cpu") -> BaseMode
 def lora(model: BaseModel, rank: int, device: str) -> nn.Module:
     """A plain LoRA in float32 on the linear layers of every transformer, as networks.lora and `spf train` make it."""
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)
-    inner = adapter.load_module(DEFAULT_NETWORK)
+    inner = network_module(DEFAULT_NETWORK)
     arguments = {**PLAIN_LORA, "warn_on_unmatched": False}
     with torch.device(device):
         network = inner.create_network(1.0, rank, rank / 2, model.vae, [], model.unet, **arguments)

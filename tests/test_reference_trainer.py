@@ -416,3 +416,16 @@ def test_response_enhancement(run: Any, trained: loop.Result, tmp_path: Path, mo
     assert not same(load_file(enhanced.path), load_file(trained.path))
     assert same(load_file(limited.path), load_file(trained.path))
     assert all("spf/response" in row for row in enhanced.history[1:])
+
+
+def test_lycoris_runs_eagerly_on_a_gpu_unless_it_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself LyCORIS 4.1 tunes a kernel for every shape on a GPU, and the first step stands still for minutes."""
+    dispatch = pytest.importorskip("lycoris.kernels.dispatch")
+    gpu = torch.device("cuda:0")
+    monkeypatch.delenv("LYCORIS_KERNEL_BACKEND", raising=False)
+    loop.network_module(loop.DEFAULT_NETWORK)
+    assert dispatch.resolve_backend(None, gpu) == "torch"
+
+    monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "compile")
+    loop.network_module(loop.DEFAULT_NETWORK)
+    assert os.environ["LYCORIS_KERNEL_BACKEND"] == "compile"

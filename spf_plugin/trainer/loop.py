@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -273,7 +274,7 @@ def train(
     if settings.save_precision not in DTYPES or settings.mixed_precision not in DTYPES:
         raise SPFError("the precision must be no, fp16 or bf16 (and fp16, bf16 or fp32 for the file).")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel, aloud
-    inner = _inner(settings.network)
+    inner = network_module(settings.network)
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it announces every network it makes
     saving.check_output(settings.out)
     pictures = read_folder(settings.data)
@@ -342,8 +343,14 @@ def train(
     return Result(path, steps, history, notes)
 
 
-def _inner(name: str) -> Any:
-    """The inner network module."""
+def network_module(name: str) -> Any:
+    """The inner network module, by kohya's name.
+
+    Raises:
+        SPFError: it cannot be imported.
+    """
+    # On a GPU, LyCORIS 4.1 compiles and tunes kernels for every shape it meets: the first steps take minutes.
+    os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")
     try:
         return adapter.load_module(name)
     except SPFError as error:

@@ -133,7 +133,8 @@ class Host:
     ) -> Result:
         """Train. `network_args` are the words after `--network_args`; flags as in `arguments`.
 
-        With `command` (and `environment`), that starts the launcher in place of the shared server.
+        With `command` (and `environment`), that starts the launcher in place of the shared server, which forks and so
+        cannot serve CUDA.
         """
         self._count += 1
         out = out or self.work / f"{self._count:03d}"
@@ -143,7 +144,7 @@ class Host:
         extra = ["--network_args", *network_args] if network_args else []
         words = self.arguments(out, *extra, model=model, **flags)
         log = out / "log.txt"
-        if command is not None or not hasattr(os, "fork"):
+        if command is not None or not hasattr(os, "fork") or torch.cuda.is_available():
             start = command or [sys.executable]
             with log.open("w", encoding="utf-8") as file:
                 code = subprocess.run(

@@ -29,11 +29,11 @@ def create_network(
 ) -> nn.Module:
     pristine = copy.deepcopy(unet).requires_grad_(False)
     before = size(pristine)
-    if kwargs.get("spf_base", "off") != "off":
-        QuantisedBase(pristine, kwargs["spf_base"], torch.device("cpu"))
     frame = training_frame()
     assert frame is not None
     trainer, output = frame.f_locals["self"], Path(frame.f_locals["args"].output_dir)
+    if kwargs.get("spf_base", "off") != "off":
+        QuantisedBase(pristine, kwargs["spf_base"], frame.f_locals["accelerator"].device)
     original, seen = trainer.call_unet, []
     network = lora.create_network(multiplier, dim, alpha, vae, text_encoder, unet, **kwargs)
 
@@ -43,7 +43,8 @@ def create_network(
             if seen and "response" not in seen[-1]:
                 seen[-1]["response"] = float((prediction.detach() - call_unet.reference).abs().max())
         else:
-            pristine.train(model.training).to(next(model.parameters()).dtype)
+            like = next(model.parameters())
+            pristine.train(model.training).to(like.device, like.dtype)
             base = original(args, accelerator, pristine, *rest, **kw)
             seen.append({"equal": bool(torch.equal(base, prediction))})
             if len(seen) == 1:

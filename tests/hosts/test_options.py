@@ -66,6 +66,18 @@ def test_option(host: Host, flags: dict[str, object], tmp_path: Path) -> None:
     aligned(host.train(*EVERY_STEP, **flags))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: without a GPU there is neither")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param({"mixed_precision": "fp16", "gradient_checkpointing": True}, id="fp16-scaler"),
+        pytest.param({"mixed_precision": "fp16", "xformers": True}, id="xformers"),
+    ],
+)
+def test_option_of_a_gpu(host: Host, flags: dict[str, object]) -> None:
+    aligned(host.train(*EVERY_STEP, learning_rate=1e-3, max_train_steps=12, **flags))
+
+
 def test_fp8_base(host: Host) -> None:
     flags: dict[str, object] = {"mixed_precision": "bf16", "fp8_base": True, "max_train_steps": 2}
     if host.train(module="networks.lora", **flags).returncode != 0:
