@@ -116,6 +116,10 @@ class Timing:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
 
+    def median(self, step: str) -> float:
+        """Seconds of this step."""
+        return statistics.median(self.seconds[step])
+
     def ratio(self, step: str) -> float:
         """Median over the pairs of this step's time by the plain step's."""
         return statistics.median(a / b for a, b in zip(self.seconds[step], self.seconds[PLAIN], strict=True))

@@ -49,7 +49,7 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     only: Annotated[str, typer.Option(help="Only this model: sd1, sd2 or sdxl.")] = "",
     time: Annotated[bool, typer.Option("--time", help="Also run the steps for real and time them.")] = False,
-    pairs: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
+    pairs: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
     device: Annotated[str, typer.Option(help="Where to time: cuda, or cpu for small models.")] = "cuda",
 ) -> None:
     """Measure, print one table, and keep it."""
@@ -99,12 +99,12 @@ def main(
 
             def tick(rounds: list[int] = rounds, all_rounds: int = (pairs + 1) * len(steps)) -> None:
                 rounds[0] += 1
-                progress(f"{report.title(setup)}", rounds[0], all_rounds, {})  # noqa: B023
+                progress(report.title(setup), rounds[0], all_rounds, {})  # noqa: B023
 
             result = timed(type(setup)(**{**setup.__dict__, "device": device}), steps, pairs, tick)
             for name in steps:
                 record = records[setup, name]
-                record.seconds = sorted(result.seconds[name])[pairs // 2]
+                record.seconds = result.median(name)
                 record.ratio = result.ratio(name)
                 record.gpu_peak = result.peaks.get(name)
             save()

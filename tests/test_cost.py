@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,14 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.cases import PLAIN, SPF, Record, tracked
-from benchmarks.report import rows
+from benchmarks.cases import PAIRED, PLAIN, SPF, TIMED, Record, timed, tracked
+from benchmarks.report import NOT_MEASURED, markdown, rows
 from benchmarks.steps import Setup, Workbench
 from benchmarks.tracking import MetaGpu, Tracker, track
 from spf_plugin import probe
 from tests.test_attachment import CAPTIONS, Run
 
 KIB4 = 1024 * 4
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,3 +178,54 @@ def test_no_captured_tensor_survives_its_step(monkeypatch: pytest.MonkeyPatch) -
     gc.collect()
     assert len(captured) == 4 * 2 * 3  # four aligned steps, two paths, three tensors
     assert not any(ref() is not None for ref in captured)
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+TINY = Setup("tiny", 64, 2, True, rank=4, weights="fp32", device="cpu")
+
+
+def test_a_timed_step_is_one_in_the_middle_of_a_run() -> None:
+    """Prompts are encoded and SPF attached before the clock starts, and the model is afterwards what it was."""
+    bench = Workbench(TINY)
+    forwards = [id(getattr(module.forward, "__func__", module.forward)) for module in bench.unet.modules()]
+    with mock.patch.object(bench.host, "encode", wraps=bench.host.encode) as encode:
+        with bench.running(SPF) as step:
+            warmed_up = encode.call_count
+            bench.clear()
+            step(lambda _: None)
+            assert all(parameter.grad is not None for parameter in bench.parameters)
+        assert encode.call_count == warmed_up > 0
+    assert [id(getattr(module.forward, "__func__", module.forward)) for module in bench.unet.modules()] == forwards
+
+    alone, within = track(bench.step(SPF)).flops, 0
+    with bench.running(SPF) as step:
+        within = track(step).flops
+    assert within == alone
+
+
+def test_every_step_is_timed_in_every_round() -> None:
+    rounds: list[None] = []
+    timing = timed(TINY, (PLAIN, SPF, PAIRED), 3, lambda: rounds.append(None))
+    assert len(rounds) == (3 + 1) * 3  # and one round of warming up
+    assert {name: len(seconds) for name, seconds in timing.seconds.items()} == {PLAIN: 3, SPF: 3, PAIRED: 3}
+    assert timing.ratio(PLAIN) == 1
+    assert timing.peaks == {}  # the allocator's, of a GPU
+    timing.seconds = {PLAIN: [1.0, 2.0, 4.0], SPF: [3.0, 2.0, 8.0]}
+    assert (timing.median(SPF), timing.ratio(SPF)) == (3.0, 2.0)
+
+
+def test_the_page_says_where_it_was_timed() -> None:
+    stored = json.loads((ROOT / "docs" / "cost.json").read_text(encoding="utf-8"))
+    records = {record.key: record for record in map(Record.from_json, stored["records"])}
+    page = markdown(records, stored["environment"], stored["timed_on"], stored["command"])
+    assert page == (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+
+    for setup, steps in TIMED:
+        for name in steps:
+            record = records[setup, name]
+            record.seconds, record.ratio, record.gpu_peak = 0.25, 1.5, 2**30
+    page = markdown(records, stored["environment"], {"gpu": "a card"}, stored["command"])
+    assert "measured on a GPU (gpu a card)" in page
+    assert "1.50 (250 ms) | 1024 MB" in page
+    assert NOT_MEASURED not in "".join(line for line in page.splitlines() if line.startswith("| SPF"))

@@ -420,7 +420,8 @@ def test_response_enhancement(run: Any, trained: loop.Result, tmp_path: Path, mo
 
 def test_lycoris_runs_eagerly_on_a_gpu_unless_it_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself LyCORIS 4.1 tunes a kernel for every shape on a GPU, and the first step stands still for minutes."""
-    dispatch = pytest.importorskip("lycoris.kernels.dispatch")
+    from lycoris.kernels import dispatch
+
     gpu = torch.device("cuda:0")
     monkeypatch.delenv("LYCORIS_KERNEL_BACKEND", raising=False)
     loop.network_module(loop.DEFAULT_NETWORK)

@@ -346,6 +346,8 @@ def train(
 def network_module(name: str) -> Any:
     """The inner network module, by kohya's name.
 
+    LyCORIS is told to use torch's own operations, unless the variable LYCORIS_KERNEL_BACKEND says otherwise.
+
     Raises:
         SPFError: it cannot be imported.
     """
