@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,6 +199,10 @@ def list_rows() -> None:
 def table(
     at: Annotated[float | None, typer.Option(help="Compare at this response, from the sweeps.")] = None,
     taught: Annotated[bool, typer.Option("--sequences", help="The targets taught one after the other.")] = False,
+    across: Annotated[bool, typer.Option("--across", help="One table: a line a row, a column a target.")] = False,
+    beside: Annotated[
+        str | None, typer.Option(help="Count the training sets in which this row measures less than the others.")
+    ] = None,
     target: OnlyTarget = None,
     data: OnlyData = None,
     prompts: OnlyPrompts = None,
@@ -211,15 +216,20 @@ def table(
     console = Console(soft_wrap=True)
     measures = list(tables.COLUMNS) if columns is None else columns.split(",")
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
+    if beside not in (None, *ROWS):
+        unknown.append(f"--beside: no row {beside!r}{nearest(str(beside), ROWS)}")
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
     chosen = None if rows is None else {*rows.split(","), "base"}
     known = results.read(None if published else out / "results").values()
     found = [r for r in known if chosen is None or r.row in chosen]
-    for title, (head, lines) in _tables(
-        found, at, taught, measures, {"target": target, "data": data, "prompts": prompts}
-    ):
+    only = {"target": target, "data": data, "prompts": prompts}
+    if across or beside:
+        shown = _across(found, beside, measures, only)
+    else:
+        shown = _tables(found, at, taught, measures, only)
+    for title, (head, lines) in shown:
         if markdown:
             print(f"{title}\n\n{tables.markdown(head, lines)}\n")
         else:
@@ -247,6 +257,25 @@ def _tables(
         else:
             title = f"{_words(task)}: where the response is {at:g}, drift x 1000."
             yield title, tables.equal_response(group, at)
+
+
+def _across(
+    found: list[results.Result], beside: str | None, measures: list[str], only: dict[str, Any]
+) -> Iterator[tuple[str, tables.Cells]]:
+    """One table over the targets of each way to measure them."""
+    ways: dict[Task, dict[str, list[results.Result]]] = {}
+    for task in results.tasks(found):
+        if not task.sequence and _chosen(task, only):
+            group = [r for r in found if r.about(task)]
+            ways.setdefault(replace(task, target=""), {})[task.target] = group
+    named = " / ".join(tables.COLUMNS[measure][0] for measure in measures)
+    for way, targets in ways.items():
+        how = ", ".join(f"{name} {value}" for name, value in way.facts.items() if name != "target")
+        if beside is None:
+            yield f"{named}: means over training seeds, drift x 1000; {how}.", tables.across(targets, measures)
+        else:
+            title = f"{named}: training sets in which {beside} measures less; {how}."
+            yield title, tables.beside(targets, beside, measures)
 
 
 def _chosen(task: Task, only: dict[str, Any]) -> bool:

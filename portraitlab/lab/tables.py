@@ -82,6 +82,55 @@ def equal_response(results: Sequence[Result], wanted: float) -> Cells:
     return head, lines
 
 
+def _of_each_row(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Each row's LoRAs at the learning rate that has most seeds; at the lowest of several such."""
+    found = {}
+    for name, group in by_row(results).items():
+        rates = [result.learning_rate for result in group]
+        rate = max(sorted(set(rates)), key=rates.count)
+        found[name] = [result for result in group if result.learning_rate == rate]
+    return found
+
+
+def across(tasks: Mapping[str, Iterable[Result]], measures: Sequence[str]) -> Cells:
+    """A line for every row, a column for every task: the means of one or more measures.
+
+    Args:
+        tasks: name of a task -> its results.
+        measures: keys of `COLUMNS`.
+    """
+    found = {task: _of_each_row(results) for task, results in tasks.items()}
+
+    def cell(group: Sequence[Result]) -> str:
+        means = (Mean.of([result.scores[m] for result in group]).value * COLUMNS[m][1] for m in measures)
+        return " / ".join(COLUMNS[m][2].format(mean) for m, mean in zip(measures, means, strict=True))
+
+    names = by_row(result for rows_of in found.values() for group in rows_of.values() for result in group)
+    lines = [[name, *(cell(rows_of[name]) if name in rows_of else "" for rows_of in found.values())] for name in names]
+    return ["row", *found], lines
+
+
+def beside(tasks: Mapping[str, Iterable[Result]], row: str, measures: Sequence[str]) -> Cells:
+    """A line for every other row, a column for every task: in how many training sets `row` measures less.
+
+    Args:
+        tasks: name of a task -> its results.
+        row: what the others are compared with, seed by seed.
+        measures: keys of `COLUMNS`.
+    """
+    found = {task: _of_each_row(results) for task, results in tasks.items()}
+
+    def cell(rows_of: Mapping[str, Sequence[Result]], name: str) -> str:
+        ours, theirs = ({r.seed: r.scores for r in rows_of.get(n, ())} for n in (row, name))
+        both = sorted(ours.keys() & theirs.keys())
+        less = (sum(ours[seed][m] < theirs[seed][m] for seed in both) for m in measures)
+        return f"{' / '.join(map(str, less))} of {len(both)}" if both else ""
+
+    names = by_row(result for rows_of in found.values() for group in rows_of.values() for result in group)
+    others = [name for name in names if name not in (row, "base")]
+    return ["row", *found], [[name, *(cell(rows_of, name) for rows_of in found.values())] for name in others]
+
+
 def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:
     """A line for every row and length of a sequence: the mean response of all targets so far, and what else changed.
 

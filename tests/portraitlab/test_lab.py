@@ -248,6 +248,40 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert plots.response_against_drift(found[-2:], "sunglasses") is None
 
 
+def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hats, beards = Task("hat"), Task("beard")
+    found = [made("base", 0, 0.2, 0.002, task=hats)]
+    found += [made("plain", 1e-3, 0.5, 0.010, seed, hats) for seed in (0, 1)]
+    found += [made("plain", 2e-3, 0.9, 0.030, 0, hats)]  # fewer sets: left out
+    found += [made("spf", 4e-3, 0.8, drift, seed, hats) for seed, drift in ((0, 0.008), (1, 0.012), (2, 0.001))]
+    found += [made("spf", 4e-3, 0.8, 0.003, 0, beards), made("plain", 4e-3, 0.8, 0.003, 1, beards)]
+    found += [made("plain", 1e-3, 0.8, 0.1, 0, replace(hats, prompts=99))]  # another way to measure
+    monkeypatch.setattr(results, "PUBLISHED", tmp_path / "lab.jsonl")
+    results.publish(found)
+
+    def table(*words: str) -> list[list[str]]:
+        done = CliRunner().invoke(app.app, ["table", "--published", "--markdown", "--prompts", "24", *words])
+        assert done.exit_code == 0, done.output
+        lines = [line for line in done.output.splitlines() if line.startswith("|") and "---" not in line]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    both = ["--columns", "response_explicit,drift_explicit"]
+    assert table("--across", *both) == [
+        ["row", "beard", "hat"],
+        ["`base`", "", "0.20 / 2.0"],
+        ["`plain`", "0.80 / 3.0", "0.50 / 10.0"],
+        ["`spf`", "0.80 / 3.0", "0.80 / 7.0"],
+    ]
+    # Seed by seed: less in the first set, more in the second; the third has no plain LoRA, the beards share no set.
+    assert table("--beside", "spf", "--columns", "drift_explicit") == [
+        ["row", "beard", "hat"],
+        ["`plain`", "", "1 of 2"],
+    ]
+    done = CliRunner().invoke(app.app, ["table", "--beside", "spff"])
+    assert done.exit_code == 2
+    assert "no row 'spff'; did you mean spf?" in done.output
+
+
 def test_the_plot_of_one_task(tmp_path: Path) -> None:
     """Of what is published: one picture, and none of a task that has no sweep."""
     chosen = ["--data", "polluted", "--prompts", "24", "--out", str(tmp_path), "--into", str(tmp_path / "plots")]
