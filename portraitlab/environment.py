@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import logging
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -62,3 +63,4 @@ def _has_amx() -> bool:
 
 
 hide_broken_torchvision()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; misses a kernel, aloud

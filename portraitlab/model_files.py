@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from portraitlab import environment  # noqa: F401  (before diffusers)
+from spf_plugin.trainer.models import no_loading_bar
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 JUDGE_FILE = MODEL_FOLDER / "judge" / "judge.safetensors"
@@ -33,7 +34,8 @@ def load_pipeline(folder: Path = MODEL_FOLDER, device: str = "cpu") -> Any:
             f"no model in {folder}: train one with python -m portraitlab.train_base, "
             "then export it with python -m portraitlab.export_base"
         )
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    with no_loading_bar():
+        pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -25,7 +25,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import writer
 from spf_plugin.prompt import Target
 from spf_plugin.trainer import data as folders
-from spf_plugin.trainer import loop
+from spf_plugin.trainer import loop, models
 from spf_plugin.trainer.loop import Settings, train
 from tests import tiny
 
@@ -293,6 +293,22 @@ def test_bad_models(model: Path, images: Path, tmp_path: Path, trained: loop.Res
     shutil.copytree(model, damaged)
     (damaged / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "cannot be loaded" in bad(model, images, out, model=str(damaged))
+
+
+def test_loading_shows_no_bar_and_leaves_diffusers_setting(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from diffusers.utils import logging
+
+    logging.enable_progress_bar()
+    models.load(str(model), torch.float32)
+    assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with pytest.raises(ZeroDivisionError), models.no_loading_bar():
+            raise ZeroDivisionError
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
+    assert "Loading pipeline" not in capfd.readouterr().err
 
 
 def test_bad_outputs_and_numbers(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
