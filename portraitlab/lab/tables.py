@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 
 from portraitlab.lab.curves import Mean, at_response, response
@@ -154,17 +155,34 @@ def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:
     return head, lines
 
 
-def terminal(head: Sequence[str], lines: Sequence[Sequence[str]], title: str, width: int) -> Table:
-    """For rich; in a terminal that is too narrow for the columns, lines and columns change places."""
-    needed = sum(max(len(cell) for cell in (name, *column)) + 3 for name, *column in zip(head, *lines, strict=True))
-    if needed > width:
-        head, *lines = (list(cells) for cells in zip(head, *lines, strict=True))
-    shown = Table(title=title, title_justify="left")
-    for i, name in enumerate(head):
-        shown.add_column(name, justify="right" if i else "left")
-    for line in lines:
-        shown.add_row(*line)
-    return shown
+def terminal(head: Sequence[str], lines: Sequence[Sequence[str]], title: str, width: int) -> Group:
+    """For rich: as few tables below each other as `width` characters allow, each with the lines' names.
+
+    Lines and columns change places where that takes fewer.
+    """
+
+    def parts(rows: Sequence[Sequence[str]]) -> list[list[int]]:
+        """The columns of each table, but for the first one."""
+        needed = [max(len(word) for word in (*name.split(), *cells)) + 3 for name, *cells in zip(*rows, strict=True)]
+        found: list[list[int]] = [[]]
+        for i in range(1, len(needed)):
+            if found[-1] and needed[0] + sum(needed[k] for k in (*found[-1], i)) >= width:
+                found.append([])
+            found[-1].append(i)
+        return found
+
+    straight = [list(head), *map(list, lines)]
+    turned = [list(cells) for cells in zip(*straight, strict=True)]
+    chosen = min((straight, turned), key=lambda rows: len(parts(rows)))
+    shown = []
+    for i, columns in enumerate(parts(chosen)):
+        table = Table(title=None if i else title, title_justify="left")
+        for k in (0, *columns):
+            table.add_column(chosen[0][k].replace(" ", "\n"), justify="right" if k else "left", no_wrap=True)
+        for line in chosen[1:]:
+            table.add_row(*(line[k] for k in (0, *columns)))
+        shown.append(table)
+    return Group(*shown)
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

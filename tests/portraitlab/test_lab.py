@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from portraitlab.judge import load_judge, predict, probability
@@ -240,8 +241,13 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert lines[0][head.index("drift, explicit")] == "20.0 (0.0)"
     assert lines[1][head.index("drift, explicit")] == "<=3.0 (0.0)"
     assert tables.markdown(head, lines).splitlines()[2].startswith("| `plain` | 2 | 0.90 | 20.0 (0.0) |")
-    wide, narrow = (tables.terminal(head, lines, "", width) for width in (500, 60))
-    assert [len(t.columns) for t in (wide, narrow)] == [len(head), len(lines) + 1]
+    for width, columns in ((500, [len(head)]), (60, [len(lines) + 1]), (40, [2, 2])):
+        shown = tables.terminal(head, lines, "the title", width)
+        assert [len(table.columns) for table in shown.renderables] == columns
+        with Console(width=width, file=io.StringIO()) as console:
+            console.print(shown)
+        words = console.file.getvalue().split()
+        assert {word for line in lines for cell in line for word in cell.split()} <= set(words)  # nothing is cut off
     drawing = plots.response_against_drift(found, "sunglasses")
     assert drawing is not None
     Image.open(io.BytesIO(drawing)).verify()
