@@ -357,7 +357,8 @@ def settings_table() -> str:
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(SPFConfig):
         default = "" if f.default in ((), "") else f"`{f.default}`"
-        rows.append(f"| `{PREFIX}{f.name}` | {default} | {f.metadata['help']} |".replace("->", "-&gt;"))
+        meaning = f.metadata["help"].replace("|", "\\|")  # in code, too, a bare one would end the cell
+        rows.append(f"| `{PREFIX}{f.name}` | {default} | {meaning} |")
     rows.append(
         f"| `{PREFIX}config` |  | A TOML file with any of these settings, relative to the working folder or the "
         "training data folder. |"

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from spf_plugin.config import SPFConfig, check_words, parse, settings_table, split_network_args
 from spf_plugin.errors import SPFError
@@ -111,10 +112,13 @@ def test_stage2() -> None:
     assert parse({"spf_stage2_start": "0"}).stage2_step(1000) == 0
 
 
-def test_every_setting_is_in_the_table_with_its_help() -> None:
-    table = settings_table()
+def test_a_reader_sees_every_setting_with_its_whole_help() -> None:
+    tokens = MarkdownIt("commonmark").enable("table").parse(settings_table())
+    cells = [token.children or [] for token in tokens if token.type == "inline"]
+    shown = ["".join(part.content for part in cell) for cell in cells]
+    settings = dict(zip(shown[::3], shown[2::3], strict=True))
     for field in dataclasses.fields(SPFConfig):
-        assert f"`spf_{field.name}`" in table
+        assert settings[f"spf_{field.name}"] == field.metadata["help"].replace("`", "")
         assert len(field.metadata["help"]) > 20
 
 

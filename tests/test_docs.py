@@ -275,6 +275,16 @@ def test_python_code_compiles_and_its_imports_exist() -> None:
     assert count >= 2
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_line_of_a_table_has_the_cells_of_its_head(page: Path) -> None:
+    """A bare `|`, in code too, ends a cell, and what follows is not shown."""
+    wanted = 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not (wanted and cells) or cells == wanted, f"{page.name}:{number}: {line}"
+        wanted = cells
+
+
 def test_relative_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
