@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from portraitlab import environment  # noqa: F401  (before diffusers)
-from spf_plugin.trainer.models import no_loading_bar
+from spf_plugin.trainer.models import quiet
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 JUDGE_FILE = MODEL_FOLDER / "judge" / "judge.safetensors"
@@ -34,7 +34,7 @@ def load_pipeline(folder: Path = MODEL_FOLDER, device: str = "cpu") -> Any:
             f"no model in {folder}: train one with python -m portraitlab.train_base, "
             "then export it with python -m portraitlab.export_base"
         )
-    with no_loading_bar():
+    with quiet():
         pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

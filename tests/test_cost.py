@@ -198,10 +198,9 @@ def test_a_timed_step_is_one_in_the_middle_of_a_run() -> None:
         assert encode.call_count == warmed_up > 0
     assert [id(getattr(module.forward, "__func__", module.forward)) for module in bench.unet.modules()] == forwards
 
-    alone, within = track(bench.step(SPF)).flops, 0
+    alone = track(bench.step(SPF)).flops
     with bench.running(SPF) as step:
-        within = track(step).flops
-    assert within == alone
+        assert track(step).flops == alone
 
 
 def test_every_step_is_timed_in_every_round() -> None:

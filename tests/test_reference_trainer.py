@@ -295,20 +295,21 @@ def test_bad_models(model: Path, images: Path, tmp_path: Path, trained: loop.Res
     assert "cannot be loaded" in bad(model, images, out, model=str(damaged))
 
 
-def test_loading_shows_no_bar_and_leaves_diffusers_setting(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_is_quiet_and_diffusers_bars_are_afterwards_as_before(
+    model: Path, shown: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     from diffusers.utils import logging
 
-    logging.enable_progress_bar()
-    models.load(str(model), torch.float32)
-    assert logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:
-        with pytest.raises(ZeroDivisionError), models.no_loading_bar():
+        models.load(str(model))
+        with pytest.raises(ZeroDivisionError), models.quiet():
             raise ZeroDivisionError
-        assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() == shown
     finally:
         logging.enable_progress_bar()
-    assert "Loading pipeline" not in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
 
 
 def test_bad_outputs_and_numbers(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,16 +216,18 @@ def table(
     console = Console(soft_wrap=True)
     measures = list(tables.COLUMNS) if columns is None else columns.split(",")
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
-    if beside not in (None, *ROWS):
-        unknown.append(f"--beside: no row {beside!r}{nearest(str(beside), ROWS)}")
+    if beside is not None and beside not in ROWS:
+        unknown.append(f"--beside: no row {beside!r}{nearest(beside, ROWS)}")
+    if (at is not None) + taught + (across or beside is not None) > 1:
+        unknown.append("--at, --sequences, and --across or --beside are different tables: ask for one at a time")
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
-    chosen = None if rows is None else {*rows.split(","), "base"}
+    chosen = None if rows is None else {*rows.split(","), "base", beside}
     known = results.read(None if published else out / "results").values()
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts}
-    if across or beside:
+    if across or beside is not None:
         shown = _across(found, beside, measures, only)
     else:
         shown = _tables(found, at, taught, measures, only)
@@ -270,7 +272,7 @@ def _across(
             ways.setdefault(replace(task, target=""), {})[task.target] = group
     named = " / ".join(tables.COLUMNS[measure][0] for measure in measures)
     for way, targets in ways.items():
-        how = ", ".join(f"{name} {value}" for name, value in way.facts.items() if name != "target")
+        how = _words(way)
         if beside is None:
             yield f"{named}: means over training seeds, drift x 1000; {how}.", tables.across(targets, measures)
         else:
@@ -306,7 +308,7 @@ def filled(text: str) -> str:
 
 
 def _words(task: Task) -> str:
-    return ", ".join(f"{name} {value}" for name, value in task.facts.items())
+    return ", ".join(f"{name} {value}" for name, value in task.facts.items() if value != "")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Group
@@ -83,7 +83,7 @@ def equal_response(results: Sequence[Result], wanted: float) -> Cells:
     return head, lines
 
 
-def _of_each_row(results: Iterable[Result]) -> dict[str, list[Result]]:
+def _at_one_rate(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Each row's LoRAs at the learning rate that has most seeds; at the lowest of several such."""
     found = {}
     for name, group in by_row(results).items():
@@ -93,25 +93,33 @@ def _of_each_row(results: Iterable[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def across(tasks: Mapping[str, Iterable[Result]], measures: Sequence[str]) -> Cells:
+def _by_task(
+    tasks: Mapping[str, Sequence[Result]], cell: Callable[[Mapping[str, Sequence[Result]], str], str]
+) -> Cells:
+    """A line for every row, a column for every task; `cell` gets the task's LoRAs by row, and the row."""
+    found = {task: _at_one_rate(results) for task, results in tasks.items()}
+    names = by_row(result for results in tasks.values() for result in results)
+    return ["row", *found], [[name, *(cell(rows_of, name) for rows_of in found.values())] for name in names]
+
+
+def across(tasks: Mapping[str, Sequence[Result]], measures: Sequence[str]) -> Cells:
     """A line for every row, a column for every task: the means of one or more measures.
 
     Args:
         tasks: name of a task -> its results.
         measures: keys of `COLUMNS`.
     """
-    found = {task: _of_each_row(results) for task, results in tasks.items()}
 
-    def cell(group: Sequence[Result]) -> str:
-        means = (Mean.of([result.scores[m] for result in group]).value * COLUMNS[m][1] for m in measures)
-        return " / ".join(COLUMNS[m][2].format(mean) for m, mean in zip(measures, means, strict=True))
+    def cell(rows_of: Mapping[str, Sequence[Result]], name: str) -> str:
+        if name not in rows_of:
+            return ""
+        means = [Mean.of([result.scores[m] for result in rows_of[name]]).value for m in measures]
+        return " / ".join(COLUMNS[m][2].format(mean * COLUMNS[m][1]) for m, mean in zip(measures, means, strict=True))
 
-    names = by_row(result for rows_of in found.values() for group in rows_of.values() for result in group)
-    lines = [[name, *(cell(rows_of[name]) if name in rows_of else "" for rows_of in found.values())] for name in names]
-    return ["row", *found], lines
+    return _by_task(tasks, cell)
 
 
-def beside(tasks: Mapping[str, Iterable[Result]], row: str, measures: Sequence[str]) -> Cells:
+def beside(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[str]) -> Cells:
     """A line for every other row, a column for every task: in how many training sets `row` measures less.
 
     Args:
@@ -119,7 +127,6 @@ def beside(tasks: Mapping[str, Iterable[Result]], row: str, measures: Sequence[s
         row: what the others are compared with, seed by seed.
         measures: keys of `COLUMNS`.
     """
-    found = {task: _of_each_row(results) for task, results in tasks.items()}
 
     def cell(rows_of: Mapping[str, Sequence[Result]], name: str) -> str:
         ours, theirs = ({r.seed: r.scores for r in rows_of.get(n, ())} for n in (row, name))
@@ -127,9 +134,8 @@ def beside(tasks: Mapping[str, Iterable[Result]], row: str, measures: Sequence[s
         less = (sum(ours[seed][m] < theirs[seed][m] for seed in both) for m in measures)
         return f"{' / '.join(map(str, less))} of {len(both)}" if both else ""
 
-    names = by_row(result for rows_of in found.values() for group in rows_of.values() for result in group)
-    others = [name for name in names if name not in (row, "base")]
-    return ["row", *found], [[name, *(cell(rows_of, name) for rows_of in found.values())] for name in others]
+    head, lines = _by_task(tasks, cell)
+    return head, [line for line in lines if line[0] not in (row, "base")]
 
 
 def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:

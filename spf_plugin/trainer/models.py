@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def quiet() -> Any:
 
     from diffusers.utils import logging as diffusers_logging
 
-    level = diffusers_logging.get_verbosity()
+    level, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
@@ -143,7 +143,8 @@ def quiet() -> Any:
             yield
     finally:
         diffusers_logging.set_verbosity(level)
-        diffusers_logging.enable_progress_bar()
+        if bars:
+            diffusers_logging.enable_progress_bar()
 
 
 def _alphas_cumprod(config: Any) -> Tensor:
@@ -176,26 +177,11 @@ def load_pipeline(name: str, dtype: torch.dtype) -> Any:
             raise SPFError(f"--model {name} is a {kind}. {SUPPORTED}.")
         if kind == "StableDiffusionPipeline":
             options |= {"safety_checker": None, "requires_safety_checker": False}
-        with no_loading_bar():
-            return getattr(diffusers, kind).from_pretrained(source, **options)
+        return getattr(diffusers, kind).from_pretrained(source, **options)
     except SPFError:
         raise
     except Exception as error:  # whatever diffusers, safetensors, json or the network raise on a damaged model
         raise SPFError(f"--model {name} cannot be loaded: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def no_loading_bar() -> Iterator[None]:
-    """Without diffusers' bar for the parts of a pipeline: it would cut through ours."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> Any:
@@ -220,8 +206,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> Any:
     xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     pipeline = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     try:
-        with no_loading_bar():
-            return pipeline.from_single_file(str(path), torch_dtype=dtype)
+        return pipeline.from_single_file(str(path), torch_dtype=dtype)
     except Exception as error:
         raise SPFError(
             f"--model {path} cannot be loaded: {first_line(error)}. diffusers fetches the configuration of single "

@@ -283,9 +283,11 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["row", "beard", "hat"],
         ["`plain`", "", "1 of 2"],
     ]
-    done = CliRunner().invoke(app.app, ["table", "--beside", "spff"])
+    assert table("--beside", "spf", "--rows", "plain", "--columns", "drift_explicit")[1] == ["`plain`", "", "1 of 2"]
+    done = CliRunner().invoke(app.app, ["table", "--beside", "spff", "--at", "0.8"])
     assert done.exit_code == 2
     assert "no row 'spff'; did you mean spf?" in done.output
+    assert "are different tables" in done.output
 
 
 def test_the_plot_of_one_task(tmp_path: Path) -> None:
