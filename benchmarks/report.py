@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,33 @@ def _weights(records: Records) -> list[list[str]]:
     return lines
 
 
+def _on_gpu(records: Records) -> str:
+    """What the GPU's columns say of the tracked ones, and how far their times can be trusted."""
+    extra, batches = [], []
+    for setup, steps in CASES:
+        plain, four = (records.get((replace(setup, batch=n), PLAIN)) for n in (setup.batch, 4))
+        if plain is None or plain.gpu_peak is None:
+            continue
+        for name in steps:
+            record = records.get((setup, name))
+            if name != PLAIN and record is not None and record.gpu_peak is not None:
+                more = (record.peak - plain.peak, record.gpu_peak - plain.gpu_peak)
+                extra.append([title(setup), LABELS[name], *(f"{size / MIB:+.0f} MB" for size in more)])
+        if setup.batch == 1 and setup.checkpointing and four is not None and plain.seconds and four.seconds:
+            batches.append(f"{four.seconds / plain.seconds:.2f} times ({NAMES[setup.family]})")
+    if not extra:
+        return "Not measured yet."
+    said = ""
+    if batches:
+        said = (
+            f"A plain step with batch 4 took {' and '.join(batches)} as long as one with batch 1.\n"
+            "**Where that is near 1, the GPU waited for the CPU that launches its kernels**: the times then compare\n"
+            "Python and launches, not a GPU's work, and FLOPs say more about a card that is busy.\n\n"
+        )
+    head = ["setup", "step", "memory beyond a plain LoRA's: tracked", "the GPU's allocator"]
+    return said + "\n".join(_markdown(head, extra))
+
+
 def _unsaved(records: Records) -> str:
     """What the weights' bits do to a plain step's own memory without checkpointing."""
     peaks = []
@@ -298,6 +325,7 @@ def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping
         timed=f"measured on a GPU ({_words(timed_on)})" if timed_on else "not measured yet",
         targets="\n".join(_markdown(head, _targets(records))),
         table="\n".join(lines).rstrip(),
+        on_gpu=_on_gpu(records),
         ways="\n".join(_markdown(["", "", "FLOPs", "memory"], _ways(records))),
         weights="\n".join(_markdown(weights_head, _weights(records))),
         unsaved=_unsaved(records),

@@ -220,11 +220,18 @@ def test_the_page_says_where_it_was_timed() -> None:
     page = markdown(records, stored["environment"], stored["timed_on"], stored["command"])
     assert page == (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
 
+    for record in records.values():
+        record.seconds = record.ratio = record.gpu_peak = None
+    page = markdown(records, stored["environment"], None, stored["command"])
+    assert "## What a GPU said\n\nNot measured yet.\n" in page
     for setup, steps in TIMED:
         for name in steps:
             record = records[setup, name]
-            record.seconds, record.ratio, record.gpu_peak = 0.25, 1.5, 2**30
+            record.seconds, record.ratio, record.gpu_peak = 0.25 * setup.batch, 1.5, (1 + (name == SPF)) * 2**30
     page = markdown(records, stored["environment"], {"gpu": "a card"}, stored["command"])
+    assert "took 4.00 times (SD1.5) and 4.00 times (SDXL) as long as one with batch 1" in page
+    assert "| SD1.5, 512 px, batch 4, checkpointing | SPF, every step aligned | +96 MB | +1024 MB |" in page
+    assert "| SD1.5, 512 px, batch 4, checkpointing | plain LoRA | +0 MB" not in page
     assert "measured on a GPU (gpu a card)" in page
-    assert "1.50 (250 ms) | 1024 MB" in page
+    assert "1.50 (250 ms) | 2048 MB" in page
     assert NOT_MEASURED not in "".join(line for line in page.splitlines() if line.startswith("| SPF"))
