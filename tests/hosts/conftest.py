@@ -86,7 +86,8 @@ class Host:
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
+        fixed = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **KEEP_MEMORY}
+        return {**os.environ, "PYTHONPATH": path, **fixed}
 
     def arguments(
         self, out: Path, *extra: str, model: str = "sd15", module: str = "spf_plugin.lora", **flags: object

@@ -56,6 +56,8 @@ def _frozen_models_without_ddp() -> None:
 def prepare(host: Path) -> None:
     """Make the host importable as its scripts expect."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():  # two equal runs must come out equal, as on a CPU
+        torch.use_deterministic_algorithms(True, warn_only=True)
     _torchvision_importable()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _frozen_models_without_ddp()

@@ -39,7 +39,7 @@ def test_files_of_a_run(host: Host, words: list[str], loads: bool) -> None:
 
     pipeline = DiffusionPipeline.from_pretrained(host.models["sd15"], safety_checker=None)
     before = {name: p.detach().clone() for name, p in pipeline.unet.named_parameters()}
-    pipeline.load_lora_weights(result.file)
+    pipeline.load_lora_weights(str(result.folder), weight_name=result.file.name)
     pipeline.fuse_lora()
     after = {name.replace(".base_layer", ""): p.detach() for name, p in pipeline.unet.named_parameters()}
     checked = 0

@@ -57,7 +57,7 @@ def changes_the_image(host: Host, model: str, file: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(host.models[model], safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     before = image(pipeline)
-    pipeline.load_lora_weights(file)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     assert float((image(pipeline) - before).abs().max()) > 1e-3
     pipeline.unload_lora_weights()
     torch.testing.assert_close(image(pipeline), before)
