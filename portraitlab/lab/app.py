@@ -34,7 +34,7 @@ VARIANTS = ("spf-", "everywhere", "plain-")
 #: What runs within an hour on two CPU cores, with the other defaults.
 SMALL = "plain,masked-prior-1,dop-10,spf"
 
-Rows = Annotated[str, typer.Option(help="Rows with commas; `list` shows them all.")]
+Rows = Annotated[str, typer.Option(help="Rows with commas, or `all`; `list` shows them.")]
 Seeds = Annotated[str, typer.Option(help="Training seeds with commas.")]
 Steps = Annotated[int, typer.Option(min=4, help="Training steps.")]
 Data = Annotated[str, typer.Option(help=f"Training pictures: {', '.join(DATA)}.")]
@@ -75,15 +75,21 @@ def _check(rows: list[str], targets: list[str], data: str) -> None:
         raise SPFError(problems)
 
 
+def _rows(text: str) -> list[str]:
+    return list(ROWS) if text == "all" else text.split(",")
+
+
 @contextmanager
-def _bench(console: Console, out: Path, model: Path, device: str | None, threads: int | None) -> Iterator[Bench]:
+def _bench(
+    console: Console, out: Path, model: Path, device: str | None, threads: int | None, fresh: bool = False
+) -> Iterator[Bench]:
     """A bench with progress bars; mistakes and Ctrl-C end the program in one line."""
     environment.keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     try:
         with progress_bars(console) as show:
-            yield Bench(out, model, device or ("cuda" if torch.cuda.is_available() else "cpu"), show)
+            yield Bench(out, model, device or ("cuda" if torch.cuda.is_available() else "cpu"), show, fresh)
     except SPFError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -108,11 +114,12 @@ def run(
     model: Model = MODEL_FOLDER,
     device: Device = None,
     threads: Threads = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure here what docs/lab.jsonl has, too.")] = False,
 ) -> None:
     """Train and measure what is missing of these rows, and show them."""
     console = Console(soft_wrap=True)
-    names = rows.split(",")
-    with _bench(console, out, model, device, threads) as bench:
+    names = _rows(rows)
+    with _bench(console, out, model, device, threads, fresh) as bench:
         _check(names, [target], data)
         task = Task(target, steps=steps, data=data, prompts=prompts, evaluation_seed=evaluation_seed)
         rates = _numbers(learning_rates, "--learning-rates", float)
@@ -145,10 +152,10 @@ def sequence(
     console = Console(soft_wrap=True)
     names = targets.split(",")
     with _bench(console, out, model, device, threads) as bench:
-        _check(rows.split(","), names, data)
+        _check(_rows(rows), names, data)
         task = Task(names[0], steps=steps, data=data, prompts=prompts, evaluation_seed=evaluation_seed)
         for seed in _numbers(seeds, "--seeds", int):
-            for row in rows.split(","):
+            for row in _rows(rows):
                 bench.run_sequence(task, names, Point(row, learning_rate, seed))
     found = list(results.read(out / "results").values())
     console.print(tables.terminal(*tables.sequences(found, tuple(names)), "drift x 1000", console.width))
@@ -203,6 +210,9 @@ def table(
     beside: Annotated[
         str | None, typer.Option(help="Count the training sets in which this row measures less than the others.")
     ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Other results beside the published ones: a folder's, or a .jsonl file's.")
+    ] = None,
     target: OnlyTarget = None,
     data: OnlyData = None,
     prompts: OnlyPrompts = None,
@@ -218,16 +228,23 @@ def table(
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
     if beside is not None and beside not in ROWS:
         unknown.append(f"--beside: no row {beside!r}{nearest(beside, ROWS)}")
-    if (at is not None) + taught + (across or beside is not None) > 1:
-        unknown.append("--at, --sequences, and --across or --beside are different tables: ask for one at a time")
+    if (at is not None) + taught + (across or beside is not None) + (compare is not None) > 1:
+        unknown.append(
+            "--at, --sequences, --compare, and --across or --beside are different tables: ask for one at a time"
+        )
+    if compare is not None and not compare.exists():
+        unknown.append(f"--compare: there is no file or folder {compare}")
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
     chosen = None if rows is None else {*rows.split(","), "base", beside}
-    known = results.read(None if published else out / "results").values()
+    known = results.read(None if published or compare else out / "results").values()
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts}
-    if across or beside is not None:
+    if compare is not None:
+        others = [r for r in results.stored(compare).values() if chosen is None or r.row in chosen]
+        shown = _compared(found, others, measures, only)
+    elif across or beside is not None:
         shown = _across(found, beside, measures, only)
     else:
         shown = _tables(found, at, taught, measures, only)
@@ -259,6 +276,16 @@ def _tables(
         else:
             title = f"{_words(task)}: where the response is {at:g}, drift x 1000."
             yield title, tables.equal_response(group, at)
+
+
+def _compared(
+    found: list[results.Result], others: list[results.Result], measures: list[str], only: dict[str, Any]
+) -> Iterator[tuple[str, tables.Cells]]:
+    """A table for each way to measure that the others have."""
+    for task in results.tasks(others):
+        if _chosen(task, only):
+            here, there = ([r for r in group if r.about(task)] for group in (found, others))
+            yield f"{_words(task)}: published / other, drift x 1000.", tables.compared(here, there, measures)
 
 
 def _across(

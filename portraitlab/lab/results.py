@@ -73,8 +73,13 @@ def write(folder: Path, result: Result) -> None:
 def read(folder: Path | None, published: Path | None = None) -> dict[str, Result]:
     """Everything that was measured so far, in a folder and for the documentation, by key."""
     published = published or PUBLISHED
-    lines: list[str] = published.read_text(encoding="utf-8").splitlines() if published.exists() else []
-    lines += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))] if folder else []
+    return (stored(published) if published.exists() else {}) | (stored(folder) if folder else {})
+
+
+def stored(place: Path) -> dict[str, Result]:
+    """The results in a folder, one a file, or in a `.jsonl` file, by key."""
+    files = [place] if place.is_file() else sorted(place.glob("*.json"))
+    lines = (line for path in files for line in path.read_text(encoding="utf-8").splitlines())
     found = (Result(**json.loads(line)) for line in lines if line.strip())
     return {result.key: result for result in found}
 

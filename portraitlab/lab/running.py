@@ -41,20 +41,27 @@ class Bench:
         model: folder of the base model.
         device: `cpu` or `cuda`.
         show: progress.
+        fresh: also measure what the documentation has, and only skip what `out` has.
     """
 
     out: Path
     model: Path
     device: str
     show: Show
+    fresh: bool = False
 
     def key(self, task: Task, point: Point) -> str:
         """The name of a result."""
         return results.key(task, ROWS[point.row], point.learning_rate, point.seed, self.model)
 
+    def known(self) -> dict[str, Result]:
+        """What need not be measured, by key."""
+        folder = self.out / "results"
+        return results.stored(folder) if self.fresh else results.read(folder)
+
     def missing(self, task: Task, points: Sequence[Point]) -> list[Point]:
         """The points that nobody has measured."""
-        known = results.read(self.out / "results")
+        known = self.known()
         return [point for point in points if self.key(task, point) not in known]
 
     def run(self, task: Task, points: Sequence[Point]) -> None:
@@ -120,7 +127,7 @@ class Bench:
     def _untuned(self, evaluator: Evaluator) -> None:
         task = evaluator.task
         key = results.key(task, None, 0, 0, self.model)
-        if key in results.read(self.out / "results"):
+        if key in self.known():
             return
         pipeline = load_with(self.model, [], self.device)
         pictures, bare = evaluator.draw(pipeline, "untuned")

@@ -138,6 +138,37 @@ def beside(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[s
     return head, [line for line in lines if line[0] not in (row, "base")]
 
 
+def compared(here: Sequence[Result], there: Sequence[Result], measures: Sequence[str]) -> Cells:
+    """A line for every row and learning rate of `there`: the same LoRAs' means, `here / there`.
+
+    Where `here` lacks a line's LoRAs, a dash stands for them. The last two lines are about all LoRAs that both have.
+
+    Args:
+        here: results.
+        there: the same LoRAs trained and measured elsewhere.
+        measures: keys of `COLUMNS`.
+    """
+    ours = {result.key: result.scores for result in here}
+    head = ["row", "learning rate", "seeds", *(COLUMNS[measure][0] for measure in measures)]
+    lines = []
+    for name, group in by_row(there).items():
+        for rate in sorted({result.learning_rate for result in group}):
+            point = [result for result in group if result.learning_rate == rate]
+            point = [result for result in point if result.key in ours] or point
+            cells = []
+            for measure in measures:
+                _, factor, form = COLUMNS[measure]
+                sides = ([ours[r.key][measure] for r in point if r.key in ours], [r.scores[measure] for r in point])
+                cells.append(" / ".join(form.format(factor * Mean.of(s).value) if s else "-" for s in sides))
+            lines.append([name, f"{rate:g}" if name != "base" else "", str(len(point)), *cells])
+    both = [(ours[r.key], r.scores) for r in there if r.key in ours and r.row != "base"]
+    if both:
+        for name, summary in (("mean difference", np.mean), ("largest difference", np.max)):
+            sizes = [(m, float(summary([abs(a[m] - b[m]) for a, b in both]))) for m in measures]
+            lines.append([name, "", str(len(both)), *(COLUMNS[m][2].format(COLUMNS[m][1] * s) for m, s in sizes)])
+    return head, lines
+
+
 def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:
     """A line for every row and length of a sequence: the mean response of all targets so far, and what else changed.
 

@@ -137,6 +137,35 @@ def test_a_second_run_computes_only_what_is_missing(
     assert "0.10 (0.06)" in second.output  # mean and standard error of 0, .1, .2
     assert len(list((tmp_path / "lab" / "results").glob("*.json"))) == 4  # three seeds and the untuned model
 
+    # Published, they count as measured for everybody, and can be measured again all the same.
+    monkeypatch.setattr(results, "PUBLISHED", tmp_path / "lab.jsonl")
+    results.publish(results.stored(tmp_path / "lab" / "results").values())
+    words[words.index("--out") + 1] = str(tmp_path / "anew")
+    third = CliRunner().invoke(app.app, words)
+    assert "3 of 3 LoRAs are measured already" in third.output
+    assert ran == [0, -1, 1, 2]
+    fourth = CliRunner().invoke(app.app, [*words, "--fresh"])
+    assert "0 of 3 LoRAs are measured already" in fourth.output
+    assert ran == [0, -1, 1, 2, 0, 1, 2]
+    assert len(list((tmp_path / "anew" / "results").glob("*.json"))) == 4
+    fifth = CliRunner().invoke(app.app, [*words, "--fresh"])
+    assert "3 of 3 LoRAs are measured already" in fifth.output
+
+
+def test_all_rows_are_one_word(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def train_row(task: Task, row: Row, *_: Any) -> float:
+        trained.extend(name for name, known in ROWS.items() if known is row)
+        return 0.1
+
+    monkeypatch.setattr(running, "Evaluator", FakeEvaluator)
+    monkeypatch.setattr(running, "train_row", train_row)
+    monkeypatch.setattr(running, "load_with", lambda *_: None)
+    words = ["run", "--rows", "all", "--fresh", "--seeds", "0", "--out", str(tmp_path / "lab"), "--model", str(model)]
+    assert CliRunner().invoke(app.app, words).exit_code == 0
+    assert trained == list(ROWS)
+
 
 def test_targets_are_taught_one_after_the_other(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, Path]] = []
@@ -290,6 +319,35 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "are different tables" in done.output
 
 
+def test_the_same_loras_of_two_machines_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "PUBLISHED", tmp_path / "lab.jsonl")
+    here = [made("base", 0, 0.2, 0.002), *(made("spf", 2e-3, 0.5 + 0.2 * seed, 0.01, seed) for seed in (0, 1, 2))]
+    results.publish([*here, made("masked", 2e-3, 0.9, 0.05)])
+    there = [replace(r, scores={**r.scores, "leak": 0.01, "drift_explicit": 0.012}) for r in here[:3]]
+    there.append(made("plain", 4e-3, 1.0, 0.03))  # nobody else has it
+    for result in there:
+        results.write(tmp_path / "other", result)
+    together = tmp_path / "other.jsonl"
+    results.publish(there, together)
+    words = ["table", "--markdown", "--columns", "response_explicit,leak,drift_explicit", "--compare"]
+    shown = [CliRunner().invoke(app.app, [*words, str(place)]).output for place in (tmp_path / "other", together)]
+    assert shown[0] == shown[1]
+    lines = [line for line in shown[0].splitlines() if line.startswith("| `")]
+    assert lines == [
+        "| `base` |  | 1 | 0.20 / 0.20 | 0.000 / 0.010 | 2.0 / 12.0 |",
+        "| `plain` | 0.004 | 1 | - / 1.00 | - / 0.000 | - / 30.0 |",
+        "| `spf` | 0.002 | 2 | 0.60 / 0.60 | 0.000 / 0.010 | 10.0 / 12.0 |",  # not the third seed, which one side lacks
+        "| `mean difference` |  | 2 | 0.00 | 0.010 | 2.0 |",
+        "| `largest difference` |  | 2 | 0.00 | 0.010 | 2.0 |",
+    ]
+    only = CliRunner().invoke(app.app, [*words, str(together), "--rows", "plain"]).output
+    assert [line.split("|")[1].strip() for line in only.splitlines() if line.startswith("| `")] == ["`base`", "`plain`"]
+    wrong = CliRunner().invoke(app.app, [*words, str(tmp_path / "none"), "--across"])
+    assert wrong.exit_code == 2
+    assert "--compare: there is no file or folder" in wrong.output
+    assert "are different tables" in wrong.output
+
+
 def test_the_plot_of_one_task(tmp_path: Path) -> None:
     """Of what is published: one picture, and none of a task that has no sweep."""
     chosen = ["--data", "polluted", "--prompts", "24", "--out", str(tmp_path), "--into", str(tmp_path / "plots")]
@@ -337,7 +395,8 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     assert lines == [["soft", "100", "1.00", "1.00", "0.00"], ["paper", "100", "0.50", "0.00", "0.00"]]
 
 
-def test_the_documentations_tables_are_what_its_commands_print() -> None:
+def test_the_documentations_tables_are_what_its_commands_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(app.PAGE.parents[1])
     text = app.PAGE.read_text(encoding="utf-8")
     assert len(app.BLOCK.findall(text)) >= 5
     assert app.filled(text) == text, "run `spf lab document`"
