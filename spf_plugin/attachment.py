@@ -227,12 +227,13 @@ class Attachment:
     ) -> Tensor:  # fmt: skip
         config, trained = self.config, self.host.text_encoder_trained
         base_conds = self.text.reference_conds(text, conds, text_encoder_trained=trained)
-        weights = self.text.distances(text)  # before the passes: it moves tensors, which would wait for them
+        # Before the passes: these move tensors, which would wait for them.
+        weights = self.text.distances(text)
+        preserved = self._choose_preserved(text.has_target & aligned, micro_step)
         with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
             reference = Path.of(predict(base_conds), seen, self.layers, text.base_groups)
         reference = Path(reference.eps.detach(), reference.queries, reference.attention)
 
-        preserved = self._choose_preserved(text.has_target & aligned, micro_step)
         paired = config.pairs and self.aligns_now
         own_base = base_conds
         if trained and (preserved is not None or paired):

@@ -74,7 +74,7 @@ if found["cuda"]:
         free, total = torch.cuda.mem_get_info(i)
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
         found["devices"].append([torch.cuda.get_device_name(i), free, total, capability])
-    found["bf16"] = torch.cuda.is_bf16_supported()
+    found["bf16"] = bool(torch.version.hip) or torch.cuda.get_device_capability()[0] >= 8  # older cards emulate it
 cuda = torch.backends.cuda
 kinds = {"flash": "flash_sdp_enabled", "memory-efficient": "mem_efficient_sdp_enabled", "math": "math_sdp_enabled"}
 found["attention"] = [name for name, ask in kinds.items() if getattr(cuda, ask, bool)()]

@@ -184,9 +184,8 @@ class Enhancement:
 
     def _move(self, device: torch.device) -> None:
         """Encoder and decoder to the device; the encoder in half precision where the device computes in it."""
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.encoder.device != device:
-            self.encoder.to(device, torch.bfloat16 if half else torch.float32)
+            self.encoder.to(device, torch.bfloat16 if _computes_in_bf16(device) else torch.float32)
         self.decoder.to(device)  # the host moves its VAE about, so this is asked every time
 
     def _image(self, latents: Tensor) -> Tensor:
@@ -225,6 +224,13 @@ class Enhancement:
 
             rows.append(self._images.get_or(_key(image), embed))
         return torch.stack(rows)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether it has bfloat16 units; cards before compute capability 8 emulate them."""
+    if device.type != "cuda":
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _key(image: Tensor) -> bytes:

@@ -126,15 +126,22 @@ class QuantisedWeight(nn.Module):
         return functional.dequantize_4bit(self.codes, state)
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What matrix products are computed in under autocast; None without it."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cpu":  # PyTorch before 2.4 has a question for each kind of device
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
 class _Linear(torch.autograd.Function):
     """`F.linear` with a quantised weight. Keeps nothing for backward: autograd's own would keep the dense weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return F.linear(x, weight.dense(torch.get_autocast_dtype(device) if autocast else x.dtype), bias)
+        return F.linear(x, weight.dense(_autocast_dtype(x.device.type) or x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
@@ -95,6 +96,46 @@ def host(images: dict[str, tuple[str, Any]], **options: Any) -> KohyaHost:
 def subset(prefix: str | None = None, suffix: str | None = None, target: str | None = None) -> SimpleNamespace:
     attributes = {"spf_target": target} if target else {}
     return SimpleNamespace(caption_prefix=prefix, caption_suffix=suffix, custom_attributes=attributes)
+
+
+def test_options_that_would_take_the_hooks_away() -> None:
+    for option in ("torch_compile", "cpu_offload_checkpointing"):
+        with_it, without = (
+            host({"a": ("a woman, blonde hair", None)}, **{option: on}).problems(parse({"spf_target": "blonde hair"}))
+            for on in (True, False)
+        )
+        assert [problem.split()[0].rstrip(":") for problem in with_it] == [f"--{option}"]
+        assert without == []
+
+
+@pytest.mark.parametrize(("gpu", "encoders", "expected"), [("cuda", "cpu", 4), ("cpu", "cpu", 1), ("cuda", "cuda", 1)])
+def test_text_encoders_that_stay_on_the_cpu_beside_a_gpu_get_more_threads(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, encoders: str, expected: int
+) -> None:
+    seen: list[int] = []
+
+    def encode(prompts: list[str]) -> str:
+        seen.append(torch.get_num_threads())
+        if not prompts:
+            raise RuntimeError
+        return "conds"
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = host({}, weighted_captions=False)
+        found.trainer = Monolithic()
+        found.accelerator = SimpleNamespace(device=torch.device(gpu), num_processes=2)
+        found.text_encoders = [SimpleNamespace(device=torch.device(encoders))]
+        monkeypatch.setattr("os.cpu_count", lambda: 16)
+        monkeypatch.setattr(found, "_encode_old", encode)
+        assert found.encode(["a"]) == "conds"
+        with pytest.raises(RuntimeError):
+            found.encode([])
+        assert seen == [expected, expected]
+        assert torch.get_num_threads() == 1  # put back, also after an exception
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_caption_prefix_and_wildcard_lists_count() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from portraitlab.model_files import CLIP_FOLDERS, DECODERS, MODEL_FOLDER
 from spf_plugin import clip, decoders, response
 from spf_plugin.config import parse
-from spf_plugin.enhancement import Enhancement
+from spf_plugin.enhancement import Enhancement, _computes_in_bf16
 from spf_plugin.errors import SPFError
 from tests import tiny
 from tests.test_attachment import Run
@@ -325,6 +325,15 @@ def enhanced(captions: list[str] = CAPTIONS, **settings: str) -> Run:
     run.step()  # the step that only checks
     run.weight.grad = None
     return run
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 6), True)])
+def test_bf16_where_the_card_has_units_for_it(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _computes_in_bf16(torch.device("cuda")) is expected
+    assert not _computes_in_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("mode", "region"), [("anchor", "all"), ("anchor", "map"), ("directional", "all")])

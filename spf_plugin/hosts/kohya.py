@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -176,6 +176,11 @@ class KohyaHost:
             found.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
         if getattr(args, "cpu_offload_checkpointing", False):
             found.append("--cpu_offload_checkpointing is not made for SD and SDXL UNets. Remove the option.")
+        if getattr(args, "torch_compile", False):
+            found.append(
+                "--torch_compile: compiled code no longer calls the hooks with which SPF reads the attention layers. "
+                "Remove the option."
+            )
         if getattr(args, "output_dir", None):
             try:
                 os.makedirs(args.output_dir, exist_ok=True)
@@ -294,6 +299,28 @@ class KohyaHost:
         return self.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
+        with self._threads():
+            return self._encode(prompts, beside)
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Half of the machine's processors while text encoders compute on the CPU and everything else on a GPU.
+
+        The host leaves them there when their outputs are cached, and accelerate launch gives a process one thread.
+        """
+        import torch
+
+        waiting = self.accelerator.device.type != "cpu" and self.text_encoders[0].device.type == "cpu"
+        before = torch.get_num_threads()
+        if waiting:
+            torch.set_num_threads(max(before, (os.cpu_count() or 1) // (2 * self.accelerator.num_processes)))
+        try:
+            yield
+        finally:
+            if waiting:
+                torch.set_num_threads(before)
+
+    def _encode(self, prompts: Sequence[str], beside: Sequence[str]) -> Conds:
         if self.is_new:
             return self._encode_new(list(prompts))
         if self.args.weighted_captions:
