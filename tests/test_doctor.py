@@ -57,6 +57,30 @@ def test_broken_and_crashing_packages_are_lines_of_the_report(tmp_path: Path, mo
     assert found["after"] == {"version": "4"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"), [((7, 5), None, False), ((8, 6), None, True), ((7, 5), "6.0", True)]
+)
+def test_a_card_that_emulates_bf16_has_none(
+    capability: tuple[int, int], hip: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for PyTorch: a real one sees no such card here."""
+    source = f"""
+from types import SimpleNamespace as Space
+__version__ = "2.5.1"
+version = Space(cuda="12.4", hip={hip!r})
+cuda = Space(
+    is_available=lambda: True, device_count=lambda: 1, mem_get_info=lambda i: (1, 2),
+    get_device_name=lambda i: "a card", get_device_capability=lambda i=0: {capability},
+)
+backends = Space(cuda=Space(flash_sdp_enabled=lambda: True))
+nn = Space(functional=Space(scaled_dot_product_attention=None))
+"""
+    packages(tmp_path, monkeypatch, torch=source)
+    found = doctor.import_elsewhere(["torch"])["torch"]
+    assert found["devices"] == [["a card", 1, 2, ".".join(map(str, capability))]]
+    assert found["bf16"] is expected
+
+
 def test_an_import_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages(tmp_path, monkeypatch, first="__version__ = '1'", hangs="import time; time.sleep(600)")
     monkeypatch.setattr(doctor, "_SECONDS", 3.0)

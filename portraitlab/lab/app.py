@@ -237,7 +237,7 @@ def table(
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
-    chosen = None if rows is None else {*rows.split(","), "base", beside}
+    chosen = None if rows is None else {*_rows(rows), "base", beside}
     known = results.read(None if published or compare else out / "results").values()
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts}
@@ -352,7 +352,7 @@ def plot(
     """Draw response against drift, a curve a method, for every task with a sweep."""
     found = list(results.read(out / "results").values())
     methods = [name for name in ROWS if name == "spf-paired" or not name.startswith(VARIANTS)]
-    shown = methods if rows is None else rows.split(",")
+    shown = methods if rows is None else _rows(rows)
     into.mkdir(parents=True, exist_ok=True)
     for task in results.tasks(found):
         if not _chosen(task, {"target": target, "data": data, "prompts": prompts}):
