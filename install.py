@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 SHIM = ROOT / "networks" / "spf_lora.py"
 PACKAGE = "spf-plugin"
 ENVIRONMENT = ROOT / ".venv"
+TEST_PROCESSES = 4  # of up to 2 GB each
 NEEDED = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml")
 
 
@@ -201,7 +202,10 @@ def main(argv: list[str]) -> int:
         python = environment("test", "test-no-deps", "host-site")
         # The tests' models are too small to share: threads would only wait for each other.
         one_thread = {"OMP_NUM_THREADS": "1", **os.environ}
-        return subprocess.run([str(python), "-m", "pytest", *options.rest], cwd=ROOT, env=one_thread).returncode
+        # One process a core, and no more than an ordinary machine has memory for; `-n 0` turns it off.
+        side_by_side = ["-n", "auto", "--maxprocesses", str(TEST_PROCESSES), "--dist", "worksteal"]
+        command = [str(python), "-m", "pytest", *side_by_side, *options.rest]
+        return subprocess.run(command, cwd=ROOT, env=one_thread).returncode
     if options.sd_scripts is None:
         parser.print_help()
         return 2
