@@ -210,6 +210,7 @@ def table(
     beside: Annotated[
         str | None, typer.Option(help="Count the training sets in which this row measures less than the others.")
     ] = None,
+    relative: Annotated[str | None, typer.Option(help="As --across, in units of what this row measures.")] = None,
     compare: Annotated[
         Path | None, typer.Option(help="Other results beside the published ones: a folder's, or a .jsonl file's.")
     ] = None,
@@ -226,26 +227,29 @@ def table(
     console = Console(soft_wrap=True)
     measures = list(tables.COLUMNS) if columns is None else columns.split(",")
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
-    if beside is not None and beside not in ROWS:
-        unknown.append(f"--beside: no row {beside!r}{nearest(beside, ROWS)}")
-    if (at is not None) + taught + (across or beside is not None) + (compare is not None) > 1:
+    for option, name in (("--beside", beside), ("--relative", relative)):
+        if name is not None and name not in ROWS:
+            unknown.append(f"{option}: no row {name!r}{nearest(name, ROWS)}")
+    asked = [at is not None, taught, across, beside is not None, relative is not None, compare is not None]
+    if sum(asked) > 1:
         unknown.append(
-            "--at, --sequences, --compare, and --across or --beside are different tables: ask for one at a time"
+            "--at, --sequences, --compare, --across, --beside and --relative are different tables: ask for one at a "
+            "time"
         )
     if compare is not None and not compare.exists():
         unknown.append(f"--compare: there is no file or folder {compare}")
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
-    chosen = None if rows is None else {*_rows(rows), "base", beside}
+    chosen = None if rows is None else {*_rows(rows), "base", beside, relative}
     known = results.read(None if published or compare else out / "results").values()
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts}
     if compare is not None:
         others = [r for r in results.stored(compare).values() if chosen is None or r.row in chosen]
         shown = _compared(found, others, measures, only)
-    elif across or beside is not None:
-        shown = _across(found, beside, measures, only)
+    elif across or beside is not None or relative is not None:
+        shown = _across(found, beside, relative, measures, only)
     else:
         shown = _tables(found, at, taught, measures, only)
     for title, (head, lines) in shown:
@@ -289,7 +293,11 @@ def _compared(
 
 
 def _across(
-    found: list[results.Result], beside: str | None, measures: list[str], only: dict[str, Any]
+    found: list[results.Result],
+    beside: str | None,
+    relative: str | None,
+    measures: list[str],
+    only: dict[str, Any],
 ) -> Iterator[tuple[str, tables.Cells]]:
     """One table over the targets of each way to measure them."""
     ways: dict[Task, dict[str, list[results.Result]]] = {}
@@ -300,11 +308,14 @@ def _across(
     named = " / ".join(tables.COLUMNS[measure][0] for measure in measures)
     for way, targets in ways.items():
         how = _words(way)
-        if beside is None:
-            yield f"{named}: means over training seeds, drift x 1000; {how}.", tables.across(targets, measures)
-        else:
+        if beside is not None:
             title = f"{named}: training sets in which {beside} measures less; {how}."
             yield title, tables.beside(targets, beside, measures)
+        elif relative is not None:
+            title = f"{named}, divided by {relative}'s on the same training set: mean (standard error); {how}."
+            yield title, tables.relative(targets, relative, measures)
+        else:
+            yield f"{named}: means over training seeds, drift x 1000; {how}.", tables.across(targets, measures)
 
 
 def _chosen(task: Task, only: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ are the same. Every peer has its usual weight as a parameter, to be swept.
 | `OutputPreservation` | DOP: ai-toolkit `diff_output_preservation`, sd-scripts | base prompt: the base's prediction |
 | the same, `blank` | ai-toolkit `blank_prompt_preservation` | empty prompt: the base's prediction |
 | `PureCC` | PureCC, arXiv 2603.07561 | the change is the one an earlier plain LoRA makes for the target alone |
+| `PureCCReleased` | PureCC's code, 2026-04 | the change is the one the base model makes for the target alone |
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ class Peer(ABC):
 
 @dataclass
 class Masked(Peer):
-    """Diffusion loss weighed by the true mask: 1 inside, `outside` elsewhere; `prior` weighs prior prediction there."""
+    """Diffusion loss weighed by the true mask: 1 inside, `outside` elsewhere; `prior` weighs prior prediction there.
+
+    The prior prediction is that of the base prompt; OneTrainer's is of the caption as it is.
+    """
 
     outside: float = 0.0
     prior: float = 0.0
@@ -168,16 +172,15 @@ class PriorPreservation(Peer):
 
 @dataclass
 class PureCC(Peer):
-    """Stage two of PureCC; stage one is a plain LoRA on the same pictures, which costs a second training.
+    """Stage two of PureCC's paper; stage one is a plain LoRA on the same pictures, which costs a second training.
 
-    `mse(f(full), noise) + eta |f(full) - (f(base) + l (g(target) - g("")))|^2`, with the least-squares
-    `l = <f(full) - f(base), g(target) - g("")> / |g(target) - g("")|^2` and `g` the model with the first LoRA. With
-    `frozen`, `f(base)` is the base model's (their paper); without, the trained model's, with graph (their code).
+    `mse(f(full), noise) + eta |f(full) - (f_0(base) + l (g(target) - g("")))|^2`, with the least-squares
+    `l = <f(full) - f_0(base), g(target) - g("")> / |g(target) - g("")|^2`, `f_0` the base model and `g` the model with
+    the first LoRA.
     """
 
     extractor: Path = field(default_factory=Path)
     eta: float = 2.0
-    frozen: bool = True
 
     def prepare(self, trainer: Trainer) -> None:
         pipeline = load_pipeline(Path(trainer.settings.model))
@@ -190,13 +193,34 @@ class PureCC(Peer):
         target, empty = (row[None].expand_as(step.full) for row in self.texts)
         with torch.no_grad():
             shown = [self.unet(step.noisy, step.timesteps, encoder_hidden_states=c).sample for c in (target, empty)]
-        base = step.prior(step.base) if self.frozen else None
+        base = step.prior(step.base)
         full = step.predict(step.full)
-        base = step.predict(step.base) if base is None else base
         direction = (shown[0] - shown[1]).flatten(1)
         length = ((full - base).flatten(1) * direction).sum(1) / direction.square().sum(1).clamp_min(1e-8)
         goal = base + (length[:, None] * direction).view_as(base)
         return full, self.eta * F.mse_loss(full, goal)
+
+
+@dataclass
+class PureCCReleased(Peer):
+    """Stage two as PureCC's released code has it (`train_stage2_sd3.py`).
+
+    `mse(f(full), noise) + eta |f(full) - (f(base) + scale (f_0(target) - f_0("")))|^2`: the length is fixed
+    (`--fix_lambda`), the direction is the base model's (the adapter is disabled there), and `f(base)` is the trained
+    model's, with graph. Stage one then gives a learned token only, which does not exist here.
+    """
+
+    eta: float = 2.0
+    scale: float = 1.0
+
+    def prepare(self, trainer: Trainer) -> None:
+        self.texts = trainer.model.encode([self.task.goal.phrase, ""])
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        target, empty = (row[None].expand_as(step.full) for row in self.texts)
+        direction = step.prior(target) - step.prior(empty)
+        full, base = step.predict(step.full), step.predict(step.base)
+        return full, self.eta * F.mse_loss(full, base + self.scale * direction)
 
 
 KINDS: Mapping[str, Callable[..., Peer]] = {
@@ -204,6 +228,7 @@ KINDS: Mapping[str, Callable[..., Peer]] = {
     "dop": OutputPreservation,
     "prior_preservation": PriorPreservation,
     "pure_cc": PureCC,
+    "pure_cc_released": PureCCReleased,
 }
 
 

@@ -47,6 +47,21 @@ _EVERYWHERE = {"diffusion_region": "all"}
 _LESS = {"output_multiplier": 1, "base_preservation_multiplier": 1}
 _PAIRED = {"paired_preservation_multiplier": 10, "output_multiplier": 1, "every": 1, "stage2_start": 0}
 _GUIDED = {"clip": str(CLIP_FOLDERS[0])}
+#: What the paper describes: no output loss, no base preservation, only cross-attention is trained, all its layers are
+#: compared in every step, the response is enhanced everywhere. Its weights are not published: 1 each.
+_PUBLISHED = {
+    **_EVERYWHERE,
+    **_GUIDED,
+    "output_multiplier": 0,
+    "base_preservation": 0,
+    "text_consistent_multiplier": 1,
+    "fine_grained_multiplier": 1,
+    "every": 1,
+    "layers": "all",
+    "train": "cross_attention",
+    "response": "anchor",
+    "response_region": "all",
+}
 
 ROWS: dict[str, Row] = {
     "plain": Row(PLAIN),
@@ -59,8 +74,8 @@ ROWS: dict[str, Row] = {
     **{f"prior-preservation-{w:g}": Row(peer="prior_preservation", options={"multiplier": w}) for w in (1.0, 3.0)},
     **{f"dop-{w:g}": Row(peer="dop", options={"multiplier": w}) for w in (1.0, 10.0, 100.0)},
     **{f"blank-{w:g}": Row(peer="dop", options={"multiplier": w, "blank": True}) for w in (1.0, 10.0, 100.0)},
-    **{f"pure-cc-{w:g}": Row(peer="pure_cc", options={"eta": w}) for w in (2.0, 10.0)},
-    "pure-cc-own-2": Row(peer="pure_cc", options={"frozen": False}),
+    **{f"pure-cc-{w:g}": Row(peer="pure_cc", options={"eta": w}) for w in (0.1, 0.5, 2.0, 10.0)},
+    "pure-cc-released-2": Row(peer="pure_cc_released", options={"eta": 2.0}),
     # SPF, and SPF without or with another of its parts.
     "spf": Row(),
     "spf-no-text-consistent": Row({"text_consistent_multiplier": 0}),
@@ -90,6 +105,7 @@ ROWS: dict[str, Row] = {
     "spf-self-anchor": Row(anchor="self"),
     "spf-cross-attention": Row({"train": "cross_attention"}),
     "spf-anchor": Row({"response": "anchor", **_GUIDED}),
+    **{f"spf-published-{kind}": Row({**_PUBLISHED, "map": kind}) for kind in ("paper", "soft")},
     # The diffusion loss acts everywhere, as published (and as the defaults were when most of these rows were chosen).
     "everywhere": Row(_EVERYWHERE),
     **{f"everywhere-output-{w:g}": Row({**_EVERYWHERE, **_LESS, "output_multiplier": w}) for w in (0, 1)},

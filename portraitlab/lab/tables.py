@@ -138,6 +138,31 @@ def beside(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[s
     return head, [line for line in lines if line[0] not in (row, "base")]
 
 
+def relative(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[str]) -> Cells:
+    """A line for every other row, a column for every task: its measures in units of those of `row`.
+
+    The ratio is taken training set by training set; the mean over the sets (standard error). The untuned model has no
+    set of its own: it is divided by every LoRA of `row`.
+
+    Args:
+        tasks: name of a task -> its results.
+        row: what the others are divided by.
+        measures: keys of `COLUMNS`.
+    """
+
+    def cell(rows_of: Mapping[str, Sequence[Result]], name: str) -> str:
+        units = {r.seed: r.scores for r in rows_of.get(row, ())}
+        values = {r.seed: r.scores for r in rows_of.get(name, ())}
+        if name == "base" and values:
+            values = dict.fromkeys(units, next(iter(values.values())))
+        both = sorted(units.keys() & values.keys())
+        means = (Mean.of([values[seed][m] / units[seed][m] for seed in both]) for m in measures)
+        return " / ".join(_said(mean, 1, "{:.2f}") for mean in means) if both else ""
+
+    head, lines = _by_task(tasks, cell)
+    return head, [line for line in lines if line[0] != row]
+
+
 def compared(here: Sequence[Result], there: Sequence[Result], measures: Sequence[str]) -> Cells:
     """A line for every row and learning rate of `there`: the same LoRAs' means, `here / there`.
 

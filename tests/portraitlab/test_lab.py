@@ -313,6 +313,12 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["`plain`", "", "1 of 2"],
     ]
     assert table("--beside", "spf", "--rows", "plain", "--columns", "drift_explicit")[1] == ["`plain`", "", "1 of 2"]
+    # 8 of 10 and 12 of 10: a mean of one, a standard error of a fifth. The floor is divided by both plain LoRAs.
+    assert table("--relative", "plain", "--columns", "drift_explicit") == [
+        ["row", "beard", "hat"],
+        ["`base`", "", "0.20 (0.00)"],
+        ["`spf`", "", "1.00 (0.20)"],
+    ]
     done = CliRunner().invoke(app.app, ["table", "--beside", "spff", "--at", "0.8"])
     assert done.exit_code == 2
     assert "no row 'spff'; did you mean spf?" in done.output

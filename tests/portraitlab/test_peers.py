@@ -111,9 +111,8 @@ def test_output_preservation_compares_the_same_text(step: Any, blank: bool) -> N
     assert torch.allclose(step.weight.grad, torch.full_like(step.weight, 3 * 2 * -10 * slope / step.weight.numel()))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any, frozen: bool) -> None:
-    peer = peers.PureCC(Task(), 0, eta=2.0, frozen=frozen)
+def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> None:
+    peer = peers.PureCC(Task(), 0, eta=2.0)
     direction = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
 
     class Extractor:
@@ -123,7 +122,7 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any, froze
 
     peer.unet, peer.texts = Extractor(), torch.tensor([[[1.0]], [[0.0]]])  # type: ignore[assignment]
     full, extra = peer.step(step)
-    base = 1.5 * step.weight + (10 if frozen else 0)
+    base = 1.5 * step.weight + 10
     change = (full - base).detach().flatten(1).double().numpy()
     axis = direction.flatten(1).double().numpy()
     left = []
@@ -132,6 +131,19 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any, froze
         left.append(((moved - share[0] * along) ** 2).mean())
     assert extra is not None
     assert float(extra.detach()) == pytest.approx(2 * np.mean(left), rel=1e-4)
+
+
+def test_pure_cc_as_released_adds_the_base_models_direction_to_the_trained_models_base(step: Any) -> None:
+    peer = peers.PureCCReleased(Task(), 0, eta=2.0, scale=0.5)
+    peer.texts = torch.tensor([[[1.0]], [[0.0]]])
+    full, extra = peer.step(step)
+    assert torch.equal(full, 3 * step.weight)
+    # f(full) - f(base) = 1.5 w; f_0(target) - f_0("") = (2 w + 10) - (w + 10) = w.
+    assert extra is not None
+    assert float(extra.detach()) == pytest.approx(float(2 * step.weight.square().mean().detach()), rel=1e-4)
+    extra.backward()
+    # The direction is a constant; both predictions carry a graph, so the slope of f(full) - f(base) is 1.5.
+    assert torch.allclose(step.weight.grad, 2 * 2 * step.weight.detach() * 1.5 / step.weight.numel())
 
 
 def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
