@@ -48,7 +48,7 @@ OnlyTarget = Annotated[str | None, typer.Option(help="Only this target.", show_d
 OnlyData = Annotated[str | None, typer.Option(help="Only these training pictures.", show_default="all")]
 OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons.", show_default="all")]
 RUNS = Path("runs/lab")
-PAGE = results.PUBLISHED.with_name("lab.md")
+PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md")]
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
 BLOCK = re.compile(r"(?P<opening><!-- spf lab (?P<words>table .*?) -->).*?(?P<closing><!-- end -->)", re.DOTALL)
 
@@ -268,7 +268,9 @@ def _tables(
         sequences = {task.sequence for task in every} - {()}
         whole = [s for s in sequences if not any(o != s and o[: len(s)] == s for o in sequences)]
         for names in sorted(whole):
-            yield f"One after the other: {', '.join(names)}; drift x 1000.", tables.sequences(found, names)
+            same = next(task for task in every if task.sequence == names)
+            how = _words(replace(same, target="", sequence=()))
+            yield f"One after the other: {', '.join(names)}; drift x 1000; {how}.", tables.sequences(found, names)
         return
     for task in every:
         if task.sequence or not _chosen(task, only):
@@ -325,13 +327,13 @@ def _chosen(task: Task, only: dict[str, Any]) -> bool:
 
 @app.command()
 def document() -> None:
-    """Fill the tables of docs/lab.md: each stands below the command that makes it."""
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(filled(text), encoding="utf-8")
+    """Fill the tables of docs/lab.md and docs/lab-figures.md: each stands below the command that makes it."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(text: str) -> str:
-    """The page with what its commands print, from docs/lab.jsonl alone."""
+    """A page with what its commands print, from docs/lab.jsonl alone."""
 
     def run(words: str) -> str:
         stream = io.StringIO()

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
+from portraitlab.captions import find_target
 from portraitlab.lab.curves import Mean, at_response, response
 from portraitlab.lab.results import Result
 from portraitlab.lab.rows import ROWS
@@ -77,7 +78,8 @@ def equal_response(results: Sequence[Result], wanted: float) -> Cells:
         cells = []
         for measure in AT_RESPONSE:
             found = at_response(group, measure, wanted)
-            text = found.bound + _said(found.mean, *COLUMNS[measure][1:])
+            bound = found.bound.replace("<", ">") if measure == "attributes_explicit" else found.bound  # more is better
+            text = bound + _said(found.mean, *COLUMNS[measure][1:])
             cells.append(text + (f", {found.missed} missed" if found.mean and found.missed else ""))
         lines.append([name, str(len({r.seed for r in group})), f"{highest:.2f}", *cells])
     return head, lines
@@ -195,12 +197,14 @@ def compared(here: Sequence[Result], there: Sequence[Result], measures: Sequence
 
 
 def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:
-    """A line for every row and length of a sequence: the mean response of all targets so far, and what else changed.
+    """A line for every row and length of a sequence: how each word taught so far responds, and what else changed.
 
-    Drift and reconstruction are those of the last target's prompts, against the untuned model.
+    Targets with the same phrase are one word. Drift and reconstruction are those of the last target's prompts, against
+    the untuned model.
     """
     measures = ("drift_explicit", "drift_partial", "reconstruction", "noise_drift", "leak", "uninvited")
-    head = ["row", "after", "seeds", "response of all so far", *(COLUMNS[m][0] for m in measures)]
+    words = list(dict.fromkeys(find_target(name).phrase for name in taught))
+    head = ["row", "after", "seeds", "response, all words", *words, *(COLUMNS[m][0] for m in measures)]
     lines = []
     for name, group in by_row(results).items():
         for count in range(1, len(taught) + 1):
@@ -208,12 +212,18 @@ def sequences(results: Iterable[Result], taught: tuple[str, ...]) -> Cells:
             if not after:
                 continue
             seeds = sorted({r.seed for r in after})
-            shows = [float(np.mean([response(r) for r in after if r.seed == seed])) for seed in seeds]
+            shows = {
+                seed: {find_target(r.task["target"]).phrase: response(r) for r in after if r.seed == seed}
+                for seed in seeds
+            }
+            each = [[shown[word] for shown in shows.values() if word in shown] for word in words]
             last = [r for r in after if r.task["target"] == taught[count - 1]]
-            cells = [_said(Mean.of([r.scores[m] for r in last]), *COLUMNS[m][1:]) for m in measures]
-            lines.append(
-                [name, f"{count}. {taught[count - 1]}", str(len(seeds)), _said(Mean.of(shows), 1, "{:.2f}"), *cells]
-            )
+            lines.append([
+                name, f"{count}. {taught[count - 1]}", str(len(seeds)),
+                _said(Mean.of([float(np.mean(list(shown.values()))) for shown in shows.values()]), 1, "{:.2f}"),
+                *(f"{Mean.of(values).value:.2f}" if values else "" for values in each),
+                *(_said(Mean.of([r.scores[m] for r in last]), *COLUMNS[m][1:]) for m in measures),
+            ])  # fmt: skip
     return head, lines
 
 

@@ -365,16 +365,24 @@ def test_the_plot_of_one_task(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / "plots").iterdir()] == expected
 
 
-def test_a_sequence_shows_all_targets_taught_so_far() -> None:
-    taught = ("blonde", "hat")
+def test_a_sequence_shows_every_word_taught_so_far_once() -> None:
+    taught = ("blonde", "hat", "sunglasses", "shades")  # the last two are one word
     found = [
         made("spf", 2e-3, 0.8, 0.003, task=Task("blonde", sequence=taught[:1])),
-        made("spf", 2e-3, 0.6, 0.005, task=Task("blonde", sequence=taught)),
-        made("spf", 2e-3, 0.9, 0.004, task=Task("hat", sequence=taught)),
-    ]
+        made("spf", 2e-3, 0.6, 0.005, task=Task("blonde", sequence=taught[:2])),
+        made("spf", 2e-3, 0.9, 0.004, task=Task("hat", sequence=taught[:2])),
+        *(made("spf", 2e-3, value, 0.006, task=Task(name, sequence=taught)) for name, value in (
+            ("blonde", 0.5), ("hat", 0.3), ("sunglasses", 0.7), ("shades", 0.7)
+        )),
+    ]  # fmt: skip
     head, lines = tables.sequences(found, taught)
-    assert [line[:4] for line in lines] == [["spf", "1. blonde", "1", "0.80"], ["spf", "2. hat", "1", "0.75"]]
-    assert [line[head.index("drift, explicit")] for line in lines] == ["3.0", "4.0"]
+    assert head[3:7] == ["response, all words", "blonde hair", "hat", "sunglasses"]
+    assert [line[:7] for line in lines] == [
+        ["spf", "1. blonde", "1", "0.80", "0.80", "", ""],
+        ["spf", "2. hat", "1", "0.75", "0.60", "0.90", ""],
+        ["spf", "4. shades", "1", "0.50", "0.50", "0.30", "0.70"],
+    ]
+    assert [line[head.index("drift, explicit")] for line in lines] == ["3.0", "4.0", "6.0"]
 
 
 def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,8 +409,9 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     assert lines == [["soft", "100", "1.00", "1.00", "0.00"], ["paper", "100", "0.50", "0.00", "0.00"]]
 
 
-def test_the_documentations_tables_are_what_its_commands_print(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(app.PAGE.parents[1])
-    text = app.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", app.PAGES, ids=lambda page: page.name)
+def test_the_documentations_tables_are_what_its_commands_print(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(page.parents[1])
+    text = page.read_text(encoding="utf-8")
     assert len(app.BLOCK.findall(text)) >= 5
     assert app.filled(text) == text, "run `spf lab document`"
