@@ -74,7 +74,7 @@ ROWS: dict[str, Row] = {
     **{f"prior-preservation-{w:g}": Row(peer="prior_preservation", options={"multiplier": w}) for w in (1.0, 3.0)},
     **{f"dop-{w:g}": Row(peer="dop", options={"multiplier": w}) for w in (1.0, 10.0, 100.0)},
     **{f"blank-{w:g}": Row(peer="dop", options={"multiplier": w, "blank": True}) for w in (1.0, 10.0, 100.0)},
-    **{f"pure-cc-{w:g}": Row(peer="pure_cc", options={"eta": w}) for w in (0.1, 0.5, 2.0, 10.0)},
+    **{f"pure-cc-{w:g}": Row(peer="pure_cc", options={"eta": w}) for w in (0.1, 0.5, 1.0, 2.0, 10.0)},
     "pure-cc-released-2": Row(peer="pure_cc_released", options={"eta": 2.0}),
     # SPF, and SPF without or with another of its parts.
     "spf": Row(),
