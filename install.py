@@ -110,9 +110,11 @@ def installed_is_current() -> bool:
     installed, source = Path(found.stdout.strip()), ROOT / "spf_plugin"
     if installed.resolve() == source.resolve():
         return True
-    names = [p.relative_to(source) for p in source.rglob("*.py")]
-    same_files = {p.relative_to(installed) for p in installed.rglob("*.py")} == set(names)
-    return same_files and all(filecmp.cmp(source / n, installed / n, shallow=False) for n in names)
+    names, there = (
+        {p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+        for folder in (source, installed)
+    )
+    return names == there and all(filecmp.cmp(source / n, installed / n, shallow=False) for n in names)
 
 
 def install(folder: Path, *, dry: bool) -> None:
@@ -138,14 +140,20 @@ def install(folder: Path, *, dry: bool) -> None:
             partial = target.with_suffix(".partial")
             shutil.copyfile(SHIM, partial)
             os.replace(partial, target)
-    preset = shlex.quote(str(ROOT / "presets" / "sd15-8gb.toml"))
+    preset = quoted(ROOT / "presets" / "sd15-8gb.toml")
+    more = " " if os.name == "nt" else " \\\n      "  # cmd.exe and PowerShell continue lines in different ways
     print(
         "\nTrain (nothing of sd-scripts is edited):\n"
-        f"  cd {shlex.quote(str(folder))}\n"
-        f"  accelerate launch train_network.py --config_file {preset} \\\n"
-        '      --network_module spf_plugin.lora --network_args "spf_target=blonde hair" \\\n'
-        "      --train_data_dir DATA --output_dir OUT --output_name NAME"
+        f"  cd {quoted(folder)}\n"
+        f"  accelerate launch train_network.py --config_file {preset}{more}"
+        f'--network_module spf_plugin.lora --network_args "spf_target=blonde hair"{more}'
+        "--train_data_dir DATA --output_dir OUT --output_name NAME"
     )
+
+
+def quoted(path: Path) -> str:
+    """A path for this system's shell."""
+    return f'"{path}"' if os.name == "nt" else shlex.quote(str(path))
 
 
 def uninstall(folder: Path, *, dry: bool) -> None:

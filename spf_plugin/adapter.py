@@ -83,11 +83,13 @@ class Adapter:
         """Note every module of `models` whose `forward` is replaced in the block, and what it was.
 
         Raises:
-            SPFError: nothing was replaced: the inner network attaches in a way that cannot be switched off exactly.
+            SPFError: nothing was replaced, or weights were taken out of the base model: the inner network attaches in a
+                way that cannot be switched off exactly.
         """
         before = {
             module: patching.instance_attribute(module, "forward") for model in models for module in model.modules()
         }
+        owned = {module: set(module._parameters) for module in before}
         yield
         self._originals = {
             module: state
@@ -98,6 +100,12 @@ class Adapter:
             raise SPFError(
                 "the inner network replaced no module's forward, so SPF cannot switch it off for the reference. Use "
                 "networks.lora or lycoris.kohya, and check that the network has any modules."
+            )
+        emptied = [module for module in self._originals if not owned[module] <= set(module._parameters)]
+        if emptied:
+            raise SPFError(
+                f"the inner network took the weights of {len(emptied)} modules out of the base model, as LyCORIS's "
+                "algo=full does, so SPF has no base model to compare with. Use another algorithm: lora, loha, lokr."
             )
 
     def bypassed(self) -> AbstractContextManager[None]:

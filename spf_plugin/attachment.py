@@ -47,6 +47,11 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
     def max_train_steps(self) -> int: ...
 
     @property
+    def first_step(self) -> int | None:
+        """The step at which the user lets the loop begin, whatever was resumed; None: 0, or the resumed one."""
+        ...
+
+    @property
     def seed(self) -> int: ...
 
     def captions(self, batch: Any) -> list[str]:
@@ -166,6 +171,10 @@ class Attachment:
         """Without any weight SPF changes nothing, and still reports the drift of plain training."""
         return not self.config.active and self.step % self.config.log_every == 0
 
+    def _responds_now(self) -> bool:
+        """Every N-th of the aligned steps."""
+        return self.aligns_now and self.step // self.config.every % self.config.response_every == 0
+
     # -- the wrapped calls ----------------------------------------------------------------------------------------
 
     def _call_unet(
@@ -193,6 +202,8 @@ class Attachment:
             )
         micro_step, self._micro_step = self._micro_step, self._micro_step + 1
         if not self._checked:
+            if self.host.first_step is not None:
+                self.step = self.host.first_step
             return self._check(predict, text_conds)
         if not (self.aligns_now or self._measures_now()):
             return predict(text_conds)
@@ -219,6 +230,9 @@ class Attachment:
                 "losses would train nothing. Run without --gradient_checkpointing, or report this host."
             )
         self._checked = True
+        if self.config.active:  # only now the length of the run is final
+            steps = self.host.max_train_steps
+            logger.info(f"SPF: alignment from step {self.config.stage2_step(steps)} of {steps}")
         return prediction
 
     def _dual_path(
@@ -271,7 +285,7 @@ class Attachment:
         if result.loss is not None and config.active:
             self._pending = result.loss
         shown = text.has_target & aligned
-        if self.step % config.log_every == 0:
+        if self.step % config.log_every < config.every:  # one of the aligned steps in each window
             self._log(result)
             if self.watch is not None:
                 self.watch.record(self.logs, result.map, shown)
@@ -286,7 +300,7 @@ class Attachment:
         if preserved is not None:
             # These samples reproduce the base model instead of denoising the training image.
             returned = torch.where(preserved.view(-1, 1, 1, 1), returned.detach(), returned)
-        if self.enhancement is not None and self.aligns_now and self.step % config.response_every == 0:
+        if self.enhancement is not None and self._responds_now():
             term = self.enhancement(
                 noisy_latents=noisy_latents,
                 timesteps=timesteps,

@@ -6,6 +6,7 @@ Settings arrive as `--network_args spf_NAME=VALUE` (always strings) or from a TO
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -339,6 +340,8 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
 
 def check_words(network_args: Sequence[str]) -> list[str]:
     """Problems in the raw words of `--network_args`, before the host splits them at `=` and fails without a reason."""
+    if isinstance(network_args, str):  # from a configuration file
+        return [f"network_args is a text, and must be a list: network_args = [{json.dumps(network_args)}]"]
     problems = []
     for i, word in enumerate(network_args):
         if "=" not in word:

@@ -21,8 +21,9 @@ from spf_plugin.attachment import Attachment, Host
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import DEFAULT_NETWORK, KohyaHost, raw_network_args
+from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.quantised import QuantisedBase
-from spf_plugin.saving import save_normalised
+from spf_plugin.saving import load_normalised, own_tensors, save_normalised
 from spf_plugin.watch import Watch
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
@@ -88,6 +89,7 @@ def create_network(
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
     save_normalised(network, config)
+    load_normalised(network)
     return attach(network, host, config, unet)
 
 
@@ -110,15 +112,17 @@ def create_network_from_weights(
             with safe_open(file, "pt") as reader:  # type: ignore[attr-defined]
                 keys = list(reader.keys())
         inner = adapters.load_module(adapters.module_for_weights(keys, DEFAULT_NETWORK))
-        return inner.create_network_from_weights(
+        network, weights = inner.create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
         )
+        return network, fitted(weights, own_tensors(network))
     host, config, theirs = _prepare(text_encoder, vae, kwargs)
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
     )
     save_normalised(network, config)
+    load_normalised(network)
     return attach(network, host, config, unet), weights
 
 
@@ -159,11 +163,10 @@ def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -
             if base is not None:
                 base.remove()
             raise
-        stage2 = config.stage2_step(host.max_train_steps) if config.active else None
         logger.info(
             f"SPF: target {'|'.join(map(str, config.target)) or '(per subset)'}; {len(adapter)} modules trained, "
-            f"{len(attachment.layers)} cross-attention layers compared; "
-            + (f"alignment from step {stage2}" if stage2 is not None else "no weights: measures drift only")
+            f"{len(attachment.layers)} cross-attention layers compared"
+            + ("" if config.active else "; no weights: measures drift only")
         )
 
     adapters.on_apply(network, applying)

@@ -2,6 +2,7 @@
 
 The inner network writes its file as always, under a temporary name; what lands under the final name is that file with
 normalised names, shapes, alphas and metadata, and the same weight deltas. The run's last file gets its WebUI card.
+A file that comes back (`--network_weights`) gets the shapes and alphas of the network again.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import logging
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError  # type: ignore[attr-defined]
+from safetensors.torch import save_file
 from torch import nn
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, reader, sidecars, writer
-from spf_plugin.lorafile.normalise import normalise
+from spf_plugin.lorafile.normalise import fitted, normalise
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,39 @@ def save_normalised(network: nn.Module, config: SPFConfig) -> None:
             partial.unlink(missing_ok=True)
 
     network.save_weights = save_weights  # type: ignore[assignment]  # the network is ours: nothing to put back
+
+
+def own_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """What the network's modules hold, by the names of a LoRA file; also before the network is applied."""
+    lists = ("unet_loras", "text_encoder_loras")
+    modules = [lora for name in lists for lora in getattr(network, name, None) or []]
+    return {f"{lora.lora_name}.{name}": tensor for lora in modules for name, tensor in lora.state_dict().items()}
+
+
+def load_normalised(network: nn.Module) -> None:
+    """Make `network.load_weights` read what `save_normalised` wrote.
+
+    The network takes its scale from its own alpha, and a file's alpha and shapes may be others: the same delta then
+    needs other factors (`normalise.fitted`).
+    """
+    original: Callable[..., Any] | None = getattr(network, "load_weights", None)
+    if original is None:
+        return
+
+    def load_weights(file: str) -> Any:
+        try:
+            tensors, _ = reader.load(file)
+        except SPFError:
+            return original(file)  # a .pt file, or a broken one: the network's own affair
+        wanted = fitted(tensors, own_tensors(network))
+        if all(wanted[name] is tensor for name, tensor in tensors.items()):
+            return original(file)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is still mapped
+            aside = Path(folder) / Path(file).name
+            save_file({name: tensor.contiguous() for name, tensor in wanted.items()}, aside)
+            return original(str(aside))
+
+    network.load_weights = load_weights  # type: ignore[assignment]  # the network is ours: nothing to put back
 
 
 def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[str, str]) -> None:

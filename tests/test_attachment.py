@@ -90,6 +90,7 @@ class ToyHost:
 
     text_encoder_trained = False
     max_train_steps = 10
+    first_step: int | None = None
     seed = 3
 
     def __init__(self) -> None:
@@ -351,6 +352,27 @@ def test_stages_and_every() -> None:
         prediction = run.step()
         aligned.append(run.host.accelerator.losses[before] > float(prediction.detach().square().mean()) + 1e-9)
     assert aligned == [False] * 4 + [True, False, True, False]
+
+
+def test_a_loop_that_begins_late_is_as_far_as_it_says(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(CAPTIONS, spf_stage2_start="4")
+    run.host.first_step = 3
+    with caplog.at_level("INFO"):
+        stages = [run.spf.stage for _ in range(3) if run.step() is not None]
+    assert stages == [2, 2, 2]
+    assert run.spf.step == 6
+    assert "alignment from step 4 of 10" in caplog.text
+
+
+def test_numbers_come_once_in_every_window_whatever_is_aligned() -> None:
+    run = Run(CAPTIONS, spf_every="3", spf_log_every="10")
+    logged = []
+    for step in range(40):
+        run.host.reported = {}
+        run.step()
+        if run.host.reported:
+            logged.append(step)
+    assert logged == [12, 21, 30]  # the first aligned step is the one that only checks
 
 
 def test_an_aligned_step_stands_for_those_left_out() -> None:

@@ -101,6 +101,9 @@ def test_stray_words() -> None:
     (problem,) = check_words(["spf_target=blonde", "hair"])
     assert "stray word 'hair'" in problem
     assert "follows 'spf_target=blonde'" in problem
+    assert check_words("spf_target=a") == [
+        'network_args is a text, and must be a list: network_args = ["spf_target=a"]'
+    ]
     (problem,) = check_words(["spf_target=a=b"])
     assert "more than one '='" in problem
 

@@ -72,6 +72,16 @@ def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
     assert again.returncode == 0
     assert tree(host) == installed
     assert "copying" not in again.stdout
+    assert "already installed, this version" in again.stdout
+
+    code = "import spf_plugin; print(spf_plugin.__path__[0])"
+    place = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=host)
+    figures = Path(place.stdout.strip()) / "plan.json"
+    assert figures.parent.parent != ROOT
+    now = figures.read_bytes()
+    figures.write_bytes(b"{}")  # an earlier version's
+    assert run(python, "--sd-scripts", host).returncode == 0
+    assert figures.read_bytes() == now
 
     away = run(python, "--sd-scripts", host, "--uninstall")
     assert away.returncode == 0, away.stdout + away.stderr

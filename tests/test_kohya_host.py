@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,6 +144,52 @@ def test_caption_prefix_and_wildcard_lists_count() -> None:
     config = parse({"spf_target": "blonde hair"})
     assert host({"a": ("a woman", subset(suffix="blonde hair"))}).problems(config) == []
     assert host({"a": (["a woman", "a woman, blonde hair"], subset())}).problems(config) == []  # type: ignore[dict-item]
+
+
+def test_wildcards_count_as_the_host_may_draw_them() -> None:
+    either = SimpleNamespace(enable_wildcard=True, caption_prefix=None, caption_suffix=None)
+    assert host({"a": ("a woman, {blonde|golden} hair", either)}).problems(parse({"spf_target": "golden hair"})) == []
+
+
+def test_a_prefix_that_cached_text_leaves_out(tmp_path: Path) -> None:
+    config = parse({"spf_target": "blonde hair"})
+    images = {"a": ("a woman, blonde hair", subset(prefix="a photo of"))}
+    assert host(images).problems(config) == []
+    (problem,) = host(images, cache_text_encoder_outputs=True).problems(config)
+    assert "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs" in problem
+
+
+def test_text_that_was_cached_before_the_caption_changed(tmp_path: Path) -> None:
+    config, options = parse({"spf_target": "blonde hair"}), {"cache_text_encoder_outputs": True}
+    own = subset()
+    own.caption_extension = ".txt"
+    with_it = host({"a": ("blonde hair", own)}, cache_text_encoder_outputs_to_disk=True, **options)
+    without = host({"a": ("blonde hair", own)}, **options)
+    for found in (with_it, without):
+        next(found._infos())[0].absolute_path = str(tmp_path / "a.b.png")
+    assert with_it.problems(config) == []
+    caption, cache = tmp_path / "a.b.txt", tmp_path / "a.b_te_outputs.npz"
+    for path in (caption, cache):
+        path.write_bytes(b"")
+        os.utime(path, (1000, 1000))
+    assert with_it.problems(config) == []
+    os.utime(caption, (1001, 1001))
+    (problem,) = with_it.problems(config)
+    assert "1 captions were changed after their encoding was cached" in problem
+    assert "Delete the *_te_outputs.npz files" in problem
+    assert without.problems(config) == []  # then the host does not read the file
+
+
+def test_where_the_user_lets_the_loop_begin() -> None:
+    assert host({}).first_step is None
+    assert host({}, initial_step=7, initial_epoch=3).first_step == 7
+    found = host({}, initial_step=None, initial_epoch=3, gradient_accumulation_steps=2)
+    found.accelerator = SimpleNamespace(num_processes=2)
+    with pytest.raises(SPFError, match="train_dataloader"):
+        _ = found.first_step
+    train_dataloader = range(9)
+    assert train_dataloader
+    assert found.first_step == 2 * 3  # two epochs of ceil(9 / 4) steps
 
 
 def test_targets_of_subsets() -> None:

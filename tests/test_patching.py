@@ -100,6 +100,14 @@ def test_nested_bypass() -> None:
 
 
 def test_an_adapter_that_replaces_nothing_is_refused() -> None:
+    def take_all(model: nn.Linear) -> None:
+        weight = model.weight
+        del model.weight
+        model.forward = lambda x: x @ weight.T  # type: ignore[method-assign]
+
+    model = nn.Linear(2, 2)
+    with pytest.raises(SPFError, match="took the weights of 1 modules out"), Adapter().watching([model]):
+        take_all(model)
     with pytest.raises(SPFError, match="replaced no module's forward"), Adapter().watching([nn.Linear(2, 2)]):
         pass
 

@@ -442,6 +442,7 @@ def test_not_finite_is_left_out_and_counted(caplog: pytest.LogCaptureFixture) ->
     ("settings", "steps"),
     [
         ({"spf_response_every": "2"}, 2),
+        ({"spf_response_every": "2", "spf_every": "2"}, 1),  # of the aligned steps 0 and 2
         ({"spf_response_max_timestep": "500"}, 0),
         ({"spf_response": "off"}, 0),
     ],

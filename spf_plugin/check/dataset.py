@@ -5,17 +5,13 @@ The rules are those of sd-scripts' `library/config_util.py` and `train_util.py` 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from spf_plugin.check.findings import Finding
-
-VARIANTS = 32  # wildcard choices looked at, per caption
-_WILDCARD = re.compile(r"\{([^{}]+)\}")
+from spf_plugin.hosts.kohya import prompts
 
 
 @dataclass(frozen=True)
@@ -80,37 +76,3 @@ class Data:
 
     def add(self, level: str, code: str, message: str, fix: str = "", images: Sequence[str] = ()) -> None:
         self.findings.append(Finding(level, code, message, fix, tuple(images)))
-
-
-def prompts(caption: str, subset: Subset) -> tuple[str, ...]:
-    """`process_caption` of the host, with every choice of a wildcard in place of a random one."""
-    if subset.caption_prefix:
-        caption = subset.caption_prefix + " " + caption
-    if subset.caption_suffix:
-        caption = caption + " " + subset.caption_suffix
-    if subset.enable_wildcard:
-        variants = [text for line in caption.split("\n") for text in _choices(line)][:VARIANTS]
-    else:
-        variants = [caption.split("\n")[0]]
-    if subset.secondary_separator:
-        variants = [v.replace(subset.secondary_separator, subset.caption_separator) for v in variants]
-    if subset.keep_tokens_separator and shuffled(subset):
-        joined = f"{subset.caption_separator} "
-        variants = [joined.join(p.strip() for p in v.split(subset.keep_tokens_separator, 2)) for v in variants]
-    return tuple(dict.fromkeys(variants))
-
-
-def shuffled(subset: Subset) -> bool:
-    """Whether the host takes the captions of a subset apart."""
-    return subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0
-
-
-def _choices(line: str) -> Iterator[str]:
-    parts = re.split(r"(\{\{|\}\}|\{[^{}]+\})", line)
-    options = [
-        [p[0]] if p in ("{{", "}}") else p[1:-1].split("|") if _WILDCARD.fullmatch(p) else [p] for p in parts if p
-    ]
-    for count, chosen in enumerate(product(*options)):
-        if count == VARIANTS:
-            return
-        yield "".join(chosen)

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from spf_plugin.check.captions import LEADING, Described, count_of, names
-from spf_plugin.check.dataset import shuffled
 from spf_plugin.check.findings import Finding, of
+from spf_plugin.hosts.kohya import shuffled
 
 ALIKE = 0.9  # share of images with the same base prompt that counts as all alike
 TOGETHER = 0.75  # share of the target's images that say something else too

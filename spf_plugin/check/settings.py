@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from spf_plugin.check.dataset import Data, shuffled
+from spf_plugin.check.dataset import Data
 from spf_plugin.check.findings import Finding, of
 from spf_plugin.check.source import HostArgs
 from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import CUSTOM_TARGET, SUPPORTED, KohyaHost
+from spf_plugin.hosts.kohya import CUSTOM_TARGET, SUPPORTED, KohyaHost, shuffled
 from spf_plugin.prompt import Target, parse_targets
 
 NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")
@@ -27,7 +27,7 @@ class PlannedHost(KohyaHost):
 
     def __init__(self, args: HostArgs, data: Data):
         infos = {
-            i: SimpleNamespace(caption=entry.caption.split("\n"), is_reg=entry.subset.is_reg)
+            i: SimpleNamespace(caption=entry.caption, is_reg=entry.subset.is_reg, absolute_path=str(entry.path))
             for i, entry in enumerate(data.entries)
         }
         subsets = {i: entry.subset for i, entry in enumerate(data.entries)}

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import product
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -32,6 +35,9 @@ DEFAULT_NETWORK = "networks.lora"
 STATE_FILE = "spf_state.json"
 HOST_STATE_FILE = "train_state.json"
 CUSTOM_TARGET = "spf_target"
+TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
+VARIANTS = 32  # wildcard choices looked at, per caption
+_WILDCARD = re.compile(r"\{([^{}]+)\}")
 SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.10.x"
 
 
@@ -51,13 +57,65 @@ def training_frame() -> FrameType | None:
     return None
 
 
-def raw_network_args() -> list[str]:
-    """The words of `--network_args` of the trainer that is calling us; empty where there is none."""
+def raw_network_args() -> Sequence[str]:
+    """The words of `--network_args` of the trainer that is calling us; empty where there is none. A text where a
+    configuration file gave one in place of a list."""
     for frame in _frames():
         args: Any = frame.f_locals.get("args")
         if hasattr(args, "network_module") and hasattr(args, "network_args"):
-            return list(args.network_args or [])
+            return args.network_args or []
     return []
+
+
+def shuffled(subset: Any) -> bool:
+    """Whether the host takes the captions of a subset apart."""
+    return bool(
+        getattr(subset, "shuffle_caption", False)
+        or getattr(subset, "token_warmup_step", 0) > 0
+        or getattr(subset, "caption_tag_dropout_rate", 0) > 0
+    )
+
+
+def prompts(caption: str, subset: Any) -> tuple[str, ...]:
+    """`process_caption` of the host, with every choice of a wildcard in place of a random one.
+
+    Args:
+        caption: the content of a caption file.
+        subset: the host's, or anything with (some of) its attributes.
+
+    Returns:
+        What the text encoder may be given, without shuffling and dropout; more than one only with wildcards.
+    """
+
+    def option(name: str) -> Any:
+        return getattr(subset, name, None)
+
+    if option("caption_prefix"):
+        caption = subset.caption_prefix + " " + caption
+    if option("caption_suffix"):
+        caption = caption + " " + subset.caption_suffix
+    if option("enable_wildcard"):
+        variants = [text for line in caption.split("\n") for text in _choices(line)][:VARIANTS]
+    else:
+        variants = [caption.split("\n")[0]]
+    separator = option("caption_separator") or ","
+    if option("secondary_separator"):
+        variants = [v.replace(subset.secondary_separator, separator) for v in variants]
+    if option("keep_tokens_separator") and shuffled(subset):
+        joined = f"{separator} "
+        variants = [joined.join(p.strip() for p in v.split(subset.keep_tokens_separator, 2)) for v in variants]
+    return tuple(dict.fromkeys(variants))
+
+
+def _choices(line: str) -> Iterator[str]:
+    parts = re.split(r"(\{\{|\}\}|\{[^{}]+\})", line)
+    options = [
+        [p[0]] if p in ("{{", "}}") else p[1:-1].split("|") if _WILDCARD.fullmatch(p) else [p] for p in parts if p
+    ]
+    for count, chosen in enumerate(product(*options)):
+        if count == VARIANTS:
+            return
+        yield "".join(chosen)
 
 
 def _overrides(cls: type, name: str) -> type | None:
@@ -136,6 +194,17 @@ class KohyaHost:
         return int(self.args.max_train_steps)  # final only after the data loader was made: read late
 
     @property
+    def first_step(self) -> int | None:
+        step, epoch = getattr(self.args, "initial_step", None), getattr(self.args, "initial_epoch", None)
+        if step is not None or epoch is None:
+            return step
+        loader = next((f.f_locals["train_dataloader"] for f in _frames() if "train_dataloader" in f.f_locals), None)
+        if loader is None:
+            raise SPFError(f"found no train_dataloader among the callers. {SUPPORTED}")
+        accumulated = self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        return (epoch - 1) * math.ceil(len(loader) / accumulated)
+
+    @property
     def seed(self) -> int:
         return int(self.args.seed or 0)
 
@@ -154,16 +223,19 @@ class KohyaHost:
 
     def _images(self) -> Iterator[tuple[str, Sequence[Target] | None, bool]]:
         """`(caption, per-image targets, is regularisation image)` of the whole data set."""
+        for info, subset in self._infos():
+            captions = info.caption if isinstance(info.caption, list) else [info.caption or ""]
+            attributes = getattr(subset, "custom_attributes", None) or {}
+            targets = parse_targets(attributes[CUSTOM_TARGET]) if attributes.get(CUSTOM_TARGET) else None
+            for caption in captions:
+                for text in prompts(caption, subset):
+                    yield text, targets, bool(getattr(info, "is_reg", False))
+
+    def _infos(self) -> Iterator[tuple[Any, Any]]:
+        """The host's note about each image, and its subset."""
         for dataset in getattr(self._dataset, "datasets", []):
             for key, info in getattr(dataset, "image_data", {}).items():
-                subset = getattr(dataset, "image_to_subset", {}).get(key)
-                parts = [getattr(subset, "caption_prefix", None), info.caption, getattr(subset, "caption_suffix", None)]
-                captions = parts[1] if isinstance(parts[1], list) else [parts[1] or ""]
-                attributes = getattr(subset, "custom_attributes", None) or {}
-                targets = parse_targets(attributes[CUSTOM_TARGET]) if attributes.get(CUSTOM_TARGET) else None
-                for caption in captions:
-                    text = " ".join(p for p in (parts[0], caption, parts[2]) if p)
-                    yield text, targets, bool(getattr(info, "is_reg", False))
+                yield info, getattr(dataset, "image_to_subset", {}).get(key)
 
     def problems(self, config: SPFConfig | None) -> list[str]:
         """What would make this run wrong. Warns about what only might."""
@@ -189,8 +261,31 @@ class KohyaHost:
             except OSError as error:  # the host would find out when it saves, after hours
                 reason = error.strerror or error
                 found.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
+        found += self._cached_text_problems()
         if config is not None:
             found += [*self._base_problems(config), *self._target_problems(config)]
+        return found
+
+    def _cached_text_problems(self) -> list[str]:
+        """Where the text that the host has cached is not the text that it reports as the caption."""
+        if not getattr(self.args, "cache_text_encoder_outputs", False):
+            return []
+        found, stale = [], []
+        if any(getattr(subset, f"caption_{end}", None) for _, subset in self._infos() for end in ("prefix", "suffix")):
+            found.append(
+                "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs: sd-scripts "
+                "then encodes the captions without them. Write them into the caption files."
+            )
+        for info, subset in self._infos():
+            stem = os.path.splitext(getattr(info, "absolute_path", None) or "")[0]
+            caption, cache = stem + (getattr(subset, "caption_extension", None) or ""), stem + TEXT_CACHE
+            if stem and os.path.isfile(caption) and os.path.isfile(cache):
+                stale += [cache] if os.path.getmtime(caption) > os.path.getmtime(cache) else []
+        if stale and getattr(self.args, "cache_text_encoder_outputs_to_disk", False):
+            found.append(
+                f"{len(stale)} captions were changed after their encoding was cached, and sd-scripts would train with "
+                f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{TEXT_CACHE} files."
+            )
         return found
 
     def _base_problems(self, config: SPFConfig) -> list[str]:

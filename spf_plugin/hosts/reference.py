@@ -37,6 +37,10 @@ class ReferenceHost:
         return self.trainer.settings.steps
 
     @property
+    def first_step(self) -> int | None:
+        return None
+
+    @property
     def seed(self) -> int:
         return self.trainer.settings.seed
 

@@ -94,6 +94,32 @@ def normalise(
     return out, strings, notes
 
 
+def fitted(state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same deltas for a network whose modules have other alphas, or other shapes of the same factors.
+
+    Args:
+        state_dict: a LoRA file's tensors.
+        own: the network's tensors by the same names; what it has not stays as it is.
+
+    Returns:
+        The tensors; those that need no change are the same objects. Scaled factors are float32.
+    """
+    out = dict(state_dict)
+    for key, tensor in state_dict.items():
+        if key in own and tensor.shape != own[key].shape and tensor.numel() == own[key].numel():
+            out[key] = tensor.reshape(own[key].shape)
+    for key in state_dict:
+        name, _, suffix = key.rpartition(".")
+        factor = f"{name}.{UP}"
+        if suffix != ALPHA or key not in own or factor not in out:
+            continue
+        theirs, ours = float(state_dict[key]), float(own[key])
+        if theirs != ours and ours != 0:
+            out[key] = own[key].detach().cpu()
+            out[factor] = out[factor].float() * (theirs / ours)
+    return out
+
+
 def _renamed(
     state_dict: Mapping[str, torch.Tensor], description: Description, notes: list[str]
 ) -> tuple[Modules, dict[str, Module]]:

@@ -285,6 +285,8 @@ def read_header(path: str | Path) -> Header:
 def iter_tensors(path: str | Path, header: Header) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) one at a time, in file order, so that a large file never sits in memory whole.
 
+    The tensors are copies: one that is mapped keeps the file open, and Windows replaces and deletes no open file.
+
     Raises:
         UnreadableFile: The safetensors library refuses the file or one tensor.
     """
@@ -292,7 +294,7 @@ def iter_tensors(path: str | Path, header: Header) -> Iterator[tuple[str, torch.
     try:
         with _safe_open(str(path), framework="pt", device="cpu") as file:
             for name in header.tensors:
-                yield name, file.get_tensor(name)
+                yield name, file.get_tensor(name).clone()
     # AttributeError: a dtype that this torch lacks
     except (safetensors.SafetensorError, OSError, AttributeError) as error:  # type: ignore[attr-defined]
         raise _fail(path, f"cannot be read ({error}).", _COPY_AGAIN) from None

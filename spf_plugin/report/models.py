@@ -141,7 +141,7 @@ def draw(
             for one in latents.float() / pipeline.vae.config.scaling_factor:
                 pixels = pipeline.vae.decode(one[None]).sample[0]
                 out.append((((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)).cpu().numpy())
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise SPFError(
                 "the GPU is out of memory while drawing. In this order: --dtype fp16, --batch-size 1, a smaller --size."
             ) from None

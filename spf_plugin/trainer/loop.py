@@ -333,7 +333,7 @@ def train(
                 path = numbered(path, steps)
             notes = write(path, steps, card=True)
         accelerator.end_training()
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise SPFError(
             "the GPU is out of memory. Use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or "
             "a smaller --resolution."

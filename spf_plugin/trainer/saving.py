@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from spf_plugin.errors import SPFError
@@ -73,7 +73,7 @@ def save(
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / "lora.safetensors"
         network.save_weights(str(aside), dtype, {})  # type: ignore[operator]
-        tensors = load_file(aside)
+        tensors = load(aside.read_bytes())  # not mapped: Windows would not let the folder go
     tensors, strings, notes = normalise(tensors, metadata)
     writer.save(path, tensors, strings)
     if card:

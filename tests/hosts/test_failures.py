@@ -91,6 +91,12 @@ def test_unmatched_layers_and_modules(host: Host) -> None:
     assert "spf_train='attn7' matches none of the" in stops(host, TARGET, "spf_train=attn7")
 
 
+def test_an_algorithm_that_empties_the_base_model(host: Host) -> None:
+    message = stops(host, TARGET, "spf_network=lycoris.kohya", "algo=full", "preset=attn-mlp")
+    assert "took the weights of" in message
+    assert "Use another algorithm: lora, loha, lokr" in message
+
+
 def test_missing_config_file(host: Host) -> None:
     assert "spf_config: no such file" in stops(host, "spf_config=nowhere.toml")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_earlier_loras(host: Host) -> None:
     aligned(merged)
     continued = host.train(*EVERY_STEP, network_weights=first.file, dim_from_weights=True, max_train_steps=2)
     aligned(continued)
+
+
+def test_training_goes_on_from_a_file_whose_alphas_were_made_one(host: Host) -> None:
+    """networks.lora takes its scale from its own alpha and no notice of the file's: the delta must stay."""
+    convolutions = ["conv_dim=4", "conv_alpha=16"]
+    first = host.train(*EVERY_STEP, *convolutions, max_train_steps=2)
+    still = host.train(*EVERY_STEP, *convolutions, network_weights=first.file, max_train_steps=1, learning_rate=1e-20)
+    assert {float(t) for name, t in first.tensors().items() if name.endswith("alpha")} == {2.0}
+    for name, tensor in first.tensors().items():
+        assert torch.allclose(still.tensors()[name], tensor, rtol=1e-5, atol=1e-9), name
+
+
+def test_a_loop_that_begins_late(host: Host) -> None:
+    """Two steps an epoch: from the second epoch on there are steps 2 to 5, and the first one only checks."""
+    late = {"initial_epoch": 2, "skip_until_initial_step": True, "max_train_steps": 6}
+    result = host.train(
+        EVERY_STEP[0], "spf_stage2_start=3", "spf_every=1", "spf_log_every=1", module="tests.hosts.spy", **late
+    )
+    aligned(result)
+    assert "alignment from step 3 of 6" in re.sub(r"\s+", " ", result.log)
+    assert len(json.loads((result.folder / "spy.json").read_text())) == 3
 
 
 def test_replacement_and_several_targets(host: Host) -> None:

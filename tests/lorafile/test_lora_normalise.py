@@ -9,7 +9,7 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import names
-from spf_plugin.lorafile.normalise import normalise
+from spf_plugin.lorafile.normalise import fitted, normalise
 from tests.lorafile import helpers as h
 from tests.lorafile.test_lora_loaders import LOADERS, complete, judge, statuses
 
@@ -35,6 +35,27 @@ def random_lora(
             out[f"{name}.alpha"] = torch.tensor(alphas(name)).to(dtype)
         out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = (0.1 * down).to(dtype), (0.1 * up).to(dtype)
     return out
+
+
+def test_a_file_is_fitted_to_a_network_of_other_alphas_and_shapes() -> None:
+    """Normalising makes one alpha of several and SD2's projections flat; the network has its own, as it was made."""
+    conv = "lora_unet_mid_block_attentions_0_proj_in"
+
+    def alphas(name: str) -> float:
+        return 16.0 if "attn1" in name else 1.0
+
+    own = random_lora("sd2", keep=middle, alphas=alphas, dtype=torch.float32)
+    for suffix in ("lora_down.weight", "lora_up.weight"):
+        own[f"{conv}.{suffix}"] = own[f"{conv}.{suffix}"].flatten(1)[:, :, None, None]
+    saved, _, _ = normalise(own, None)
+    assert saved[f"{conv}.lora_up.weight"].dim() == 2
+    assert len({float(tensor) for name, tensor in saved.items() if name.endswith("alpha")}) == 1
+    back = fitted(saved, own)
+    assert back.keys() == own.keys()
+    for name, tensor in own.items():
+        assert torch.equal(back[name], tensor), name
+    assert all(fitted(own, own)[name] is tensor for name, tensor in own.items())
+    assert fitted(saved, {}) == saved
 
 
 def middle(name: str) -> bool:
