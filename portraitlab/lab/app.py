@@ -31,6 +31,8 @@ from spf_plugin.errors import SPFError, nearest
 KNOWN = (*TARGETS, *REPLACEMENTS)
 #: How the rows begin that vary a part of a method.
 VARIANTS = ("spf-", "everywhere", "plain-")
+#: But these are methods of their own.
+METHODS = ("spf-paired", "spf-published-paper", "spf-published-soft")
 #: What runs within an hour on two CPU cores, with the other defaults.
 SMALL = "plain,masked-prior-1,dop-10,spf"
 
@@ -364,7 +366,7 @@ def plot(
 ) -> None:
     """Draw response against drift, a curve a method, for every task with a sweep."""
     found = list(results.read(out / "results").values())
-    methods = [name for name in ROWS if name == "spf-paired" or not name.startswith(VARIANTS)]
+    methods = [name for name in ROWS if name in METHODS or not name.startswith(VARIANTS)]
     shown = methods if rows is None else _rows(rows)
     into.mkdir(parents=True, exist_ok=True)
     for task in results.tasks(found):
