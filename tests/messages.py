@@ -14,13 +14,13 @@ GAP = "\0"
 MADE = {
     "config.py": set(),
     "prompt.py": {"parse_targets"},
-    "hosts/kohya.py": {"trainer_problem", "problems", "_base_problems", "_target_problems"},
+    "hosts/kohya.py": {"trainer_problem", "problems", "_cached_text_problems", "_base_problems", "_target_problems"},
     "quantised.py": {"problems", "device_problems"},
     "cli/train.py": {"key_values"},
     "check/source.py": {"parse_words", "close"},
 }
 #: Functions that return messages.
-RETURNED = {"trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
+RETURNED = {"check_words", "trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"sfcm.py", "losses.py"}
 
