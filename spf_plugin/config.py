@@ -340,9 +340,10 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
 
 def check_words(network_args: Sequence[str]) -> list[str]:
     """Problems in the raw words of `--network_args`, before the host splits them at `=` and fails without a reason."""
-    if isinstance(network_args, str):  # from a configuration file
-        return [f"network_args is a text, and must be a list: network_args = [{json.dumps(network_args)}]"]
     problems = []
+    if isinstance(network_args, str):  # from a configuration file
+        problems.append(f"network_args is a text, and must be a list: network_args = [{json.dumps(network_args)}]")
+        return problems
     for i, word in enumerate(network_args):
         if "=" not in word:
             before = f" It follows {network_args[i - 1]!r}." if i else ""

@@ -20,7 +20,7 @@ MADE = {
     "check/source.py": {"parse_words", "close"},
 }
 #: Functions that return messages.
-RETURNED = {"check_words", "trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
+RETURNED = {"trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"sfcm.py", "losses.py"}
 
