@@ -205,13 +205,12 @@ class PureCC(Peer):
 class PureCCReleased(Peer):
     """Stage two as PureCC's released code has it (`train_stage2_sd3.py`).
 
-    `mse(f(full), noise) + eta |f(full) - (f(base) + scale (f_0(target) - f_0("")))|^2`: the length is fixed
-    (`--fix_lambda`), the direction is the base model's (the adapter is disabled there), and `f(base)` is the trained
-    model's, with graph. Stage one then gives a learned token only, which does not exist here.
+    `mse(f(full), noise) + eta |f(full) - (f(base) + f_0(target) - f_0(""))|^2`: the length is fixed (`--fix_lambda`),
+    the direction is the base model's (the adapter is disabled there), and `f(base)` is the trained model's, with graph.
+    Stage one then gives a learned token only, which does not exist here.
     """
 
     eta: float = 2.0
-    scale: float = 1.0
 
     def prepare(self, trainer: Trainer) -> None:
         self.texts = trainer.model.encode([self.task.goal.phrase, ""])
@@ -220,7 +219,7 @@ class PureCCReleased(Peer):
         target, empty = (row[None].expand_as(step.full) for row in self.texts)
         direction = step.prior(target) - step.prior(empty)
         full, base = step.predict(step.full), step.predict(step.base)
-        return full, self.eta * F.mse_loss(full, base + self.scale * direction)
+        return full, self.eta * F.mse_loss(full, base + direction)
 
 
 KINDS: Mapping[str, Callable[..., Peer]] = {

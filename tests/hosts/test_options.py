@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests import tiny
 from tests.hosts.conftest import Host, Result
@@ -120,6 +121,18 @@ def test_earlier_loras(host: Host) -> None:
     aligned(merged)
     continued = host.train(*EVERY_STEP, network_weights=first.file, dim_from_weights=True, max_train_steps=2)
     aligned(continued)
+
+
+def test_an_earlier_lora_with_the_shapes_of_sd2_is_merged_as_any_other(host: Host, tmp_path: Path) -> None:
+    """WebUIs want two dimensions for SD2's projections; the host's own merge takes the shapes as they come."""
+    first = host.train(*EVERY_STEP, max_train_steps=2)
+    tensors = first.tensors()
+    projections = [name for name in tensors if re.search(r"proj_(in|out).lora", name) and tensors[name].ndim == 4]
+    assert projections
+    flat = tmp_path / "flat.safetensors"
+    save_file({**tensors, **{name: tensors[name].flatten(1) for name in projections}}, flat)
+    once, again = (host.train(*EVERY_STEP, base_weights=[file], max_train_steps=2) for file in (first.file, flat))
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in once.tensors().items())
 
 
 def test_training_goes_on_from_a_file_whose_alphas_were_made_one(host: Host) -> None:

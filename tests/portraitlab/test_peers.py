@@ -134,16 +134,16 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> No
 
 
 def test_pure_cc_as_released_adds_the_base_models_direction_to_the_trained_models_base(step: Any) -> None:
-    peer = peers.PureCCReleased(Task(), 0, eta=2.0, scale=0.5)
+    peer = peers.PureCCReleased(Task(), 0, eta=2.0)
     peer.texts = torch.tensor([[[1.0]], [[0.0]]])
     full, extra = peer.step(step)
     assert torch.equal(full, 3 * step.weight)
     # f(full) - f(base) = 1.5 w; f_0(target) - f_0("") = (2 w + 10) - (w + 10) = w.
     assert extra is not None
-    assert float(extra.detach()) == pytest.approx(float(2 * step.weight.square().mean().detach()), rel=1e-4)
+    assert float(extra.detach()) == pytest.approx(float(2 * (0.5 * step.weight).square().mean().detach()), rel=1e-4)
     extra.backward()
     # The direction is a constant; both predictions carry a graph, so the slope of f(full) - f(base) is 1.5.
-    assert torch.allclose(step.weight.grad, 2 * 2 * step.weight.detach() * 1.5 / step.weight.numel())
+    assert torch.allclose(step.weight.grad, 2 * 2 * 0.5 * step.weight.detach() * 1.5 / step.weight.numel())
 
 
 def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
