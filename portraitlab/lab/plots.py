@@ -21,7 +21,8 @@ STYLES = {
     "blank": ("#64748b", "<"),
     "pure-cc": ("#4d7c0f", ">"),
     "spf-paired": ("#0f172a", "*"),
-    "spf-published": ("#38bdf8", "X"),
+    "spf-published-paper": ("#38bdf8", "X"),
+    "spf-published-soft": ("#7dd3fc", "D"),
     "spf": ("#1d4ed8", "P"),
 }
 PANELS = (("drift_explicit", "explicit prompts"), ("drift_partial", "partial prompts"))
