@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class Peer(ABC):
     @abstractmethod
     def prepare(self, trainer: Trainer) -> None:
         """Called once before training, while the UNet is still the base model."""
+
+    @contextmanager
+    def applied(self, network: nn.Module) -> Iterator[None]:
+        """Open from when the network is applied until it is trained: for a peer that patches or reads its modules."""
+        yield
 
     @abstractmethod
     def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
@@ -232,13 +238,12 @@ KINDS: Mapping[str, Callable[..., Peer]] = {
 
 
 def objective(peer: Peer) -> Objective:
-    """A peer as an objective of the reference trainer."""
+    """A peer as an objective of the reference trainer. Where that trains SPF too, the peer's calls go around SPF's."""
     bases = {example.caption: example.base_caption for example in peer.task.examples(peer.seed)}
 
     def attach(network: nn.Module, trainer: Trainer) -> Callable[[], None]:
         peer.prepare(trainer)
         adapter, patches = Adapter(), ExitStack()
-        original, backward = trainer.call_unet, trainer.accelerator.backward
         encoded: dict[str, Tensor] = {}
         pending: list[Tensor] = []
 
@@ -249,8 +254,9 @@ def objective(peer: Peer) -> Objective:
             return torch.cat([encoded[caption] for caption in captions])
 
         def call_unet(
-            args: Any, accelerator: Any, unet: Any, noisy: Tensor, timesteps: Tensor, conds: Any, batch: Any, dtype: Any
-        ) -> Tensor:
+            original: Callable[..., Tensor], args: Any, accelerator: Any, unet: Any, noisy: Tensor, timesteps: Tensor,
+            conds: Any, batch: Any, dtype: Any,
+        ) -> Tensor:  # fmt: skip
             def predict(texts: Tensor, noisy: Tensor = noisy, timesteps: Tensor = timesteps) -> Tensor:
                 return original(args, accelerator, unet, noisy, timesteps, texts, batch, dtype).float()
 
@@ -262,15 +268,17 @@ def objective(peer: Peer) -> Objective:
                 pending.append(extra)
             return prediction
 
-        def add(loss: Tensor, **kwargs: Any) -> None:
+        def add(backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
             backward(loss + pending.pop() if pending else loss, **kwargs)
 
         @contextmanager
         def applying(models: Sequence[nn.Module]) -> Iterator[None]:
             with adapter.watching(models):
                 yield
-            patches.enter_context(patching.patched(trainer, "call_unet", call_unet))
-            patches.enter_context(patching.patched(trainer.accelerator, "backward", add))
+            patches.enter_context(peer.applied(network))
+            for obj, name, ours in ((trainer, "call_unet", call_unet), (trainer.accelerator, "backward", add)):
+                # What is there now: SPF's calls, if it trains too.
+                patches.enter_context(patching.patched(obj, name, partial(ours, getattr(obj, name))))
 
         adapters.on_apply(network, applying)
         return patches.close

@@ -21,6 +21,7 @@ class Row:
         spf: SPF settings without their prefix, on top of the defaults.
         peer: a key of `peers.KINDS` in place of SPF, or nothing.
         options: the peer's parameters.
+        with_spf: the peer trains on top of SPF, not in its place; for peers that predict once a step.
         anchor: `train`, or `self` (`anchors`): the pictures on which SPF aligns.
         steps: another number of steps than the task's: plain training that is stopped early.
     """
@@ -28,12 +29,13 @@ class Row:
     spf: Mapping[str, Any] = field(default_factory=dict)
     peer: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    with_spf: bool = False
     anchor: str = "train"
     steps: int | None = None
 
     def config(self, task: Task) -> SPFConfig:
-        """The SPF settings, defaults included; without any weight where a peer trains."""
-        words = PLAIN if self.peer else self.spf
+        """The SPF settings, defaults included; without any weight where a peer trains in its place."""
+        words = PLAIN if self.peer and not self.with_spf else self.spf
         fixed = {"target": task.goal.spf, "network": "lycoris.kohya", "preview_every": 0}
         return parse({PREFIX + name: value for name, value in {**fixed, **words}.items()})
 

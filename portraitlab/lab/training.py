@@ -26,7 +26,7 @@ def train_row(
         model=str(model),
         data=task.write(out.parent.parent / "data", seed),
         out=out,
-        spf=row.config(task) if row.peer == "" and row.anchor == "train" else None,
+        spf=row.config(task) if (row.peer == "" or row.with_spf) and row.anchor == "train" else None,
         steps=row.steps or task.steps,
         rank=RANK,
         learning_rate=learning_rate,

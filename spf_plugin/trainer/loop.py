@@ -266,7 +266,7 @@ def train(
         settings: the run.
         progress: called while images are encoded and after every step.
         warn: receives what the user should know and nothing stops for.
-        objective: another objective than `settings.spf`, through the same two calls.
+        objective: another objective, through the same two calls; with `settings.spf` too, around SPF's.
 
     Raises:
         SPFError: bad input, found before training where it can be; existing files are left alone.
@@ -303,10 +303,12 @@ def train(
     torch.manual_seed(settings.seed)  # the network's initial weights, and its dropout
     network = _network(inner, settings, model)
     trainer = Trainer(settings, model, accelerator)
-    detach: Callable[[], None] = objective(network, trainer) if objective else lambda: None
-    if settings.spf is not None:
-        detach = lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet).spf.close  # type: ignore
+    attached = contextlib.ExitStack()
     try:
+        if settings.spf is not None:
+            attached.callback(lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet).spf.close)  # type: ignore
+        if objective is not None:
+            attached.callback(objective(network, trainer))
         network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
         model.unet.to(accelerator.device)  # not before: `spf_base` has made it smaller
         network.to(accelerator.device).requires_grad_(True).train()
@@ -332,6 +334,7 @@ def train(
             if steps < settings.steps and path.exists():
                 path = numbered(path, steps)
             notes = write(path, steps, card=True)
+        attached.close()  # the last one first; SPF's own end would take its patches away from below the objective's
         accelerator.end_training()
     except torch.cuda.OutOfMemoryError as error:
         raise SPFError(
@@ -339,7 +342,7 @@ def train(
             "a smaller --resolution."
         ) from error
     finally:
-        detach()
+        attached.close()
     return Result(path, steps, history, notes)
 
 
