@@ -12,6 +12,9 @@ are the same. Every peer has its usual weight as a parameter, to be swept.
 | the same, `blank` | ai-toolkit `blank_prompt_preservation` | empty prompt: the base's prediction |
 | `PureCC` | PureCC, arXiv 2603.07561 | the change is the one an earlier plain LoRA makes for the target alone |
 | `PureCCReleased` | PureCC's code, 2026-04 | the change is the one the base model makes for the target alone |
+| `WeightPenalty` | Preserve and Personalize, arXiv 2505.19519 | the squared change of the weights is a loss |
+
+The last one asks for one prediction a step. A peer that does can also be put on top of SPF.
 """
 
 from __future__ import annotations
@@ -228,12 +231,59 @@ class PureCCReleased(Peer):
         return full, self.eta * F.mse_loss(full, base + direction)
 
 
+def _loras(network: nn.Module) -> list[Any]:
+    """The LoRA modules of a network: each has `lora_down`, `lora_up` and `scale`."""
+    return [module for module in network.modules() if hasattr(module, "lora_down")]
+
+
+@dataclass
+class WeightPenalty(Peer):
+    """`multiplier * sum |scale up down|^2` over the adapted layers: the squared change of their weights.
+
+    Preserve and Personalize (ICLR 2026): if the network is Lipschitz in its weights, a multiple of their squared change
+    bounds the KL divergence from the base model (theorem 2), so `lambda sum_i |theta_i - theta_base,i|^2` is added to
+    the loss, and so it is here. The paper's code (rlgnswk/Preserve-and-Personalize) does so for whole weights, as a
+    mean per tensor; for a LoRA it sums the squares of the two factors instead (with 1e-7 for SD1.5 and 1e-6 for SDXL),
+    which also pulls at a `down` that changes nothing.
+    """
+
+    multiplier: float = 1e-3
+
+    def prepare(self, trainer: Trainer) -> None:
+        pass
+
+    @contextmanager
+    def applied(self, network: nn.Module) -> Iterator[None]:
+        self.alike: dict[Any, list[Any]] = {}  # LoRA modules by shape: a few large products are cheaper than many small
+        for lora in _loras(network):
+            key = lora.lora_up.weight.shape, lora.lora_down.weight.shape, lora.scale
+            self.alike.setdefault(key, []).append(lora)
+        yield
+
+    def penalty(self) -> Tensor:
+        """`sum |scale up down|^2`, a scalar.
+
+        With `up` `[out, r]` and `down` `[r, in]` (a kernel's positions are inputs) a layer's is
+        `scale^2 tr(up^T up down down^T)`: the inner product of two `[r, r]`, never an `[out, in]`.
+        """
+        found = []
+        for (*_, scale), loras in self.alike.items():
+            up = torch.stack([lora.lora_up.weight for lora in loras]).flatten(2)
+            down = torch.stack([lora.lora_down.weight for lora in loras]).flatten(2)
+            found.append(scale**2 * ((up.mT @ up) * (down @ down.mT)).sum())
+        return torch.stack(found).sum()
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        return step.predict(step.full), self.multiplier * self.penalty()
+
+
 KINDS: Mapping[str, Callable[..., Peer]] = {
     "masked": Masked,
     "dop": OutputPreservation,
     "prior_preservation": PriorPreservation,
     "pure_cc": PureCC,
     "pure_cc_released": PureCCReleased,
+    "weight_penalty": WeightPenalty,
 }
 
 

@@ -48,6 +48,7 @@ PLAIN = {
 _EVERYWHERE = {"diffusion_region": "all"}
 _LESS = {"output_multiplier": 1, "base_preservation_multiplier": 1}
 _PAIRED = {"paired_preservation_multiplier": 10, "output_multiplier": 1, "every": 1, "stage2_start": 0}
+_PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2)
 _GUIDED = {"clip": str(CLIP_FOLDERS[0])}
 #: What the paper describes: no output loss, no base preservation, only cross-attention is trained, all its layers are
 #: compared in every step, the response is enhanced everywhere. Its weights are not published: 1 each.
@@ -78,6 +79,13 @@ ROWS: dict[str, Row] = {
     **{f"blank-{w:g}": Row(peer="dop", options={"multiplier": w, "blank": True}) for w in (1.0, 10.0, 100.0)},
     **{f"pure-cc-{w:g}": Row(peer="pure_cc", options={"eta": w}) for w in (0.1, 0.5, 1.0, 2.0, 10.0)},
     "pure-cc-released-2": Row(peer="pure_cc_released", options={"eta": 2.0}),
+    # One that costs one prediction, alone and on top of SPF. For a LoRA of 150 steps without a penalty, the penalty's
+    # gradient is as large as the diffusion loss's mean one at a weight of 0.001.
+    **{f"weight-penalty-{w:g}": Row(peer="weight_penalty", options={"multiplier": w}) for w in _PENALTIES},
+    **{
+        f"spf-weight-penalty-{w:g}": Row(peer="weight_penalty", options={"multiplier": w}, with_spf=True)
+        for w in _PENALTIES
+    },
     # SPF, and SPF without or with another of its parts.
     "spf": Row(),
     "spf-no-text-consistent": Row({"text_consistent_multiplier": 0}),

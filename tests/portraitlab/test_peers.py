@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from lycoris.modules.locon import LoConModule
+from torch import Tensor, nn
 
 from portraitlab.lab import peers, training
-from portraitlab.lab.rows import ROWS
+from portraitlab.lab.rows import ROWS, Row
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import MODEL_FOLDER
 from portraitlab.portraits import counterfactual
@@ -163,3 +166,84 @@ def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(seen[0][1], seen[0][2])  # a fresh LoRA changes nothing
     assert not torch.allclose(seen[1][1], seen[1][2], atol=1e-5)
     assert "call_unet" not in vars(seen[0][0])
+
+
+def dense_penalty(factors: Sequence[Tensor], scale: float = 1.0) -> tuple[float, list[Tensor]]:
+    """`sum |scale up down|^2` and its gradients, from full matrices in float64; `factors`: down, up, down, up ..."""
+    leaves = [factor.detach().double().requires_grad_() for factor in factors]
+    changes = [scale * up.flatten(1) @ down.flatten(1) for down, up in zip(leaves[::2], leaves[1::2], strict=True)]
+    value = torch.stack([change.square().sum() for change in changes]).sum()
+    return value.item(), list(torch.autograd.grad(value, leaves))
+
+
+class Small(nn.Module):
+    """A UNet of a convolution and a linear layer on its pixels: `[B, 4, h, w]` to `[B, h w, 5]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return self.second(self.first(noisy).flatten(2).mT)
+
+
+@pytest.fixture
+def adapted() -> tuple[Small, nn.ModuleList]:
+    """A small UNet and a LoRA of rank 4 and scale 1/2 that changes both of its layers."""
+    torch.manual_seed(0)
+    unet = Small()
+    layers = {"first": unet.first, "second": unet.second}
+    network = nn.ModuleList(LoConModule(name, layer, 1.0, 4, 2, bypass_mode=True) for name, layer in layers.items())
+    for lora in network:
+        nn.init.normal_(lora.lora_up.weight)
+        lora.apply_to()
+    return unet, network
+
+
+def test_the_weight_penalty_is_the_squared_change_of_the_weights(adapted: Any) -> None:
+    _, network = adapted
+    network.append(LoConModule("kernel", nn.Conv2d(4, 6, 3), 1.0, 4, 2, bypass_mode=True))
+    nn.init.normal_(network[-1].lora_up.weight)
+    peer = peers.WeightPenalty(Task(), 0)
+    with peer.applied(network):
+        penalty = peer.penalty()
+    factors = list(network.parameters())
+    value, gradients = dense_penalty(factors, scale=0.5)
+    assert penalty.item() == pytest.approx(value, rel=1e-5)
+    for found, expected in zip(torch.autograd.grad(penalty, factors), gradients, strict=True):
+        assert torch.allclose(found.flatten(1).double(), expected.flatten(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[list[Tensor], list[Tensor]]]]:
+    """Two steps of SPF, the second one aligned, alone or with a peer: weights and gradients of each, down before up."""
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+    clipped = Accelerator.clip_grad_norm_
+
+    def clip(self: Accelerator, parameters: list[nn.Parameter], limit: float) -> Any:
+        seen.append(([p.detach().clone() for p in parameters], [p.grad.clone() for p in parameters]))  # type: ignore
+        return clipped(self, parameters, limit)
+
+    def train(**peer: Any) -> list[tuple[list[Tensor], list[Tensor]]]:
+        seen.clear()
+        row = Row({"stage2_start": 0, "every": 1}, **peer)
+        task, out = Task(steps=2, batch=1), tmp_path / "loras" / "x.safetensors"
+        training.train_row(task, row, 1e-2, 0, MODEL_FOLDER, out, "cpu", "x", lambda *_: None)
+        return list(seen)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    return train
+
+
+def test_a_weight_penalty_adds_to_spf(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers = []
+    monkeypatch.setattr(peers.WeightPenalty, "prepare", lambda _, trainer: trainers.append(trainer))
+    weights, alone = trained()[1]
+    present, both = trained(peer="weight_penalty", options={"multiplier": 0.1}, with_spf=True)[1]
+    assert all(map(torch.equal, present, weights))  # the first step has no change to penalise
+    _, penalty = dense_penalty(weights)
+    assert max(added.abs().max() for added in penalty) > 1e-3
+    for found, without, added in zip(both, alone, penalty, strict=True):
+        assert torch.allclose(found, without + 0.1 * added.float(), rtol=1e-3, atol=1e-6)
+    assert "call_unet" not in vars(trainers[0])
+    assert "backward" not in vars(trainers[0].accelerator)
