@@ -13,8 +13,9 @@ are the same. Every peer has its usual weight as a parameter, to be swept.
 | `PureCC` | PureCC, arXiv 2603.07561 | the change is the one an earlier plain LoRA makes for the target alone |
 | `PureCCReleased` | PureCC's code, 2026-04 | the change is the one the base model makes for the target alone |
 | `WeightPenalty` | Preserve and Personalize, arXiv 2505.19519 | the squared change of the weights is a loss |
+| `TLoRA` | T-LoRA, arXiv 2507.05964 | the noisier the picture, the fewer ranks are trained |
 
-The last one asks for one prediction a step. A peer that does can also be put on top of SPF.
+The last two ask for one prediction a step. A peer that does can also be put on top of SPF.
 """
 
 from __future__ import annotations
@@ -277,6 +278,57 @@ class WeightPenalty(Peer):
         return step.predict(step.full), self.multiplier * self.penalty()
 
 
+@dataclass
+class TLoRA(Peer):
+    """T-LoRA (AAAI 2026; code ControlGenAI/T-LoRA): of `r` ranks only the first `r(t)` act at timestep `t` of `T`.
+
+    `r(t) = floor((r - r_min) (T - t) / T) + r_min`: all of them at `t = 0`, `r_min` in pure noise, where a LoRA learns
+    its pictures' layout and background by heart. The mask is per sample; the code's is the first sample's for the whole
+    batch (it trains with batches of 1). `minimum` is `r_min / r`: a half in the README's command for SDXL (32 of 64);
+    the parser's default is `r_min = 1`.
+
+    Taken is what the code calls Vanilla T-LoRA, an ordinary LoRA with the mask; not its orthogonal initialisation
+    (Ortho-LoRA), which trains three factors and subtracts what they started as. Only training masks: the code's sampler
+    does as well, but a LoRA file cannot tell a WebUI to, so in the drawn pictures all ranks act at every noise level.
+    """
+
+    minimum: float = 0.5
+
+    def prepare(self, trainer: Trainer) -> None:
+        self.unet, self.rank = trainer.model.unet, trainer.settings.rank
+        self.timesteps = len(trainer.model.alphas_cumprod)
+
+    def mask(self, timesteps: Tensor) -> Tensor:
+        """Which ranks act, `[B, r]` in {0, 1}, for timesteps `[B]`."""
+        least = max(1, round(self.minimum * self.rank))
+        active = (self.rank - least) * (self.timesteps - timesteps) // self.timesteps + least
+        return (torch.arange(self.rank, device=timesteps.device) < active[:, None]).float()
+
+    @contextmanager
+    def applied(self, network: nn.Module) -> Iterator[None]:
+        forward = self.unet.forward
+
+        def masking(noisy: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.present = self.mask(timesteps)  # stays: gradient checkpointing asks again while it goes back
+            return forward(noisy, timesteps, *args, **kwargs)
+
+        def masked(lora: Any, inputs: Tensor, scale: float = 1) -> Tensor:
+            """What the module adds to its layer's output, from `[B, ..., in]` or, of a convolution, `[B, in, h, w]`."""
+            inner = lora.lora_down(inputs)
+            shape = [len(inner)] + [1] * (inner.dim() - 1)
+            shape[1 if lora.isconv else -1] = self.rank
+            return lora.lora_up(inner * self.present.view(shape)) * (lora.scale * scale)
+
+        with ExitStack() as patches:
+            patches.enter_context(patching.patched(self.unet, "forward", masking))
+            for lora in _loras(network):
+                patches.enter_context(patching.patched(lora, "bypass_forward_diff", partial(masked, lora)))
+            yield
+
+    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        return step.predict(step.full), None
+
+
 KINDS: Mapping[str, Callable[..., Peer]] = {
     "masked": Masked,
     "dop": OutputPreservation,
@@ -284,6 +336,7 @@ KINDS: Mapping[str, Callable[..., Peer]] = {
     "pure_cc": PureCC,
     "pure_cc_released": PureCCReleased,
     "weight_penalty": WeightPenalty,
+    "t_lora": TLoRA,
 }
 
 

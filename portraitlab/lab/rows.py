@@ -79,13 +79,15 @@ ROWS: dict[str, Row] = {
     **{f"blank-{w:g}": Row(peer="dop", options={"multiplier": w, "blank": True}) for w in (1.0, 10.0, 100.0)},
     **{f"pure-cc-{w:g}": Row(peer="pure_cc", options={"eta": w}) for w in (0.1, 0.5, 1.0, 2.0, 10.0)},
     "pure-cc-released-2": Row(peer="pure_cc_released", options={"eta": 2.0}),
-    # One that costs one prediction, alone and on top of SPF. For a LoRA of 150 steps without a penalty, the penalty's
+    # Two that cost one prediction, alone and on top of SPF. For a LoRA of 150 steps without a penalty, the penalty's
     # gradient is as large as the diffusion loss's mean one at a weight of 0.001.
     **{f"weight-penalty-{w:g}": Row(peer="weight_penalty", options={"multiplier": w}) for w in _PENALTIES},
+    **{f"t-lora-{share:g}": Row(peer="t_lora", options={"minimum": share}) for share in (0.25, 0.5)},
     **{
         f"spf-weight-penalty-{w:g}": Row(peer="weight_penalty", options={"multiplier": w}, with_spf=True)
         for w in _PENALTIES
     },
+    **{f"spf-t-lora-{share:g}": Row(peer="t_lora", options={"minimum": share}, with_spf=True) for share in (0.25, 0.5)},
     # SPF, and SPF without or with another of its parts.
     "spf": Row(),
     "spf-no-text-consistent": Row({"text_consistent_multiplier": 0}),

@@ -214,6 +214,29 @@ def test_the_weight_penalty_is_the_squared_change_of_the_weights(adapted: Any) -
         assert torch.allclose(found.flatten(1).double(), expected.flatten(1), rtol=1e-4, atol=1e-6)
 
 
+def test_t_lora_masks_the_ranks_of_every_sample_by_its_timestep(adapted: Any) -> None:
+    unet, network = adapted
+    peer = peers.TLoRA(Task(), 0, minimum=0.25)
+    peer.unet, peer.rank, peer.timesteps = unet, 4, 1000
+    noisy, timesteps = torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
+    ranks = [4, 2, 1]  # 1 + floor(3 (1 - t / 1000))
+    with peer.applied(network):
+        masked = unet(noisy, timesteps)
+        gradients = [torch.autograd.grad(one.sum(), list(network.parameters()), retain_graph=True) for one in masked]
+    assert "forward" not in vars(unet)
+    assert not any("bypass_forward_diff" in vars(lora) for lora in network)
+
+    whole = [lora.lora_up.weight.detach().clone() for lora in network]
+    for sample, rank in enumerate(ranks):  # one after the other, without the columns of the last ranks
+        for lora, weight in zip(network, whole, strict=True):
+            lora.lora_up.weight.data = weight.clone()
+            lora.lora_up.weight.data[:, rank:] = 0
+        assert torch.allclose(masked[sample], unet(noisy[sample : sample + 1], timesteps)[0], atol=1e-5)
+        for down, up in zip(gradients[sample][::2], gradients[sample][1::2], strict=True):
+            for trained in (down.flatten(1).abs().sum(1), up.flatten(1).abs().sum(0)):
+                assert (trained > 0).tolist() == [True] * rank + [False] * (4 - rank)
+
+
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[list[Tensor], list[Tensor]]]]:
     """Two steps of SPF, the second one aligned, alone or with a peer: weights and gradients of each, down before up."""
@@ -247,3 +270,24 @@ def test_a_weight_penalty_adds_to_spf(trained: Any, monkeypatch: pytest.MonkeyPa
         assert torch.allclose(found, without + 0.1 * added.float(), rtol=1e-3, atol=1e-6)
     assert "call_unet" not in vars(trainers[0])
     assert "backward" not in vars(trainers[0].accelerator)
+
+
+def test_t_lora_masks_both_of_spfs_paths(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, original = [], peers.TLoRA.mask
+
+    def mask(self: peers.TLoRA, timesteps: Tensor) -> Tensor:
+        masks.append(original(self, timesteps))
+        return masks[-1]
+
+    (_, first), (_, second) = trained()
+    monkeypatch.setattr(peers.TLoRA, "mask", mask)
+    (_, masked_first), (_, masked_second) = trained(peer="t_lora", options={"minimum": 0.25}, with_spf=True)
+    assert 2 <= masks[0].sum() < 8
+    for found, whole in zip(masked_first[1::2], first[1::2], strict=True):  # every `up` is 0: nothing else differs
+        assert torch.allclose(found.flatten(1), whole.flatten(1) * masks[0], rtol=1e-3, atol=1e-6)
+    assert len(masks) > 2  # the second step has both paths, at one noise level
+    assert all(torch.equal(mask, masks[1]) for mask in masks[2:])
+    assert masks[1].sum() < 8
+    for found, whole in zip(masked_second[1::2], second[1::2], strict=True):
+        assert not (found.flatten(1) * (1 - masks[1])).any()
+        assert found.any() == whole.any()
