@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,13 @@ import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import KohyaHost, raw_network_args, trainer_problem, training_frame
+from spf_plugin.hosts.kohya import (
+    KohyaHost,
+    local_variables,
+    raw_network_args,
+    trainer_problem,
+    training_frame,
+)
 from spf_plugin.lora import create_network
 
 
@@ -74,6 +83,89 @@ def test_arguments_are_found_in_the_callers_frame() -> None:
     assert raw_network_args() == ["spf_target=a", "b"]
 
 
+# -- the variables of the host's functions ----------------------------------------------------------------------------
+
+
+class Loop(Monolithic):
+    """The host's training function in small: what it holds for a whole run, and what for a step."""
+
+    def train(self, args: Any, in_step: Callable[[], object]) -> list[bool]:
+        """Per step, whether somebody still holds its tensors when it is over."""
+        train_dataset_group, train_dataloader = SimpleNamespace(datasets=[]), range(9)
+        noise_scheduler = SimpleNamespace(alphas_cumprod=torch.ones(3))
+        accelerator = SimpleNamespace(register_save_state_pre_hook=None, num_processes=1)
+        progress_bar = SimpleNamespace(set_postfix=lambda **values: None)
+        held = []
+        for step in range(3):
+            noise_pred = torch.ones(3, requires_grad=True) * step
+            seen = weakref.ref(noise_pred)
+            in_step()
+            # Nothing was written back.
+            assert (step, seen(), args.network_module) == (len(held), noise_pred, "spf_plugin.lora")
+            assert None not in (train_dataset_group, train_dataloader, noise_scheduler, accelerator, progress_bar)
+            del noise_pred
+            held.append(seen() is not None)
+        return held
+
+
+ARGS = SimpleNamespace(
+    network_module="spf_plugin.lora", network_args=[], initial_step=None, initial_epoch=2, gradient_accumulation_steps=1
+)
+#: Everything that is looked for among the callers.
+LOOKS: dict[str, Callable[[], object]] = {
+    "raw_network_args": raw_network_args,
+    "find": lambda: KohyaHost.find([]),
+    "first_step": lambda: KohyaHost.find([]).first_step,
+    "alphas_cumprod": lambda: KohyaHost.find([]).alphas_cumprod,
+    "report": lambda: KohyaHost.find([]).report({"a": 1.0}),
+}
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or a coverage keeps what a frame held")
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_looking_at_the_hosts_variables_keeps_no_tensor_of_the_step(look: Callable[[], object]) -> None:
+    assert Loop().train(ARGS, look) == [False, False, False]
+
+
+@pytest.mark.parametrize("install", [sys.settrace, sys.setprofile])
+def test_a_debugger_or_profiler_that_looks_on_loses_nothing(install: Any) -> None:
+    """It writes a frame's dictionary back, and an emptied one would unset every variable."""
+
+    def watching(frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code is Loop.train.__code__:
+            raw_network_args()
+        return watching
+
+    before = sys.gettrace() if install is sys.settrace else sys.getprofile()
+    install(watching)
+    try:
+        Loop().train(ARGS, raw_network_args)
+    finally:
+        install(before)
+
+
+def test_a_dictionary_that_somebody_holds_is_left_alone() -> None:
+    def caller(value: str) -> None:
+        held = locals()
+        assert local_variables(sys._getframe(), "value") == {"value": "a"}
+        assert held["value"] == value
+
+    caller("a")
+
+
+def test_the_variables_of_a_class_body_are_its_own() -> None:
+    args = 1
+
+    class Body:
+        given = args
+        found = local_variables(sys._getframe(), "args")
+
+    assert (Body.given, Body.found) == (1, {})
+
+
+# -- a data set, and what would stop a run ----------------------------------------------------------------------------
+
+
 def host(images: dict[str, tuple[str, Any]], **options: Any) -> KohyaHost:
     """A host over a data set of `key: (caption, subset)`."""
     defaults = {
@@ -92,7 +184,7 @@ def host(images: dict[str, tuple[str, Any]], **options: Any) -> KohyaHost:
         "args": SimpleNamespace(**{**defaults, **options}),
         "train_dataset_group": SimpleNamespace(datasets=[data]),
     }
-    return KohyaHost(SimpleNamespace(f_locals=names), [])  # type: ignore[arg-type]
+    return KohyaHost(names, [])
 
 
 def subset(prefix: str | None = None, suffix: str | None = None, target: str | None = None) -> SimpleNamespace:

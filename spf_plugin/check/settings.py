@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
 
 from spf_plugin.check.dataset import Data
 from spf_plugin.check.findings import Finding, of
@@ -32,8 +31,7 @@ class PlannedHost(KohyaHost):
         }
         subsets = {i: entry.subset for i, entry in enumerate(data.entries)}
         group = SimpleNamespace(datasets=[SimpleNamespace(image_data=infos, image_to_subset=subsets)])
-        frame = SimpleNamespace(f_locals={"self": None, "args": args, "train_dataset_group": group})
-        super().__init__(cast(Any, frame), [])
+        super().__init__({"self": None, "args": args, "train_dataset_group": group}, [])
 
     def stops(self, config: SPFConfig | None) -> list[str]:
         """Why the run would stop. What training only warns about is found, with more detail, by `captions`."""

@@ -8,6 +8,7 @@ and SDXL. In both, every training step passes `trainer.call_unet(...)` and `acce
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from pathlib import Path
@@ -48,11 +49,38 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def local_variables(frame: FrameType, *names: str) -> dict[str, Any]:
+    """Those of a function's variables that are set; nothing of the others stays behind.
+
+    Up to Python 3.12 `f_locals` is a dictionary that the frame keeps: every variable as it was, here a step's tensors
+    and their graph, until somebody reads it again. So it is read only in a function that has such a variable, and
+    emptied. That writes nothing back, but for a debugger or profiler that is looking at this very frame; and whoever
+    called `locals()` there holds the same dictionary. Then it is left alone.
+    """
+    code = frame.f_code
+    if not code.co_flags & inspect.CO_OPTIMIZED:  # a module or class body: the dictionary is the variables themselves
+        return {}
+    if not set(names) & {*code.co_varnames, *code.co_cellvars, *code.co_freevars}:
+        return {}
+    variables = frame.f_locals
+    found = {name: variables[name] for name in names if name in variables}
+    watched = sys.gettrace() is not None or sys.getprofile() is not None
+    # Held by the frame, by us and by the call that counts; from 3.13 on it is a view, which keeps nothing.
+    if isinstance(variables, dict) and not watched and sys.getrefcount(variables) <= 3:
+        variables.clear()
+    return found
+
+
+def _callers_variable(name: str) -> Any:
+    """A variable of the nearest caller that has one of this name; None where there is none."""
+    return next((found[name] for frame in _frames() if (found := local_variables(frame, name))), None)
+
+
 def training_frame() -> FrameType | None:
     """The frame of the host's training function, looked for among the callers."""
     for frame in _frames():
-        trainer = frame.f_locals.get("self")
-        if trainer is not None and "args" in frame.f_locals and "train_dataset_group" in frame.f_locals:
+        found = local_variables(frame, "self", "args", "train_dataset_group")
+        if len(found) == 3 and found["self"] is not None:
             return frame
     return None
 
@@ -61,7 +89,7 @@ def raw_network_args() -> Sequence[str]:
     """The words of `--network_args` of the trainer that is calling us; empty where there is none. A text where a
     configuration file gave one in place of a list."""
     for frame in _frames():
-        args: Any = frame.f_locals.get("args")
+        args: Any = local_variables(frame, "args").get("args")
         if hasattr(args, "network_module") and hasattr(args, "network_args"):
             return args.network_args or []
     return []
@@ -146,9 +174,11 @@ class KohyaHost:
         SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.
     """
 
-    def __init__(self, frame: FrameType, text_encoders: Sequence[Any], vae: Any = None):
+    WANTED = ("self", "args", "train_dataset_group", "accelerator", "tokenizers", "weight_dtype")
+
+    def __init__(self, names: Mapping[str, Any], text_encoders: Sequence[Any], vae: Any = None):
+        """`names` are variables of the training function, of which `WANTED` are read; the first three must be there."""
         self.vae = vae
-        names = frame.f_locals
         self.trainer = names["self"]
         self.args = names["args"]
         self.accelerator: Any = names.get("accelerator")
@@ -169,11 +199,12 @@ class KohyaHost:
                 "no sd-scripts trainer is calling. spf_plugin.lora works inside a training run: accelerate launch "
                 f"train_network.py --network_module spf_plugin.lora ... {SUPPORTED}"
             )
-        problem = trainer_problem(frame.f_locals["self"])
+        names = local_variables(frame, *cls.WANTED)
+        problem = trainer_problem(names["self"])
         if problem:
             raise SPFError(problem)
         encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
-        host = cls(frame, encoders, vae)
+        host = cls(names, encoders, vae)
         if host.accelerator is None or not hasattr(host.accelerator, "register_save_state_pre_hook"):
             raise SPFError(f"{type(host.trainer).__name__} has no accelerator at this point. {SUPPORTED}")
         return host
@@ -198,7 +229,7 @@ class KohyaHost:
         step, epoch = getattr(self.args, "initial_step", None), getattr(self.args, "initial_epoch", None)
         if step is not None or epoch is None:
             return step
-        loader = next((f.f_locals["train_dataloader"] for f in _frames() if "train_dataloader" in f.f_locals), None)
+        loader = _callers_variable("train_dataloader")
         if loader is None:
             raise SPFError(f"found no train_dataloader among the callers. {SUPPORTED}")
         accumulated = self.accelerator.num_processes * self.args.gradient_accumulation_steps
@@ -367,8 +398,7 @@ class KohyaHost:
     def alphas_cumprod(self) -> Any:
         """The noise schedule of the loop that is calling, zero-terminal-SNR changes included."""
         if self._scheduler is None:
-            found = (f.f_locals["noise_scheduler"] for f in _frames() if "noise_scheduler" in f.f_locals)
-            self._scheduler = next(found, None)
+            self._scheduler = _callers_variable("noise_scheduler")
             if self._scheduler is None:
                 raise SPFError(f"found no noise_scheduler among the callers. {SUPPORTED}")
         return self._scheduler.alphas_cumprod
@@ -488,7 +518,7 @@ class KohyaHost:
         self._postfix = {name: round(value, 4) for name, value in values.items()}
         if not self._progress_bar_seen:
             self._progress_bar_seen = True
-            bar = next((f.f_locals["progress_bar"] for f in _frames() if "progress_bar" in f.f_locals), None)
+            bar = _callers_variable("progress_bar")
             if bar is not None:
                 original = bar.set_postfix
 
