@@ -57,6 +57,11 @@ class Run:
         self.set(train_data_dir=None, dataset_config="dataset.toml")
 
 
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder, with its size and the time of its last change."""
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in (folder, *folder.rglob("*"))}
+
+
 def good(folder: Path) -> Run:
     """A run with nothing to say about."""
     run = Run(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from spf_plugin.check.spelling import kind_of
 from spf_plugin.cli.check import app
 from spf_plugin.config import parse
 from spf_plugin.text import TextSide
-from tests.check_sets import CAPTIONS, MISTAKES, Run, good
+from tests.check_sets import CAPTIONS, MISTAKES, Run, everything, good
 from tests.hosts.conftest import HOSTS, LAUNCHER
 
 REPOSITORY = Path(__file__).parents[1]
@@ -224,6 +225,46 @@ def test_a_dataset_toml_alone(run: Run) -> None:
     result = CliRunner().invoke(app, ["dataset.toml", "--target", "blonde hair", "--json", "--tokenizer", "none"])
     answer = json.loads(result.stdout)
     assert (result.exit_code, answer["images"], answer["findings"]) == (0, 6, [])
+
+
+_watching: list[str] = []  # what changes the disk, while a test has put a first entry here
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """Python reports here whatever it asks of the system; a hook stays as long as the process."""
+    if not _watching or event.split(".")[0] not in ("open", "os", "shutil", "tempfile"):
+        return
+    if event == "open":
+        path, _, flags = arguments
+        written = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if not written or path in (os.devnull, 1, 2) or "__pycache__" in str(path):
+            return
+    elif event in ("os.listdir", "os.scandir", "os.fwalk", "os.walk", "os.putenv", "os.unsetenv", "os.chdir"):
+        return
+    _watching.append(f"{event} {arguments}")
+
+
+def test_a_check_changes_nothing_on_the_disk(run: Run) -> None:
+    (run.folder / "spf.toml").write_text("spf_base = 'nf4'\n", encoding="utf-8")
+    run.args("spf_target=blonde hair", "spf_config=spf.toml", "spf_preview_every=10", "spf_network=lycoris.kohya")
+    run.set(output_dir="out/new", logging_dir="logs", tokenizer_cache_dir="cache", cache_latents_to_disk=True)
+    before = everything(run.folder)
+    sys.addaudithook(_audit)
+    _watching.append("begin")
+    try:
+        CliRunner().invoke(app, [str(run.config), "--tokenizer", str(TOKENIZER)])
+        found = _watching[1:]
+    finally:
+        _watching.clear()
+    assert found == []
+    assert everything(run.folder) == before
+
+
+def test_an_output_folder_that_the_run_could_not_make(run: Run) -> None:
+    run.set(output_dir="run.toml/loras")
+    assert "output_dir run.toml/loras: nothing can be written there: Not a directory." in str(look(run).findings)
+    run.set(output_dir="new/loras")
+    assert not look(run).findings
 
 
 def test_spf_config_is_found_beside_the_data(run: Run) -> None:

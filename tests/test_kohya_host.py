@@ -22,8 +22,10 @@ from spf_plugin.hosts.kohya import (
     raw_network_args,
     trainer_problem,
     training_frame,
+    unwritable,
 )
 from spf_plugin.lora import create_network
+from tests.check_sets import everything
 
 
 class Monolithic:
@@ -200,6 +202,29 @@ def test_options_that_would_take_the_hooks_away() -> None:
         )
         assert [problem.split()[0].rstrip(":") for problem in with_it] == [f"--{option}"]
         assert without == []
+
+
+def test_an_output_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    os.symlink(tmp_path / "gone", tmp_path / "link")
+    folders = {"": None, "a/new/one": None, "file/in": "Not a directory", "link/in": "Not a directory"}
+    folders |= {"file": "Not a directory", "a" * 300: "File name too long", "new/" + "a" * 300: "File name too long"}
+    before = sorted(everything(tmp_path))
+    for folder, reason in folders.items():
+        assert unwritable(tmp_path / folder, trying=True) == reason, folder
+    assert sorted(everything(tmp_path)) == before
+    before_looking = everything(tmp_path)
+    for folder, reason in folders.items():
+        assert unwritable(tmp_path / folder, trying=False) == reason or folder.startswith("new/"), folder
+    assert everything(tmp_path) == before_looking
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so the system's answer is made up."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    assert unwritable(tmp_path / "a" / "b", trying=False) == "Permission denied"
+    (tmp_path / "a").mkdir()
+    assert unwritable(tmp_path / "a" / "b", trying=False) is None
 
 
 @pytest.mark.parametrize(("gpu", "encoders", "expected"), [("cuda", "cpu", 4), ("cpu", "cpu", 1), ("cuda", "cuda", 1)])

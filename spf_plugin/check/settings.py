@@ -24,6 +24,8 @@ _OTHER_MODELS = ("t5xxl", "ae", "clip_l", "clip_g", "qwen3", "gemma2")
 class PlannedHost(KohyaHost):
     """The host as `spf_plugin.hosts.kohya` knows it, before it runs: its checks of options and targets are these."""
 
+    running = False
+
     def __init__(self, args: HostArgs, data: Data):
         infos = {
             i: SimpleNamespace(caption=entry.caption, is_reg=entry.subset.is_reg, absolute_path=str(entry.path))

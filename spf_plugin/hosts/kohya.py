@@ -95,6 +95,37 @@ def raw_network_args() -> Sequence[str]:
     return []
 
 
+def unwritable(folder: Path, *, trying: bool) -> str | None:
+    """Why nothing could be written into a folder, which need not be there yet; None where it could. Leaves nothing.
+
+    Args:
+        folder: the folder.
+        trying: make what is missing of it for a moment, under another name, and a file in it. Else only look at the
+            nearest folder that is there: its permissions, and on Windows not even all of these.
+    """
+    for there in (folder.absolute(), *folder.absolute().parents):
+        try:
+            os.lstat(there)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+            return getattr(error, "strerror", None) or str(error)
+    if not there.is_dir():
+        return "Not a directory"
+    if not trying:
+        return None if os.access(there, os.W_OK | os.X_OK) else "Permission denied"
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as inside:
+            aside = Path(inside, folder.absolute().relative_to(there))
+            os.makedirs(aside, exist_ok=True)
+            with tempfile.TemporaryFile(dir=aside):
+                pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def shuffled(subset: Any) -> bool:
     """Whether the host takes the captions of a subset apart."""
     return bool(
@@ -174,6 +205,7 @@ class KohyaHost:
         SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.
     """
 
+    running = True  # else the run is only looked at, and nothing may be touched
     WANTED = ("self", "args", "train_dataset_group", "accelerator", "tokenizers", "weight_dtype")
 
     def __init__(self, names: Mapping[str, Any], text_encoders: Sequence[Any], vae: Any = None):
@@ -285,12 +317,8 @@ class KohyaHost:
                 "Remove the option."
             )
         if getattr(args, "output_dir", None):
-            try:
-                os.makedirs(args.output_dir, exist_ok=True)
-                with tempfile.TemporaryFile(dir=args.output_dir):
-                    pass
-            except OSError as error:  # the host would find out when it saves, after hours
-                reason = error.strerror or error
+            reason = unwritable(Path(args.output_dir), trying=self.running)
+            if reason:  # the host would find out when it saves, after hours
                 found.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
         found += self._cached_text_problems()
         if config is not None:
