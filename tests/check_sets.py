@@ -205,6 +205,11 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("spf-outside-network-args", "error", lambda r: r.set(spf_map="soft")),
     ("unknown-option", "warning", lambda r: r.set(max_train_step=10)),
     ("quoted-number", "error", lambda r: r.set(max_train_steps="1000")),
+    ("quoted-number", "error", lambda r: r.set(learning_rate="1e-4")),
+    ("no-list", "error", lambda r: r.set(optimizer_args="weight_decay=0.1")),
+    ("no-list", "error", lambda r: r.set(base_weights="a.safetensors")),
+    ("no-list", "error", lambda r: r.set(base_weights=["a.safetensors"], base_weights_multiplier=0.5)),
+    ("newer", "note", lambda r: r.set(text_encoder_lr=[1e-5, 1e-5])),
     ("quoted-boolean", "warning", lambda r: r.set(shuffle_caption="false")),
     ("backslash", "error", lambda r: r.set(output_dir="C:\new")),  # what "C:\new" in TOML becomes
     ("other-module", "error", lambda r: r.set(network_module="networks.lora")),

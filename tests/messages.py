@@ -17,7 +17,7 @@ MADE = {
     "hosts/kohya.py": {"trainer_problem", "problems", "_cached_text_problems", "_base_problems", "_target_problems"},
     "quantised.py": {"problems", "device_problems"},
     "cli/train.py": {"key_values"},
-    "check/source.py": {"parse_words", "close"},
+    "check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.
 RETURNED = {"trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}

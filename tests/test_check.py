@@ -21,12 +21,15 @@ from typer.testing import CliRunner
 from portraitlab.captions import TARGETS
 from portraitlab.customisation import write_set
 from spf_plugin.check import borders, tokens
-from spf_plugin.check.host_options import OPTIONS
+from spf_plugin.check.host_options import CHOICES, LISTS, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
 from spf_plugin.check.run import Report, check
 from spf_plugin.check.sets import together
+from spf_plugin.check.source import parse_words
 from spf_plugin.check.spelling import kind_of
+from spf_plugin.cli import check as cli_check
 from spf_plugin.cli.check import app
 from spf_plugin.config import parse
+from spf_plugin.errors import SPFError
 from spf_plugin.text import TextSide
 from tests.check_sets import CAPTIONS, MISTAKES, Run, everything, good
 from tests.hosts.conftest import HOSTS, LAUNCHER
@@ -81,7 +84,7 @@ def codes_of_the_source() -> set[str]:
         found |= set(
             re.findall(r'(?:Finding|data\.add)\(\s*(?:"\w+"|"error" if [^,]+ else "\w+"),\s*"([a-z0-9-]+)"', text)
         )
-        found |= set(re.findall(r'": \("([a-z0-9-]+)", "', text)) | set(
+        found |= set(re.findall(r'": \("([a-z0-9-]+)", "[A-Z]', text)) | set(
             re.findall(r'\((?:classes|nothing), "([a-z-]+)"', text)
         )
     return found
@@ -190,12 +193,32 @@ def test_metadata_prefix_suffix_wildcards_and_targets_of_subsets(run: Run) -> No
 
 
 def test_the_command_line_wins_and_is_read_as_the_host_reads_it(run: Run) -> None:
-    words = ["--network_args", "spf_target=green hair", "conv_dim=4", "--max-train-steps=7"]
+    words = ["--network_args", "spf_target=green hair", "conv_dim=4", "--max_train_steps=7"]
     result = CliRunner().invoke(app, [str(run.config), *words, "--json", "--tokenizer", "none"])
     answer = json.loads(result.stdout)
     assert result.exit_code == 1
     assert answer["settings"]["spf_target"] == "green hair"
     assert answer["findings"][0]["code"] == "stops"
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("--optimizer_args a=1 b=2 --seed 1", {"optimizer_args": ["a=1", "b=2"], "seed": 1}),
+        ("--base_weights A B --base_weights_multiplier 0.5 -1", {"base_weights_multiplier": [0.5, -1.0]}),
+        ("--text_encoder_lr 1e-5 1e-5", {"text_encoder_lr": [1e-5, 1e-5]}),
+        ("--lr_warmup_steps 10% --sdp --learning_rate -1", {"lr_warmup_steps": 0.1, "sdpa": True}),
+        ("--network_args spf_target=a --network_args", {"network_args": []}),
+    ],
+)
+def test_lists_numbers_and_switches_of_the_command_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: str, values: dict[str, Any]
+) -> None:
+    """Through the program, whose own parser sees the words first."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(cli_check, "look", lambda path, options, **_: seen.update(options) or look(run))
+    assert CliRunner().invoke(app, [str(run.config), *words.split()]).exit_code == 0
+    assert values.items() <= seen.items()
 
 
 def test_a_quantised_base_that_the_run_cannot_have(run: Run) -> None:
@@ -283,6 +306,12 @@ def test_spf_config_is_found_beside_the_data(run: Run) -> None:
         (["run.toml", "--taget", "x"], "did you mean target"),
         (["run.toml", "stray"], "stray word 'stray'"),
         (["run.toml", "--seed", "1", "2"], "stray word '2'"),
+        (["run.toml", "--max-train-steps", "7"], "did you mean max_train_steps"),
+        (["run.toml", "--seed"], "argument --seed: expected one argument"),
+        (["run.toml", "--seed", "x", "--max_train_steps"], "2 problems"),
+        (["run.toml", "--sdpa", "true"], "stray word 'true'"),
+        (["run.toml", "--seed", "x"], "--seed takes a whole number, not 'x'"),
+        (["run.toml", "--mixed_precision", "fp8"], "--mixed_precision takes one of no, fp16, bf16, not 'fp8'"),
         (["bad.toml"], "bad.toml is not valid TOML"),
         (["windows.toml"], "forward slashes"),
     ],
@@ -338,7 +367,7 @@ def test_what_goes_with_the_target(run: Run) -> None:
 # -- against the real host --------------------------------------------------------------------------------------------
 
 ASK = """
-import json, os, sys
+import argparse, contextlib, io, json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 sys.path[:0] = [{tests!r}, {host!r}]
@@ -353,7 +382,18 @@ try:
 except ImportError:
     pass
 parsers = [train_network.setup_parser(), sdxl_train_network.setup_parser()]
-known = sorted({{a.dest for p in parsers for a in p._actions}} - {{"help"}})
+actions = [{{a.dest: [a.nargs, a.option_strings, getattr(a.type, "__name__", None), a.choices and list(a.choices)]
+    for a in p._actions}} for p in parsers]
+taken = []
+given = sdxl_train_network.setup_parser()
+for action in given._actions:
+    action.default = argparse.SUPPRESS
+with contextlib.redirect_stderr(io.StringIO()):
+    for line in {lines!r}:
+        try:
+            taken.append(vars(given.parse_args(line)))
+        except SystemExit:
+            taken.append(None)
 os.chdir({folder!r})
 answers = []
 for config in {configs!r}:
@@ -382,8 +422,52 @@ for config in {configs!r}:
         answers.append(sorted(rows))
     except BaseException as error:
         answers.append(f"{{type(error).__name__}}: {{error}}")
-print("ANSWER" + json.dumps({{"known": known, "answers": answers}}))
+print("ANSWER" + json.dumps({{"actions": actions, "taken": taken, "answers": answers}}, default=str))
 """
+#: Command lines of every kind of option, and what argparse has special rules for.
+LINES = [
+    *([f"--{name}", *values.split()] for name in sorted(LISTS) for values in ("", "1", "1 2", "a=1 b=2", "-1 0.5")),
+    *([f"--{name}", *values.split()] for name in ("sdpa", "seed", "output_dir") for values in ("", "1", "1 2")),
+    *([f"--{name}=1"] for name in ("sdpa", "seed", "network_args", "output_dir")),
+    *(line.split(" ") for line in (
+        "--optimizer_args weight_decay=0.1 betas=0.9,0.99 --seed 1", "--base_weights a.safetensors b.safetensors",
+        "--text_encoder_lr 1e-5", "--network_args spf_target=hair conv_dim=4 --sdpa --network_args conv_dim=8",
+        "--max-train-steps 7", "--max_train_s 7", "--save 7", "--resolution 512,512", "--learning_rate -1e-4",
+        "--lr_warmup_steps 10%", "--lr_warmup_steps 0.1", "--lr_warmup_steps 1.5", "--lr_warmup_steps 5",
+        "--learning_rate 1e-4 1e-5", "stray --sdpa", "--sdpa stray", "--seed 1 stray", "--nothing 1", "-x 1",
+        "--output_name -x", "--output_name --x", "--output_name -", "--network_args -x=1", "--network_args -- x",
+        "--max_token_length 75", "--max_token_length 225", "--zero_stage 4", "--seed 1.0", "--seed 0x1", "--seed 1_0",
+    )),
+    ["--output_name", "a b"], ["--output_name", "--a b"], ["--network_args", "spf_target=blonde hair"], [],
+]  # fmt: skip
+
+
+def compare_options(answer: dict[str, Any], newest: bool) -> None:
+    """Every option of the host is known, with what it takes, and every line is read or refused as the host does."""
+    names = {None: "switch", "Path": "str", "int_or_float": "whole_or_number"}
+    known: set[str] = set()
+    for actions in answer["actions"]:
+        for name, (nargs, spellings, kind, choices) in actions.items():
+            if name == "help":
+                continue
+            known.add(name)
+            assert spellings == [f"--{name}"]
+            assert nargs == (0 if name in SWITCHES else "*" if name in LISTS else None) or (name, newest) == LATER, name
+            assert names.get(kind, kind) == (TYPES[name].__name__ if name in TYPES else "switch"), name
+            assert set(choices or ()) - {None} <= set(CHOICES.get(name, ())), name
+            assert bool(choices) == (name in CHOICES), name
+    assert known == OPTIONS if newest else known < OPTIONS
+    train, sdxl = answer["actions"]
+    assert set(sdxl) - set(train) == set(SDXL_ONLY)
+    for line, theirs in zip(LINES, answer["taken"], strict=True):
+        try:
+            ours = parse_words(line)
+        except SPFError:
+            ours = None
+        assert ours == theirs or (line[:1], newest) == ([f"--{LATER[0]}"], LATER[1]), line
+
+
+LATER = ("text_encoder_lr", False)  # one value in v0.9.1
 
 
 @pytest.mark.skipif(not HOSTS, reason="NO sd-scripts CHECKOUT FOUND (see README, Tests)")
@@ -420,12 +504,16 @@ def test_the_host_reads_the_same(tmp_path: Path, host: Path, monkeypatch: pytest
                 run.set(dataset_config=str(run.folder / "dataset.toml"))
             runs.append(run)
     code = ASK.format(
-        tests=str(LAUNCHER.parent), host=str(host), folder=str(tmp_path), configs=[str(r.config) for r in runs]
+        tests=str(LAUNCHER.parent),
+        host=str(host),
+        folder=str(tmp_path),
+        configs=[str(r.config) for r in runs],
+        lines=LINES,
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert "ANSWER" in done.stdout, done.stderr[-3000:]
     answer = json.loads(done.stdout.split("ANSWER")[1])
-    assert set(answer["known"]) <= OPTIONS
+    compare_options(answer, "def process_batch" in (host / "train_network.py").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     for run, theirs in zip(runs, answer["answers"], strict=True):
         report = look(run)

@@ -5,45 +5,101 @@ Union of v0.9.1 and main of February 2026; a test compares it with the checkouts
 
 from __future__ import annotations
 
-# Options of train_network.py and sdxl_train_network.py.
-_NAMES = """
-    adaptive_noise_scale alpha_mask async_upload base_weights base_weights_multiplier bucket_no_upscale
-    bucket_reso_steps cache_info cache_latents cache_latents_to_disk cache_text_encoder_outputs
-    cache_text_encoder_outputs_to_disk caption_dropout_every_n_epochs caption_dropout_rate caption_extension
-    caption_extention caption_prefix caption_separator caption_suffix caption_tag_dropout_rate clip_skip
-    color_aug conditioning_data_dir config_file console_log_file console_log_level console_log_simple
-    cpu_offload_checkpointing dataset_class dataset_config dataset_repeats ddp_gradient_as_bucket_view
-    ddp_static_graph ddp_timeout debiased_estimation_loss debug_dataset deepspeed dim_from_weights
-    disable_mmap_load_safetensors dynamo_backend enable_bucket enable_wildcard face_crop_aug_range flip_aug
-    fp16_master_weights_and_gradients fp8_base fp8_base_unet full_bf16 full_fp16 fused_backward_pass
-    gradient_accumulation_steps gradient_checkpointing highvram huber_c huber_scale huber_schedule
-    huggingface_path_in_repo huggingface_repo_id huggingface_repo_type huggingface_repo_visibility
-    huggingface_token in_json initial_epoch initial_step ip_noise_gamma ip_noise_gamma_random_strength
-    keep_tokens keep_tokens_separator learning_rate log_config log_prefix log_tracker_config log_tracker_name
-    log_with logging_dir loss_type lowram lr_decay_steps lr_scheduler lr_scheduler_args
-    lr_scheduler_min_lr_ratio lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_timescale
-    lr_scheduler_type lr_warmup_steps masked_loss max_bucket_reso max_data_loader_n_workers max_grad_norm
-    max_timestep max_token_length max_train_epochs max_train_steps max_validation_steps mem_eff_attn
-    metadata_author metadata_description metadata_is_negative_embedding metadata_license metadata_merged_from
-    metadata_preprocessor metadata_tags metadata_thumbnail metadata_title metadata_trigger_phrase
-    metadata_usage_hint min_bucket_reso min_snr_gamma min_timestep mixed_precision multires_noise_discount
-    multires_noise_iterations network_alpha network_args network_dim network_dropout network_module
-    network_train_text_encoder_only network_train_unet_only network_weights no_half_vae no_metadata noise_offset
-    noise_offset_random_strength offload_optimizer_device offload_optimizer_nvme_path offload_param_device
-    offload_param_nvme_path optimizer_args optimizer_type output_config output_dir output_name
-    persistent_data_loader_workers pretrained_model_name_or_path prior_loss_weight random_crop reg_data_dir
-    resize_interpolation resolution resume resume_from_huggingface sample_at_first sample_every_n_epochs
-    sample_every_n_steps sample_prompts sample_sampler save_every_n_epochs save_every_n_steps save_last_n_epochs
-    save_last_n_epochs_state save_last_n_steps save_last_n_steps_state save_model_as save_n_epoch_ratio
-    save_precision save_state save_state_on_train_end save_state_to_huggingface
-    scale_v_pred_loss_like_noise_pred scale_weight_norms sdpa secondary_separator seed shuffle_caption
-    skip_cache_check skip_until_initial_step text_encoder_lr token_warmup_min token_warmup_step
-    tokenizer_cache_dir torch_compile train_batch_size train_data_dir training_comment unet_lr use_8bit_adam
-    use_lion_optimizer v2 v_parameterization v_pred_like_loss vae vae_batch_size validate_every_n_epochs
-    validate_every_n_steps validation_seed validation_split wandb_api_key wandb_run_name weighted_captions
-    xformers zero3_init_flag zero3_save_16bit_model zero_stage zero_terminal_snr
+from collections.abc import Callable
+from typing import Any
+
+# Options of train_network.py and sdxl_train_network.py, by what their parsers take for a value.
+_SWITCHES = """
+    alpha_mask async_upload bucket_no_upscale cache_info cache_latents cache_latents_to_disk
+    cache_text_encoder_outputs cache_text_encoder_outputs_to_disk color_aug console_log_simple
+    cpu_offload_checkpointing ddp_gradient_as_bucket_view ddp_static_graph debiased_estimation_loss
+    debug_dataset deepspeed dim_from_weights disable_mmap_load_safetensors enable_bucket enable_wildcard
+    flip_aug fp16_master_weights_and_gradients fp8_base fp8_base_unet full_bf16 full_fp16 fused_backward_pass
+    gradient_checkpointing highvram ip_noise_gamma_random_strength log_config lowram masked_loss mem_eff_attn
+    network_train_text_encoder_only network_train_unet_only no_half_vae no_metadata noise_offset_random_strength
+    output_config persistent_data_loader_workers random_crop resume_from_huggingface sample_at_first save_state
+    save_state_on_train_end save_state_to_huggingface scale_v_pred_loss_like_noise_pred sdpa shuffle_caption
+    skip_cache_check skip_until_initial_step torch_compile use_8bit_adam use_lion_optimizer v2
+    v_parameterization weighted_captions xformers zero3_init_flag zero3_save_16bit_model zero_terminal_snr
 """
-OPTIONS = frozenset(_NAMES.split())
+_TEXTS = """
+    caption_extension caption_extention caption_prefix caption_separator caption_suffix conditioning_data_dir
+    config_file console_log_file console_log_level dataset_class dataset_config dynamo_backend
+    face_crop_aug_range huber_schedule huggingface_path_in_repo huggingface_repo_id huggingface_repo_type
+    huggingface_repo_visibility huggingface_token in_json keep_tokens_separator log_prefix log_tracker_config
+    log_tracker_name log_with logging_dir loss_type lr_scheduler lr_scheduler_type metadata_author
+    metadata_description metadata_is_negative_embedding metadata_license metadata_merged_from
+    metadata_preprocessor metadata_tags metadata_thumbnail metadata_title metadata_trigger_phrase
+    metadata_usage_hint mixed_precision network_module network_weights offload_optimizer_device
+    offload_optimizer_nvme_path offload_param_device offload_param_nvme_path optimizer_type output_dir
+    output_name pretrained_model_name_or_path reg_data_dir resize_interpolation resolution resume sample_prompts
+    sample_sampler save_model_as save_precision secondary_separator tokenizer_cache_dir train_data_dir
+    training_comment vae wandb_api_key wandb_run_name
+"""
+_WHOLE = """
+    bucket_reso_steps caption_dropout_every_n_epochs clip_skip dataset_repeats ddp_timeout
+    gradient_accumulation_steps initial_epoch initial_step keep_tokens lr_scheduler_num_cycles
+    lr_scheduler_timescale max_bucket_reso max_data_loader_n_workers max_timestep max_token_length
+    max_train_epochs max_train_steps max_validation_steps min_bucket_reso min_timestep multires_noise_iterations
+    network_dim sample_every_n_epochs sample_every_n_steps save_every_n_epochs save_every_n_steps
+    save_last_n_epochs save_last_n_epochs_state save_last_n_steps save_last_n_steps_state save_n_epoch_ratio
+    seed token_warmup_min train_batch_size vae_batch_size validate_every_n_epochs validate_every_n_steps
+    validation_seed zero_stage
+"""
+_DECIMALS = """
+    adaptive_noise_scale caption_dropout_rate caption_tag_dropout_rate huber_c huber_scale ip_noise_gamma
+    learning_rate lr_scheduler_min_lr_ratio lr_scheduler_power max_grad_norm min_snr_gamma
+    multires_noise_discount network_alpha network_dropout noise_offset prior_loss_weight scale_weight_norms
+    token_warmup_step unet_lr v_pred_like_loss validation_split
+"""
+_WHOLE_OR_NUMBERS = "lr_decay_steps lr_warmup_steps"
+_TEXT_LISTS = "base_weights lr_scheduler_args network_args optimizer_args"
+_NUMBER_LISTS = "base_weights_multiplier text_encoder_lr"
+
+
+def whole_or_number(text: str) -> int | float:
+    """The host's own type: steps, or a share of them that is below 1 or a percentage."""
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return int(text) if float(text) >= 1 else float(text)
+
+
+SWITCHES = frozenset(_SWITCHES.split())
+#: What one word of an option's value becomes.
+TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys([*_TEXTS.split(), *_TEXT_LISTS.split()], str),
+    **dict.fromkeys(_WHOLE.split(), int),
+    **dict.fromkeys([*_DECIMALS.split(), *_NUMBER_LISTS.split()], float),
+    **dict.fromkeys(_WHOLE_OR_NUMBERS.split(), whole_or_number),
+}
+NUMBERS = frozenset(name for name, kind in TYPES.items() if kind is not str)
+#: Options that take any number of words. v0.9.1 takes one for text_encoder_lr.
+LISTS = frozenset([*_TEXT_LISTS.split(), *_NUMBER_LISTS.split()])
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "console_log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    "dynamo_backend": (
+        "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
+        "tensort", "ipex", "tvm",
+    ),
+    "huber_schedule": ("constant", "exponential", "snr"),
+    "log_with": ("tensorboard", "wandb", "all"),
+    "loss_type": ("l1", "l2", "huber", "smooth_l1"),
+    "max_token_length": (150, 225),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "offload_optimizer_device": ("cpu", "nvme"),
+    "offload_param_device": ("cpu", "nvme"),
+    "resize_interpolation": ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+    "sample_sampler": (
+        "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+        "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+    ),
+    "save_model_as": ("ckpt", "pt", "safetensors"),
+    "save_precision": ("float", "fp16", "bf16"),
+    "zero_stage": (0, 1, 2, 3),
+}  # fmt: skip
+OPTIONS = SWITCHES | frozenset(TYPES)
+#: Which only sdxl_train_network.py has: train_network.py ignores them in a file, and refuses them on the command line.
+SDXL_ONLY = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "disable_mmap_load_safetensors")
 
 _NUMBER = (int, float)
 #: What may stand in [general], [[datasets]] and [[datasets.subsets]] alike, with its type.

@@ -146,6 +146,10 @@ def _options(args: HostArgs, data: Data) -> list[Finding]:
         found.append(
             Finding("error", "max-token-length", f"max_token_length is {length}", "It must be 150 or 225, or left out.")
         )
+    rates = args.text_encoder_lr
+    if isinstance(rates, list) and len(rates) > 1:
+        message = f"text_encoder_lr = {rates}: one for each text encoder, and sd-scripts up to v0.9.1 takes only one"
+        found.append(Finding("note", "newer", message, "Use a later release, or give one."))
     if args.cache_text_encoder_outputs:
         names = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
         used = [name for name in names if any(getattr(subset, name) for subset in data.subsets)]

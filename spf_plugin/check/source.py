@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import toml
 
 from spf_plugin.check.findings import Finding
-from spf_plugin.check.host_options import OPTIONS
+from spf_plugin.check.host_options import CHOICES, LISTS, NUMBERS, OPTIONS, SWITCHES, TYPES
 from spf_plugin.config import PREFIX
 from spf_plugin.errors import SPFError, nearest
 
@@ -27,11 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "train_batch_size": 1,
 }
 OWN_OPTIONS = ("target", "tokenizer", "images", "json")  # of the command line itself
-_NUMBERS = {
-    *("caption_dropout_rate", "caption_tag_dropout_rate", "dataset_repeats", "keep_tokens", "max_timestep"),
-    *("max_token_length", "max_train_epochs", "max_train_steps", "min_timestep", "token_warmup_step"),
-    *("train_batch_size", "caption_dropout_every_n_epochs", "token_warmup_min"),
-}
+#: Where one value may stand for a list: `settings` looks at network_args, and the host takes a number for the other.
+_SAID_ELSEWHERE = ("network_args", "text_encoder_lr")
 _SLASHES = "Write paths with forward slashes, C:/data/photos: in TOML a backslash begins an escape."
 
 
@@ -72,53 +70,59 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+class _HostParser(argparse.ArgumentParser):
+    """The host's parser of the command line, made from what is known of it."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__(add_help=False, argument_default=argparse.SUPPRESS)
+        self.problems = problems
+        for name in sorted(OPTIONS):
+            if name in SWITCHES:
+                self.add_argument(f"--{name}", action="store_true")
+            else:
+                many = "*" if name in LISTS else None
+                self.add_argument(f"--{name}", type=_reader(name, problems), nargs=many)
+
+    def error(self, message: str) -> NoReturn:
+        raise SPFError([*self.problems, f"sd-scripts would not take these options: {message}."])
+
+
+def _reader(name: str, problems: list[str]) -> Callable[[str], Any]:
+    """What makes a value of a word; it never fails, so that all mistakes are found."""
+
+    def value_of(text: str) -> Any:
+        try:
+            value = TYPES[name](text)
+        except ValueError:
+            problems.append(f"--{name} takes {'a whole number' if TYPES[name] is int else 'a number'}, not {text!r}")
+            return text
+        if name in CHOICES and value not in CHOICES[name]:
+            problems.append(f"--{name} takes one of {', '.join(map(str, CHOICES[name]))}, not {text!r}")
+        return value
+
+    return value_of
+
+
 def parse_words(words: Sequence[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--flag`, and `--network_args` with any number of values.
+    """The options on a command line of the host, by the rules of its parser (argparse, as the host's is).
 
     Raises:
-        SPFError: a word that belongs to no option, or an option that the host does not have.
+        SPFError: a word that belongs to no option, an option that the host does not have, or a value that it refuses.
     """
-    values: dict[str, Any] = {}
-    problems = []
-    name, collected = "", list[str]()
-
-    def close() -> None:
-        if name == "network_args":
-            values[name] = list(collected)
-        elif name and len(collected) > 1:
-            problems.append(f"--{name} is followed by the stray word {collected[1]!r}")
-        elif name:
-            values[name] = _typed(name, collected[0]) if collected else True
-
-    for word in words:
-        if word.startswith("--"):
-            close()
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            collected = [value] if equals else []
-            if name not in OPTIONS:
-                problems.append(
-                    f"--{name} is no option of sd-scripts or of spf check{nearest(name, [*OPTIONS, *OWN_OPTIONS])}"
-                )
-        elif not name:
-            problems.append(f"stray word {word!r}: after CONFIG only options may follow, as sd-scripts takes them")
-        else:
-            collected.append(word)
-    close()
+    problems: list[str] = []
+    values, others = _HostParser(problems).parse_known_args(words)
+    unknown = False
+    for word in others:
+        if word.startswith("-"):
+            unknown = True  # what follows are its values
+            name = word.lstrip("-").partition("=")[0]
+            known = nearest(name.replace("-", "_"), [*OPTIONS, *OWN_OPTIONS])
+            problems.append(f"{word.partition('=')[0]} is no option of sd-scripts or of spf check{known}")
+        elif not unknown:
+            problems.append(f"stray word {word!r}: no option takes it. Quote a text that has spaces")
     if problems:
         raise SPFError(problems)
-    return values
-
-
-def _typed(name: str, text: str) -> Any:
-    if name in _NUMBERS and re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
-    if name in _NUMBERS:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
+    return vars(values)
 
 
 def read(config: Path | None, words: Mapping[str, Any]) -> tuple[HostArgs, list[Finding]]:
@@ -134,7 +138,7 @@ def read(config: Path | None, words: Mapping[str, Any]) -> tuple[HostArgs, list[
     from_file = _flat(load_toml(config)) if config else {}
     findings = [*_written_wrongly(config, from_file)] if config else []
     values = {**{k: v for k, v in from_file.items() if not k.startswith(PREFIX)}, **words}
-    values = {k: v for k, v in values.items() if not (k in _NUMBERS and isinstance(v, str))}
+    values = {k: v for k, v in values.items() if not (k in NUMBERS and isinstance(v, str))}
     if values.get("caption_extention") is not None:  # the host's own old misspelling
         values["caption_extension"] = values.pop("caption_extention")
     return HostArgs(values), findings
@@ -160,13 +164,22 @@ def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
                     f"{path.name}: sd-scripts has no option {key!r} and ignores it silently{nearest(key, OPTIONS)}",
                 )
             )
-        elif key in _NUMBERS and isinstance(value, str):
+        elif key in NUMBERS and isinstance(value, str):
             findings.append(
                 Finding(
                     "error",
                     "quoted-number",
                     f'{path.name}: {key} = "{value}" is a text, and sd-scripts does not make a number of it',
                     "Write the number without quotes.",
+                )
+            )
+        elif key in LISTS and not isinstance(value, list) and value not in ("", 0) and key not in _SAID_ELSEWHERE:
+            findings.append(
+                Finding(
+                    "error",
+                    "no-list",
+                    f"{path.name}: {key} = {value!r} is no list, and sd-scripts goes through it piece by piece",
+                    f"Write {key} = [{toml.dumps({'v': value})[4:].strip()}]",
                 )
             )
         elif isinstance(value, str) and value.lower() in ("true", "false"):
