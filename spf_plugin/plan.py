@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spf_plugin.check.host_options import OPTIONS
+from spf_plugin.check import family
+from spf_plugin.check.family import MODELS
+from spf_plugin.check.host_options import OPTIONS, SDXL_ONLY, TEXT_CACHES
 from spf_plugin.check.source import load_toml
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError, nearest
@@ -26,7 +28,6 @@ LORA_BYTES = 4  # the trained weights are float32 in every host
 TEXT_ENCODERS = {"sd1": 123_060_480, "sd2": 340_387_840, "sdxl": 123_060_480 + 694_659_840}  # parameters
 # Of the UNet: what `spf_base` quantises. Weights of the transformers' linear layers, and their rows.
 LINEAR = {"sd1": (242_196_480, 212_160), "sd2": (273_367_040, 237_120), "sdxl": (2_207_744_000, 1_436_160)}
-MODELS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 # Bytes of state per trained weight. 8-bit states have one float32 scale per 256 values.
 OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adam", "pagedadamw", "pagedadamw32bit", "adamwschedulefree"), 8.0),
@@ -148,18 +149,14 @@ def _resolution(value: Any, problems: list[str]) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def _model(settings: Mapping[str, Any], given: str | None, problems: list[str]) -> str:
+def _model(settings: Mapping[str, Any], path: Path, given: str | None, problems: list[str]) -> family.Family:
     if given:
-        return given
-    name = str(settings.get("pretrained_model_name_or_path", "")).replace("\\", "/").rsplit("/", 1)[-1].lower()
-    if settings.get("v2"):
-        return "sd2"
-    if "xl" in name or settings.get("no_half_vae") or settings.get("cache_text_encoder_outputs"):
-        return "sdxl"
-    if any(word in name for word in ("v1", "1-5", "1.5", "1-4", "sd15", "sd1")):
-        return "sd1"
-    problems.append("which base model it trains is not clear from this file; add --model sd1, sd2 or sdxl")
-    return "sd1"
+        return family.Family(given)
+    found = family.find(settings, path)
+    if not found.name:
+        problems.append("which base model it trains is not clear from this file; add --model sd1, sd2 or sdxl")
+        return family.Family("sd1")
+    return found
 
 
 def _spf(settings: Mapping[str, Any], folder: Path, problems: list[str]) -> SPFConfig | None:
@@ -199,7 +196,7 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
 
     Args:
         path: sd-scripts' `--config_file`.
-        model: `sd1`, `sd2` or `sdxl`, where the file does not say.
+        model: `sd1`, `sd2` or `sdxl`; else what `family.find` finds.
 
     Raises:
         SPFError: with every mistake: no such file, no TOML, unknown keys, values out of range, and settings for which
@@ -233,8 +230,10 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
     base = "off" if spf is None else spf.base
     if fp8 and base != "off":
         problems.append(f"spf_base={base} and fp8_base both shrink the frozen UNet; leave one of them out")
+    kind = _model(settings, path, model, problems)
+    cached = [_flag(settings, name, problems) for name in TEXT_CACHES]
     run = Run(
-        model=_model(settings, model, problems),
+        model=kind.name,
         width=width,
         height=height,
         batch=_whole(settings, "train_batch_size", 1, problems),
@@ -242,7 +241,7 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
         checkpointing=_flag(settings, "gradient_checkpointing", problems),
         weights=base if base != "off" else "fp8" if fp8 else "bf16",
         fused_attention=any(attention),
-        text_cached=_flag(settings, "cache_text_encoder_outputs", problems),
+        text_cached=kind.name == "sdxl" and any(cached),
         optimizer=_optimizer(settings, problems),
         save_bytes=2 if settings.get("save_precision") in ("fp16", "bf16") else 4,
         steps=0 if "max_train_epochs" in settings else _whole(settings, "max_train_steps", _DEFAULT_STEPS, problems),
@@ -256,11 +255,16 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
         )
     if problems:
         raise SPFError([problem.rstrip(".") + "." for problem in problems])
-    return run, _notes(settings, run)
+    return run, _notes(settings, run, kind)
 
 
-def _notes(settings: Mapping[str, Any], run: Run) -> list[str]:
+def _notes(settings: Mapping[str, Any], run: Run, kind: family.Family) -> list[str]:
     notes = []
+    if kind.guess:
+        notes.append(f"{MODELS[run.model]} is guessed from {kind.guess}. If it is another: --model sd1, sd2 or sdxl.")
+    ignored = [name for name in SDXL_ONLY if settings.get(name)] if run.model != "sdxl" else []
+    if ignored:
+        notes.append(f"{', '.join(ignored)}: only sdxl_train_network.py has it; train_network.py ignores it.")
     if run.spf is None:
         notes.append("network_module is not spf_plugin.lora: planned as a plain LoRA.")
     elif getattr(run.spf, "enhances", False):

@@ -219,6 +219,14 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("no-resolution", "error", lambda r: r.set(resolution=None)),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, shuffle_caption=True)),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, network_train_unet_only=None)),
+    ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs_to_disk=True, shuffle_caption=True)),
+    (
+        "sdxl-only",
+        "warning",
+        lambda r: r.set(
+            cache_text_encoder_outputs=True, shuffle_caption=True, pretrained_model_name_or_path="v1-5-pruned.ckpt"
+        ),
+    ),
     ("caption-dropout", "warning", lambda r: r.set(caption_dropout_rate=0.5)),
     ("never-aligned", "error", lambda r: r.args("spf_target=blonde hair", "spf_stage2_start=1000")),
     (

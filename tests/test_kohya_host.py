@@ -33,6 +33,8 @@ class Monolithic:
 
 
 class Processing(Monolithic):
+    is_sdxl = True
+
     def get_noise_pred_and_target(self) -> None: ...
 
     def process_batch(self) -> None: ...
@@ -272,8 +274,11 @@ def test_a_prefix_that_cached_text_leaves_out(tmp_path: Path) -> None:
     config = parse({"spf_target": "blonde hair"})
     images = {"a": ("a woman, blonde hair", subset(prefix="a photo of"))}
     assert host(images).problems(config) == []
-    (problem,) = host(images, cache_text_encoder_outputs=True).problems(config)
+    cached = host(images, cache_text_encoder_outputs=True)
+    (problem,) = cached.problems(config)
     assert "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs" in problem
+    cached.trainer = Monolithic()  # of SD1.x: the option came from a file, and its script has none
+    assert cached.problems(config) == []
 
 
 def test_text_that_was_cached_before_the_caption_changed(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from spf_plugin import plan
+from spf_plugin.check import family
 from spf_plugin.cli import app
 from spf_plugin.config import SPFConfig, parse
 from spf_plugin.errors import SPFError
@@ -175,6 +177,105 @@ def test_spf_base_is_read_from_the_preset(tmp_path: Path) -> None:
     peak = {kind: plan.predict(replace(eight, weights=kind)).peak / GIB for kind in ("fp8", "int8", "nf4")}
     assert peak["fp8"] - peak["nf4"] == pytest.approx(0.6, abs=0.15)
     assert peak["int8"] - peak["fp8"] == pytest.approx(0.3, abs=0.15)
+
+
+# ---- which base model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        # published: certain
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl!"),
+        ("C:\\models\\sd_xl_base_1.0_0.9vae.safetensors", "sdxl!"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd1!"),
+        ("v1-5-pruned-emaonly.ckpt", "sd1!"),
+        ("stabilityai/stable-diffusion-2-1", "sd2!"),
+        # guessed
+        ("sd15.safetensors", "sd1"),
+        ("my_mix_v1.5.safetensors", "sd1"),
+        ("ponyDiffusionV6XL.safetensors", "sdxl"),
+        ("animagine-xl-3.1.safetensors", "sdxl"),
+        ("realvisxlV40.safetensors", "sdxl"),
+        # nothing tells it
+        ("juggernaut_v10.safetensors", ""),
+        ("mix_v2.1.safetensors", ""),
+        ("xlarge.safetensors", ""),
+        ("pixlr.safetensors", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_models_name_tells(model: str, kind: str) -> None:
+    found = family.find({"pretrained_model_name_or_path": model, "no_half_vae": True})
+    assert (found.name, bool(found.guess)) == (kind.rstrip("!"), bool(kind) and not kind.endswith("!"))
+
+
+def test_the_model_itself_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against whatever the name says: a checkpoint, a diffusers folder, and one in the hub's cache."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    block = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    for width, kind in ((768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (1280, "")):
+        path = tmp_path / f"model{width}.safetensors"
+        save_file({"conditioner.x": torch.zeros(2048), block: torch.zeros(1, width)}, path)
+        assert family.of_model(str(path)) == kind
+        for folder in (tmp_path / str(width), tmp_path / "hub" / f"models--me--m{width}" / "snapshots" / "abc"):
+            (folder / "unet").mkdir(parents=True)
+            config = json.dumps({"cross_attention_dim": [width] if width == 2048 else width})
+            (folder / "unet" / "config.json").write_text(config, encoding="utf-8")
+        assert family.of_model(str(tmp_path / str(width))) == kind
+        assert family.of_model(f"me/m{width}") == kind
+    misnamed = tmp_path / "sd_xl_base_1.0.safetensors"
+    (tmp_path / "model768.safetensors").rename(misnamed)
+    found = family.find({"pretrained_model_name_or_path": str(misnamed), "cache_text_encoder_outputs": True})
+    assert found == family.Family("sd1")
+    misnamed.write_bytes(b"no header")
+    assert family.of_model(str(misnamed)) == ""
+    (tmp_path / "768" / "unet" / "config.json").write_text("{}", encoding="utf-8")
+    assert family.of_model(str(tmp_path / "768")) == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "settings", "kind"),
+    [
+        ("run.toml", "# accelerate launch sdxl_train_network.py", {}, "sdxl"),
+        ("run.toml", "# accelerate launch train_network.py", {"cache_text_encoder_outputs": True}, "sd1"),
+        ("run.toml", "# train_network.py or sdxl_train_network.py", {}, ""),
+        ("my-sdxl.toml", "", {}, "sdxl"),
+        ("my-sd15.toml", "", {"cache_text_encoder_outputs": True}, "sd1"),
+        ("run.toml", "", {"cache_text_encoder_outputs": True}, "sdxl"),
+        ("run.toml", "", {"cache_text_encoder_outputs": False, "no_half_vae": True}, ""),
+        ("my-sdxl.toml", "", {"v2": True}, "sd2!"),
+    ],
+)
+def test_what_else_tells_it(tmp_path: Path, file: str, text: str, settings: dict[str, Any], kind: str) -> None:
+    path = tmp_path / file
+    path.write_text(text, encoding="utf-8")
+    found = family.find({"pretrained_model_name_or_path": "mine.safetensors", **settings}, path)
+    assert (found.name, bool(found.guess)) == (kind.rstrip("!"), bool(kind) and not kind.endswith("!"))
+
+
+def test_options_of_sdxl_do_not_make_an_sdxl_run(tmp_path: Path) -> None:
+    model = {"pretrained_model_name_or_path": '"models/v1-5-pruned.safetensors"'}
+    plain, notes = plan.read(preset(tmp_path, **model))
+    assert notes == []
+    more = {"no_half_vae": "true", "cache_text_encoder_outputs": "true", "cache_text_encoder_outputs_to_disk": "true"}
+    run, notes = plan.read(preset(tmp_path, **model, **more))
+    assert run == plain
+    (note,) = notes
+    assert "only sdxl_train_network.py has it; train_network.py ignores it" in note
+    for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"):
+        assert plan.read(preset(tmp_path, **{name: "true"}))[0].text_cached  # of SDXL
+
+
+def test_a_guess_is_said_to_be_one(tmp_path: Path) -> None:
+    path = preset(tmp_path, pretrained_model_name_or_path='"anime_xl.safetensors"')
+    code, text = call(path)
+    assert code == 0
+    assert "SDXL is guessed from the model's name, anime_xl. If it is another: --model sd1, sd2 or sdxl." in text
+    values = json.loads(call(path, "--json")[1])
+    assert values["model"] == "sdxl"
+    assert "guessed" in values["notes"][0]
+    assert "guessed" not in call(path, "--model", "sdxl")[1]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

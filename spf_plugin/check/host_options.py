@@ -100,6 +100,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 OPTIONS = SWITCHES | frozenset(TYPES)
 #: Which only sdxl_train_network.py has: train_network.py ignores them in a file, and refuses them on the command line.
 SDXL_ONLY = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "disable_mmap_load_safetensors")
+TEXT_CACHES = SDXL_ONLY[:2]  # either is enough: the host turns the first on with the second
 
 _NUMBER = (int, float)
 #: What may stand in [general], [[datasets]] and [[datasets.subsets]] alike, with its type.

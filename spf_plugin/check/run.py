@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spf_plugin.check import captions, entries, pictures, sets, settings, source, tokens
+from spf_plugin.check import captions, entries, family, pictures, sets, settings, source, tokens
 from spf_plugin.check.captions import Described
 from spf_plugin.check.dataset import Data
 from spf_plugin.check.findings import Finding, of, ordered
@@ -114,7 +114,8 @@ def check(
     data = entries.read_data(args, loose_images=folder)
     near = [args.train_data_dir, Path(args.dataset_config).parent if args.dataset_config else None]
     config, targets, problems = settings.parse_settings(args, target, [Path(), *(Path(f) for f in near if f)])
-    findings += [*problems, *data.findings, *settings.look(args, config, data, for_host=not only_data)]
+    model = family.find(args.given, None if only_data else path)
+    findings += [*problems, *data.findings, *settings.look(args, config, data, model, for_host=not only_data)]
 
     candidates = (
         iter([tokenizer]) if tokenizer else tokens.folders(args.pretrained_model_name_or_path, args.tokenizer_cache_dir)

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from spf_plugin.check.dataset import Data
+from spf_plugin.check.family import Family
 from spf_plugin.check.findings import Finding, of
+from spf_plugin.check.host_options import SDXL_ONLY, TEXT_CACHES
 from spf_plugin.check.source import HostArgs
 from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
@@ -26,7 +28,8 @@ class PlannedHost(KohyaHost):
 
     running = False
 
-    def __init__(self, args: HostArgs, data: Data):
+    def __init__(self, args: HostArgs, data: Data, model: Family):
+        self._model = model
         infos = {
             i: SimpleNamespace(caption=entry.caption, is_reg=entry.subset.is_reg, absolute_path=str(entry.path))
             for i, entry in enumerate(data.entries)
@@ -34,6 +37,11 @@ class PlannedHost(KohyaHost):
         subsets = {i: entry.subset for i, entry in enumerate(data.entries)}
         group = SimpleNamespace(datasets=[SimpleNamespace(image_data=infos, image_to_subset=subsets)])
         super().__init__({"self": None, "args": args, "train_dataset_group": group}, [])
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Unless it is certainly not: what would be wrong with SDXL is worth saying of a guess too."""
+        return self._model.certain in ("", "sdxl")
 
     def stops(self, config: SPFConfig | None) -> list[str]:
         """Why the run would stop. What training only warns about is found, with more detail, by `captions`."""
@@ -90,18 +98,20 @@ def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Targe
     return out
 
 
-def look(args: HostArgs, config: SPFConfig | None, data: Data, *, for_host: bool) -> list[Finding]:
+def look(args: HostArgs, config: SPFConfig | None, data: Data, model: Family, *, for_host: bool) -> list[Finding]:
     """Mistakes in the settings and options.
 
     Args:
         args: the host's arguments.
         config: SPF's settings, or None if they are wrong.
         data: the data set.
+        model: what kind of base model it is.
         for_host: a run of sd-scripts is known, and not only its data.
     """
-    found = [Finding("error", "stops", problem) for problem in PlannedHost(args, data).stops(config)]
+    host = PlannedHost(args, data, model)
+    found = [Finding("error", "stops", problem) for problem in host.stops(config)]
     if for_host:
-        found += [*_module(args), *_options(args, data)]
+        found += [*_module(args), *_options(args, data, sdxl=host.is_sdxl)]
     if config is not None:
         found += _together(args, config)
     for subset in data.subsets:
@@ -136,7 +146,7 @@ def _module(args: HostArgs) -> list[Finding]:
     return []
 
 
-def _options(args: HostArgs, data: Data) -> list[Finding]:
+def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
     found = []
     other = [name for name in _OTHER_MODELS if args.given.get(name)]
     if other:
@@ -150,7 +160,11 @@ def _options(args: HostArgs, data: Data) -> list[Finding]:
     if isinstance(rates, list) and len(rates) > 1:
         message = f"text_encoder_lr = {rates}: one for each text encoder, and sd-scripts up to v0.9.1 takes only one"
         found.append(Finding("note", "newer", message, "Use a later release, or give one."))
-    if args.cache_text_encoder_outputs:
+    ignored = [name for name in SDXL_ONLY if args.given.get(name) and not sdxl]
+    if ignored:
+        message = f"{', '.join(ignored)}: only sdxl_train_network.py has it, and this model is none of SDXL"
+        found.append(Finding("warning", "sdxl-only", message, "Leave it out: train_network.py ignores it."))
+    elif any(args.given.get(name) for name in TEXT_CACHES):
         names = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
         used = [name for name in names if any(getattr(subset, name) for subset in data.subsets)]
         if used:

@@ -42,6 +42,13 @@ def estimate(text: str) -> list[int]:
     return ids
 
 
+def hub_snapshots(name: str) -> list[Path]:
+    """Where the hub's cache holds a model of this name."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
+
+
 def folders(model: str | None = None, cache: str | None = None) -> Iterator[Path]:
     """Where a CLIP tokenizer may lie: beside the model, in the host's cache, in the hub's, in this repository.
 
@@ -53,10 +60,8 @@ def folders(model: str | None = None, cache: str | None = None) -> Iterator[Path
         yield from (Path(model) / "tokenizer", Path(model))
     if cache:
         yield from sorted(Path(cache).glob("*"))
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     for name in [*([model] if model and "/" in model and not Path(model).exists() else []), *_HUB_MODELS]:
-        for snapshot in sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")):
+        for snapshot in hub_snapshots(name):
             yield from (snapshot / "tokenizer", snapshot)
     yield Path(__file__).parents[2] / "portraitlab" / "model" / "tokenizer"
 

@@ -48,7 +48,7 @@ def _print(console: Console, run: Run, found: Prediction, notes: list[str]) -> N
 def plan(
     preset: Annotated[Path, typer.Argument(help="The run's --config_file, such as presets/sdxl-12gb.toml.")],
     vram: Annotated[float | None, typer.Option(min=1.0, help="The card's memory in GB.", show_default="none")] = None,
-    model: Annotated[Model | None, typer.Option(help="Base model.", show_default="what the file says")] = None,
+    model: Annotated[Model | None, typer.Option(help="Base model.", show_default="found or guessed")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict peak VRAM, time and file size of a run from its settings.
@@ -71,6 +71,7 @@ def plan(
     if as_json:
         values = {
             "fits": fits,
+            "model": run.model,
             "vram_gb": vram,
             "peak_gb": round(found.peak / GIB, 2),
             "parts_gb": {name: round(size / GIB, 3) for name, size in found.parts.items()},

@@ -327,8 +327,9 @@ class KohyaHost:
 
     def _cached_text_problems(self) -> list[str]:
         """Where the text that the host has cached is not the text that it reports as the caption."""
-        if not getattr(self.args, "cache_text_encoder_outputs", False):
-            return []
+        on_disk = getattr(self.args, "cache_text_encoder_outputs_to_disk", False)  # turns the other on
+        if not (getattr(self.args, "cache_text_encoder_outputs", False) or on_disk) or not self.is_sdxl:
+            return []  # without SDXL they are in the arguments only where a file names them, and do nothing
         found, stale = [], []
         if any(getattr(subset, f"caption_{end}", None) for _, subset in self._infos() for end in ("prefix", "suffix")):
             found.append(
@@ -340,7 +341,7 @@ class KohyaHost:
             caption, cache = stem + (getattr(subset, "caption_extension", None) or ""), stem + TEXT_CACHE
             if stem and os.path.isfile(caption) and os.path.isfile(cache):
                 stale += [cache] if os.path.getmtime(caption) > os.path.getmtime(cache) else []
-        if stale and getattr(self.args, "cache_text_encoder_outputs_to_disk", False):
+        if stale and on_disk:
             found.append(
                 f"{len(stale)} captions were changed after their encoding was cached, and sd-scripts would train with "
                 f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{TEXT_CACHE} files."
