@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.conftest import MadeOnce
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +35,13 @@ def find_hosts() -> list[Path]:
     return [p.resolve() for p in [*named, *cached] if (p / "train_network.py").is_file()]
 
 
+def is_new(folder: Path) -> bool:
+    return "def process_batch" in (folder / "train_network.py").read_text(encoding="utf-8")
+
+
 HOSTS = find_hosts()
+NEWEST = next(filter(is_new, HOSTS), HOSTS[0] if HOSTS else None)
+OLDER = next((folder for folder in HOSTS if not is_new(folder)), None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,6 +50,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "host", HOSTS or [missing], ids=lambda p: p.name if p else "none", indirect=True, scope="session"
         )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "one_host: of the sd-scripts checkouts only the newest runs it; what may differ between them runs on all",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def superfluous(item: pytest.Item) -> bool:
+        folder = (
+            item.callspec.params.get("host")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        return folder not in (None, NEWEST) and item.get_closest_marker("one_host") is not None
+
+    dropped = [item for item in items if superfluous(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not superfluous(item)]
 
 
 @dataclass
@@ -63,6 +95,11 @@ class Result:
             return file.metadata()
 
     @property
+    def said(self) -> str:
+        """The whole log on one line, without the column of places in the code, around which the logger wraps."""
+        return re.sub(r"\s+", " ", re.sub(r" \w+\.py:\d+ *$", "", self.log, flags=re.MULTILINE))
+
+    @property
     def message(self) -> str:
         """The last error, on one line (the host's logger and accelerate wrap theirs)."""
         return re.sub(r"\s+", " ", self.log[-4000:])
@@ -71,8 +108,8 @@ class Result:
 class Host:
     """One checkout; `train` runs one of its scripts."""
 
-    def __init__(self, folder: Path, models: dict[str, Path], work: Path):
-        self.folder, self.models, self.work = folder, models, work
+    def __init__(self, folder: Path, models: Models, work: Path, made_once: MadeOnce):
+        self.folder, self.models, self.work, self.made_once = folder, models, work, made_once
         self._count = 0
         self._server: subprocess.Popen[str] | None = None
 
@@ -82,7 +119,7 @@ class Host:
 
     @property
     def is_new(self) -> bool:
-        return "def process_batch" in (self.folder / "train_network.py").read_text(encoding="utf-8")
+        return is_new(self.folder)
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
@@ -159,6 +196,18 @@ class Host:
             code = self._ask({"script": script, "args": words, "log": str(log)})
         return Result(code, log.read_text(encoding="utf-8", errors="replace"), out)
 
+    def trained(self, *network_args: str, **flags: Any) -> Result:
+        """What `train` gave for these very arguments earlier in this session, in any xdist worker: only to be read."""
+        arguments = json.dumps([self.name, network_args, sorted(flags.items())], default=str)
+
+        def run(out: Path) -> None:
+            code = self.train(*network_args, out=out, **flags).returncode
+            (out / "returncode").write_text(str(code), encoding="utf-8")
+
+        out = self.made_once("run-" + hashlib.sha256(arguments.encode()).hexdigest()[:16], run)
+        code = int((out / "returncode").read_text(encoding="utf-8"))
+        return Result(code, (out / "log.txt").read_text(encoding="utf-8", errors="replace"), out)
+
     def _ask(self, job: dict[str, object]) -> int:
         if self._server is None:
             self._server = subprocess.Popen(
@@ -183,32 +232,70 @@ class Host:
             self._server.wait(timeout=30)
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models, tokenizers where sd-scripts looks for them, and a data folder; built once."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizers = root / "tokenizers"
-    for name in (
+def tokenizer_folders(root: Path) -> None:
+    """Where sd-scripts looks for them in its `--tokenizer_cache_dir`."""
+    first, *others = (
         "openai_clip-vit-large-patch14",
         "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k",
         "stabilityai_stable-diffusion-2",
-    ):
-        tiny.tokenizer_folder(tokenizers / name)
-    return {
-        "sd15": tiny.sd15(root / "sd15"),
-        "sdxl": tiny.sdxl(root / "sdxl"),
-        "tokenizers": tokenizers,
-        "images": tiny.images(root / "images"),
+    )
+    tiny.tokenizer_folder(root / first)
+    for name in others:
+        shutil.copytree(root / first, root / name)
+
+
+class Models(dict[str, Path]):
+    """Tiny models, the tokenizers and a data folder by name, each made when it is first asked for."""
+
+    BUILD: ClassVar[dict[str, Callable[[Path], object]]] = {
+        "sd15": tiny.sd15,
+        "sdxl": tiny.sdxl,
+        "tokenizers": tokenizer_folders,
+        "images": tiny.images,
     }
+
+    def __init__(self, made_once: MadeOnce):
+        super().__init__()
+        self.made_once = made_once
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.made_once(name, self.BUILD[name])
+        return self[name]
 
 
 @pytest.fixture(scope="session")
-def host(
-    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Host]:
-    running = Host(request.param, models, tmp_path_factory.mktemp("runs"))
-    yield running
-    running.close()
+def models(made_once: MadeOnce) -> Models:
+    return Models(made_once)
+
+
+@pytest.fixture(scope="session")
+def host_of(
+    models: Models, made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Path], Host]]:
+    """The one `Host` of each checkout."""
+    running: dict[Path, Host] = {}
+
+    def get(folder: Path) -> Host:
+        if folder not in running:
+            running[folder] = Host(folder, models, tmp_path_factory.mktemp("runs"), made_once)
+        return running[folder]
+
+    yield get
+    for each in running.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def host(request: pytest.FixtureRequest, host_of: Callable[[Path], Host]) -> Host:
+    return host_of(request.param)
+
+
+@pytest.fixture
+def older(host_of: Callable[[Path], Host]) -> Host:
+    """A checkout of the older release, for what goes from one release to the other."""
+    if OLDER is None:
+        pytest.skip("NO OLDER sd-scripts CHECKOUT FOUND (see README, Tests)")
+    return host_of(OLDER)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,6 +13,7 @@ are declared first. Both belong to the tests, not to the plugin.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -107,8 +108,13 @@ def serve(host: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever is printed while importing must not mix with the answers
     prepare(host)
+    import ftfy  # noqa: F401  the tokenizers' own
+    import networks.lora  # noqa: F401
     from library import sdxl_train_util, train_util  # noqa: F401  the slow imports, before the first fork
 
+    # sd-scripts collects garbage a few times a run: without this each child walks, and so copies, all those modules.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()

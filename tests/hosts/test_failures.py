@@ -10,6 +10,7 @@ from tests import tiny
 from tests.hosts.conftest import Host
 
 TARGET = "spf_target=blonde hair"
+one_host = pytest.mark.one_host  # SPF's own reading of its settings, which no release of the host has a part in
 
 
 def stops(host: Host, *network_args: str, **flags: object) -> str:
@@ -25,6 +26,7 @@ def stops(host: Host, *network_args: str, **flags: object) -> str:
     return result.message
 
 
+@one_host
 def test_unknown_setting_names_the_nearest(host: Host) -> None:
     message = stops(host, TARGET, "spf_stage2_begin=0.5")
     assert "unknown setting 'spf_stage2_begin'; did you mean spf_stage2_start?" in message
@@ -45,16 +47,16 @@ def test_target_that_no_caption_contains(host: Host) -> None:
     assert "'blonde hair'" in message  # what they do say
 
 
+@one_host
 def test_no_target(host: Host) -> None:
     assert '--network_args "spf_target=blonde hair"' in stops(host, "spf_map=soft")
 
 
+@one_host
 def test_target_in_some_captions_only_warns(host: Host) -> None:
     result = host.train("spf_target=beach", max_train_steps=1)
     assert result.returncode == 0
-    assert (
-        "SPF: 3 of 4 captions do not contain the target" in result.message.replace("- ", "-") or "3 of 4" in result.log
-    )
+    assert "SPF: 3 of 4 captions do not contain the target" in result.said
     assert result.file.exists()
 
 
@@ -63,20 +65,24 @@ def test_text_encoder_only(host: Host) -> None:
     assert "--network_train_text_encoder_only trains no UNet module" in message
 
 
+@one_host
 def test_pickle_output(host: Host) -> None:
     assert "SPF writes safetensors only" in stops(host, TARGET, save_model_as="ckpt")
 
 
+@one_host
 def test_stray_word_is_explained(host: Host) -> None:
     message = stops(host, "spf_target=blonde", "hair")
     assert "stray word 'hair'" in message
     assert "spf_target=blonde_hair" in message
 
 
+@one_host
 def test_malformed_value(host: Host) -> None:
     assert "spf_output_multiplier='high': must be a number" in stops(host, TARGET, "spf_output_multiplier=high")
 
 
+@one_host
 def test_a_missing_or_broken_clip(host: Host, tmp_path: Path) -> None:
     message = stops(host, TARGET, "spf_response=anchor", f"spf_clip={tmp_path / 'nothing'}")
     assert "there is no such folder" in message
@@ -86,17 +92,20 @@ def test_a_missing_or_broken_clip(host: Host, tmp_path: Path) -> None:
     assert f"spf_clip={folder} cannot be loaded" in message
 
 
+@one_host
 def test_unmatched_layers_and_modules(host: Host) -> None:
     assert "spf_layers='attn7' matches none of the 16 cross-attention layers" in stops(host, TARGET, "spf_layers=attn7")
     assert "spf_train='attn7' matches none of the" in stops(host, TARGET, "spf_train=attn7")
 
 
+@one_host
 def test_an_algorithm_that_empties_the_base_model(host: Host) -> None:
     message = stops(host, TARGET, "spf_network=lycoris.kohya", "algo=full", "preset=attn-mlp")
     assert "took the weights of" in message
     assert "Use another algorithm: lora, loha, lokr" in message
 
 
+@one_host
 def test_missing_config_file(host: Host) -> None:
     assert "spf_config: no such file" in stops(host, "spf_config=nowhere.toml")
 
@@ -110,6 +119,7 @@ def test_config_file_beside_the_data(host: Host, tmp_path: Path) -> None:
     assert '"spf_map_gain": "2"' in result.metadata()["ss_network_args"]
 
 
+@one_host
 @pytest.mark.parametrize("spelling", ["spf_target='blonde hair'", "spf_target=blonde_hair", 'spf_target="blonde hair"'])
 def test_spellings_that_guis_leave(host: Host, spelling: str) -> None:
     result = host.train(spelling, "spf_stage2_start=0", max_train_steps=1)
@@ -117,6 +127,7 @@ def test_spellings_that_guis_leave(host: Host, spelling: str) -> None:
     assert "(per subset)" not in result.message
 
 
+@one_host
 def test_an_unsupported_trainer_is_refused_by_name(host: Host, tmp_path: Path) -> None:
     """FLUX and SD3 trainers need models that no CPU test can hold: a trainer with their shape stands in for them."""
     script = tmp_path / "other_train_network.py"

@@ -17,10 +17,11 @@ from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
 from spf_plugin.saving import save_normalised
 from tests import tiny
-from tests.hosts.conftest import HOSTS, Host, Result
+from tests.hosts.conftest import Host, Result
 
 EVERY_STEP = ("spf_stage2_start=0", "spf_every=1", "spf_log_every=1", "spf_preview_every=1")
 ARGUMENTS = ("spf_target=blonde hair", *EVERY_STEP)
+one_host = pytest.mark.one_host  # the same code in both releases
 
 
 def run(host: Host, fault: str, **flags: object) -> Result:
@@ -41,33 +42,27 @@ def numbered(*steps: int) -> list[str]:
     return [f"out-step{step:08d}.safetensors" for step in steps]
 
 
-@pytest.fixture
-def newest(host: Host) -> Host:
-    """For what both releases do alike: only one runs."""
-    if not host.is_new:
-        pytest.skip("the same code in both releases")
-    return host
-
-
-def test_killed_during_a_step(newest: Host) -> None:
-    result = run(newest, "kill_step@4")
+@one_host
+def test_killed_during_a_step(host: Host) -> None:
+    result = run(host, "kill_step@4")
     assert result.returncode == -9
     assert complete(result.folder) == numbered(1, 2, 3)
 
 
-def test_killed_during_a_save(newest: Host) -> None:
+@one_host
+def test_killed_during_a_save(host: Host) -> None:
     """The file is written and has not taken its name yet; an older file of that name stays as it was."""
-    out = newest.work / "killed-saving"
+    out = host.work / "killed-saving"
     out.mkdir()
     older = out / numbered(3)[0]
     save_file({"older": torch.ones(1)}, older)
     before = older.read_bytes()
-    result = run(newest, "kill_saving@3", out=out)
+    result = run(host, "kill_saving@3", out=out)
     assert result.returncode == -9
     assert older.read_bytes() == before
     assert complete(out) == numbered(1, 2, 3)
     assert all(f.name.startswith(".") for f in out.iterdir() if "partial" in f.name or f.suffix == ".tmp")
-    again = run(newest, "none", out=out)  # what was left behind is in nobody's way
+    again = run(host, "none", out=out)  # what was left behind is in nobody's way
     assert again.returncode == 0, again.log[-3000:]
     assert older.read_bytes() != before
 
@@ -88,10 +83,11 @@ def test_killed_during_a_resume(host: Host) -> None:
     assert complete(last.folder) == ["out.safetensors"]
 
 
+@one_host
 @pytest.mark.parametrize("fault", ["disk_full@3", "disk_full_at_last@3"])
-def test_disk_full(newest: Host, fault: str) -> None:
+def test_disk_full(host: Host, fault: str) -> None:
     """Full while the inner network writes its file, and while SPF writes the final one."""
-    result = run(newest, fault)
+    result = run(host, fault)
     assert result.returncode == 1
     assert "was not written" in result.message
     assert "Nothing was changed." in result.message
@@ -110,69 +106,68 @@ def test_a_batch_that_is_not_a_number(host: Host) -> None:
     assert complete(result.folder) == numbered(1, 2)
 
 
-def test_an_image_that_cannot_be_read_any_more(newest: Host, tmp_path: Path) -> None:
-    result = run(newest, "spoil_image@2", train_data_dir=tiny.images(tmp_path / "data"))
+@one_host
+def test_an_image_that_cannot_be_read_any_more(host: Host, tmp_path: Path) -> None:
+    result = run(host, "spoil_image@2", train_data_dir=tiny.images(tmp_path / "data"))
     assert result.returncode == 1
     assert "Error loading file" in result.message  # the host's own words, with the path
     assert numbered(1)[0] in complete(result.folder)
 
 
-def test_captions_that_are_deleted(newest: Host, tmp_path: Path) -> None:
+@one_host
+def test_captions_that_are_deleted(host: Host, tmp_path: Path) -> None:
     """They were read when the run began."""
-    result = run(newest, "delete_captions@2", train_data_dir=tiny.images(tmp_path / "data"))
+    result = run(host, "delete_captions@2", train_data_dir=tiny.images(tmp_path / "data"))
     assert result.returncode == 0, result.log[-3000:]
     assert complete(result.folder) == [*numbered(1, 2, 3, 4), "out.safetensors"]
 
 
-def test_a_state_of_the_older_release_goes_on_in_the_newer(
-    newest: Host, models: dict[str, Path], tmp_path: Path
-) -> None:
-    older = next((h for h in HOSTS if "def process_batch" not in (h / "train_network.py").read_text("utf-8")), None)
-    if older is None:
-        pytest.skip("NO OLDER sd-scripts CHECKOUT FOUND (see README, Tests)")
-    before = Host(older, models, tmp_path)
-    try:
-        first = run(before, "none", max_train_steps=2, save_every_n_steps=2, save_state=True)
-    finally:
-        before.close()
+@one_host
+def test_a_state_of_the_older_release_goes_on_in_the_newer(older: Host, host: Host) -> None:
+    if host is older:
+        pytest.skip("NO NEWER sd-scripts CHECKOUT FOUND (see README, Tests)")
+    first = run(older, "none", max_train_steps=2, save_every_n_steps=2, save_state=True)
     assert first.returncode == 0, first.log[-3000:]
     state = sorted(p for p in first.folder.glob("*-state") if p.is_dir())[-1]
-    second = run(newest, "none", resume=state, max_train_steps=3, save_every_n_steps=None, skip_until_initial_step=True)
+    second = run(host, "none", resume=state, max_train_steps=3, save_every_n_steps=None, skip_until_initial_step=True)
     assert second.returncode == 0, second.log[-3000:]
     assert "resumed at step 2" in second.log
     assert complete(second.folder) == ["out.safetensors"]
 
 
-def test_an_output_folder_that_cannot_be_written(newest: Host, tmp_path: Path) -> None:
+@one_host
+def test_an_output_folder_that_cannot_be_written(host: Host, tmp_path: Path) -> None:
     """sd-scripts alone finds out at its first save. (A file in the folder's place: root may write anywhere else.)"""
     (tmp_path / "taken").write_text("a file")
-    result = run(newest, "none", output_dir=tmp_path / "taken" / "loras")
+    result = run(host, "none", output_dir=tmp_path / "taken" / "loras")
     assert result.returncode == 1
     assert "nothing can be written there: Not a directory" in result.message
     assert "steps:" not in result.log
 
 
-def test_pictures_that_cannot_be_written_stop_nothing(newest: Host) -> None:
-    out = newest.work / "no-pictures"
+@one_host
+def test_pictures_that_cannot_be_written_stop_nothing(host: Host) -> None:
+    out = host.work / "no-pictures"
     out.mkdir()
     (out / "out-spf").write_text("a file")
-    result = run(newest, "none", out=out, save_every_n_steps=None, max_train_steps=8)
+    result = run(host, "none", out=out, save_every_n_steps=None, max_train_steps=8)
     assert result.returncode == 0, result.log[-3000:]
     assert result.log.count("was not written") == 1
     assert complete(out) == ["out.safetensors"]
 
 
-def test_a_path_in_another_script_and_pictures(newest: Host) -> None:
+@one_host
+def test_a_path_in_another_script_and_pictures(host: Host) -> None:
     """Spaces and letters of every kind, in the data, the output and the captions."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = newest.work / "Ausgabe übung 写真"
+    out = host.work / "Ausgabe übung 写真"
     captions = tuple(f"een vrouw, 赤い服 {i}, blonde hair" for i in range(4))
-    data = tiny.images(newest.work / "Bilder ñ 写真", captions)
+    data = tiny.images(host.work / "Bilder ñ 写真", captions)
     shutil.rmtree(out, ignore_errors=True)
-    logs = newest.work / "Protokolle ü"
+    logs = host.work / "Protokolle ü"
     more = {"logging_dir": logs, "log_with": "tensorboard", "save_every_n_steps": None, "max_train_steps": 8}
-    result = run(newest, "none", out=out, train_data_dir=data, output_name="höhe 髪", **more)
+    result = run(host, "none", out=out, train_data_dir=data, output_name="höhe 髪", **more)
     assert result.returncode == 0, result.log[-3000:]
     assert complete(out) == ["höhe 髪.safetensors"]
     assert list((out / "höhe 髪-spf").glob("sample1-step*.png"))
