@@ -38,8 +38,8 @@ MEASURE_ONLY = SPFConfig(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.sd15(tmp_path_factory.mktemp("sd15"))
+def model(tiny_sd15: Path) -> Path:
+    return tiny_sd15
 
 
 @pytest.fixture(scope="module")

@@ -234,11 +234,11 @@ def test_sd2_in_half_precision(tmp_path: Path) -> None:
     assert numbers["fp32"]["drift_base_prompt"]["values"][1] > 1e-4
 
 
-def test_a_single_file_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_file_is_the_same_model(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint in the original format gives the numbers of the folder it was made from."""
     from diffusers.loaders import single_file as loading
 
-    model, images = tiny.sd15(tmp_path / "sd15"), tiny.images(tmp_path / "images")
+    model, images = tiny_sd15, tiny.images(tmp_path / "images")
     file = single_file.write(model, tmp_path / "all-in-one.safetensors")
     asked: list[str] = []
 

@@ -145,11 +145,14 @@ def sd21(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def sdxl(folder: Path, seed: int = 0) -> Path:
-    """A diffusers folder with SDXL's block structure: 722 LoRA modules in the UNet.
-
-    sd-scripts fixes the text encoders' widths (768 and 1280) and reads layer 11 of the first.
-    """
+def sdxl(
+    folder: Path,
+    seed: int = 0,
+    depths: tuple[int, int, int] = (1, 2, 2),
+    widths: tuple[int, int] = (64, 96),
+    layers: tuple[int, int] = (2, 2),
+) -> Path:
+    """A diffusers folder with SDXL's blocks, less deep than SDXL, and two text encoders of these widths and layers."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
@@ -159,20 +162,20 @@ def sdxl(folder: Path, seed: int = 0) -> Path:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=SDXL_WIDTHS,
-        transformer_layers_per_block=(1, 2, 10),
-        cross_attention_dim=2048,
+        transformer_layers_per_block=depths,
+        cross_attention_dim=sum(widths),
         attention_head_dim=(1, 1, 2),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
+        projection_class_embeddings_input_dim=6 * 256 + widths[1],
         norm_num_groups=32,
     )
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder / "tokenizer"))
     pipeline = StableDiffusionXLPipeline(
         vae=_vae(),
-        text_encoder=_text_model(768, 12),
-        text_encoder_2=_text_model(1280, 3, projection=1280),
+        text_encoder=_text_model(widths[0], layers[0]),
+        text_encoder_2=_text_model(widths[1], layers[1], projection=widths[1]),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=_spread(unet),
@@ -180,6 +183,11 @@ def sdxl(folder: Path, seed: int = 0) -> Path:
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def sdxl_of_hosts(folder: Path) -> Path:
+    """SDXL's own structure, 722 LoRA modules. sd-scripts fixes it and the text widths, and reads layer 11 of a text."""
+    return sdxl(folder, depths=(1, 2, 10), widths=(768, 1280), layers=(12, 3))
 
 
 CAPTIONS = (

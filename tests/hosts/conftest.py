@@ -249,7 +249,7 @@ class Models(dict[str, Path]):
 
     BUILD: ClassVar[dict[str, Callable[[Path], object]]] = {
         "sd15": tiny.sd15,
-        "sdxl": tiny.sdxl,
+        "sdxl": tiny.sdxl_of_hosts,
         "tokenizers": tokenizer_folders,
         "images": tiny.images,
     }

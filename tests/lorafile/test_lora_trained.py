@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +57,9 @@ text_encoder_target_name = []
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("trained")
-    tiny.sd15(made / "model")
+    shutil.copytree(tiny_sd15, made / "model")
     tiny.images(made / "images")
     (made / "locon.toml").write_text(LOCON_PRESET, encoding="utf-8")
     return made

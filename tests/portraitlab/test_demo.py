@@ -22,18 +22,16 @@ from portraitlab.judge import Judge, save_judge
 from portraitlab.measure import score, shows, untouched_region
 from portraitlab.portraits import counterfactual
 from spf_plugin import cli
-from tests import tiny
 from tests.portraitlab.test_report import check_page
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def finished(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run with two seeds and hardly any steps."""
     root = tmp_path_factory.mktemp("demo")
-    model = tiny.sd15(root / "model")
     torch.manual_seed(0)
     save_judge(Judge(), root / "judge.safetensors")
-    words = ["--target", "blonde", "--model", str(model), "--judge", str(root / "judge.safetensors")]
+    words = ["--target", "blonde", "--model", str(tiny_sd15), "--judge", str(root / "judge.safetensors")]
     words += ["--out", str(root / "out")]
     words += ["--steps", "4", "--prompts", "1", "--seeds", "0,1", "--spf", "output_multiplier=2"]
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +60,7 @@ def test_the_demo_writes_files_a_page_and_a_table(finished: tuple[Path, Any]) ->
     assert "spf_output_multiplier 2" in text
 
 
-def test_the_page_names_the_commands_that_make_its_loras(finished: tuple[Path, Any]) -> None:
+def test_the_page_names_the_commands_that_make_its_loras(finished: tuple[Path, Any], tiny_sd15: Path) -> None:
     """The very command of the page, with this test's model for the embedded one, gives the same weights."""
     root, _ = finished
     text = unescape((root / "out" / "report.html").read_text(encoding="utf-8"))
@@ -70,7 +68,7 @@ def test_the_page_names_the_commands_that_make_its_loras(finished: tuple[Path, A
     assert len(commands) == 2
     for command, name in zip(commands, ("plain", "spf"), strict=True):
         words = shlex.split(command)[1:]
-        words[words.index("portraitlab/model")] = str(root / "model")
+        words[words.index("portraitlab/model")] = str(tiny_sd15)
         words[words.index(f"{name}.safetensors")] = str(root / f"{name}.safetensors")
         done = CliRunner().invoke(cli.app, words)
         assert done.exit_code == 0, done.output

@@ -65,14 +65,16 @@ def check_page(text: str) -> Elements:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pipeline(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny model with a LoRA of a few steps."""
     from diffusers import StableDiffusionPipeline
 
     root = tmp_path_factory.mktemp("report")
-    model, images = tiny.sd15(root / "sd15"), tiny.images(root / "images")
-    result = train(Settings(str(model), images, root / "lora.safetensors", None, steps=3, rank=4, learning_rate=1e-2))
-    loaded = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    images = tiny.images(root / "images")
+    result = train(
+        Settings(str(tiny_sd15), images, root / "lora.safetensors", None, steps=3, rank=4, learning_rate=1e-2)
+    )
+    loaded = StableDiffusionPipeline.from_pretrained(tiny_sd15, safety_checker=None)
     loaded.load_lora_weights(str(result.path.parent), weight_name=result.path.name)
     return loaded
 
