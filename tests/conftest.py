@@ -17,7 +17,7 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """`made_once(name, build)` is the folder `name`, filled by `build` in the first xdist worker that asks for it.
+    """`made_once(name, build)` is the file or folder `name`, built in the first xdist worker that asks for it.
 
     Whoever gets it only reads it.
     """
@@ -26,13 +26,14 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     root.mkdir(exist_ok=True)
 
     def make(name: str, build: Callable[[Path], object]) -> Path:
-        folder, done = root / name, root / f"{name}.done"
+        made, done = root / name, root / f"{name}.done"
         with FileLock(root / f"{name}.lock"):
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what a build that failed has left
-                build(folder)
+                if made.is_dir():  # what a build that failed has left
+                    shutil.rmtree(made)
+                build(made)
                 done.touch()
-        return folder
+        return made
 
     return make
 

@@ -14,16 +14,17 @@ from portraitlab.model_files import MODEL_FOLDER
 from tests.hosts.conftest import Host
 
 
+@pytest.mark.one_host  # both train a model of these blocks in test_training
 @pytest.mark.skipif(not (MODEL_FOLDER / "model_index.json").exists(), reason="NO EMBEDDED MODEL in portraitlab/model")
 def test_embedded_model_trains_in_sd_scripts(host: Host, tmp_path: Path) -> None:
     write_set(tmp_path / "set", "blonde", repeats=1, count=8, seed=0)
     result = host.train(
         "spf_target=blonde hair",
-        "spf_stage2_start=2",
+        "spf_stage2_start=1",
         "spf_log_every=1",
         pretrained_model_name_or_path=MODEL_FOLDER,
         train_data_dir=tmp_path / "set",
-        max_train_steps=6,
+        max_train_steps=3,
         train_batch_size=4,
         learning_rate=1e-3,
         save_precision="fp16",

@@ -14,6 +14,7 @@ from spf_plugin.lorafile.loaders import verdicts
 from tests.hosts.conftest import Host
 from tests.hosts.test_training import LYCORIS
 
+one_host = pytest.mark.one_host  # LyCORIS is the same in both
 ARGUMENTS = ("spf_target=blonde hair", "spf_stage2_start=0")
 
 
@@ -21,12 +22,12 @@ ARGUMENTS = ("spf_target=blonde hair", "spf_stage2_start=0")
     ("words", "loads"),
     [
         pytest.param([], True, id="networks.lora"),
-        pytest.param([*LYCORIS, "algo=lora"], True, id="locon"),
-        pytest.param([*LYCORIS, "algo=lokr"], False, id="lokr"),
+        pytest.param([*LYCORIS, "algo=lora"], True, id="locon", marks=one_host),
+        pytest.param([*LYCORIS, "algo=lokr"], False, id="lokr", marks=one_host),
     ],
 )
 def test_files_of_a_run(host: Host, words: list[str], loads: bool) -> None:
-    result = host.train(*ARGUMENTS, *words, max_train_steps=3)
+    result = host.train(*ARGUMENTS, *words, max_train_steps=2)
     tensors = result.tensors()
     contents = inspect.from_file(result.file)
     found = {v.loader: v.status for v in verdicts(contents, inspect.describe(contents))}

@@ -12,8 +12,10 @@ from diffusers import UNet2DConditionModel
 from spf_plugin.quantised import linear_layers
 from tests.hosts.conftest import Host
 from tests.hosts.test_failures import stops
+from tests.hosts.test_options import aligned
 
-EVERY_STEP = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_every=1", "spf_log_every=1")
+one_host = pytest.mark.one_host  # nothing here passes through what the releases do differently
+EVERY_STEP = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_every=1", "spf_log_every=1", "spf_preview_every=0")
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
     reason="NOT RUN: bitsandbytes is not installed; pip install --no-deps bitsandbytes",
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.skipif(
     ("kind", "flags"),
     [
         pytest.param("int8", {"optimizer_type": "AdamW8bit", "mixed_precision": "bf16"}, id="int8-AdamW8bit-bf16"),
-        pytest.param("nf4", {"optimizer_type": "PagedAdamW8bit", "sdpa": True}, id="nf4-PagedAdamW8bit"),
+        pytest.param(
+            "nf4", {"optimizer_type": "PagedAdamW8bit", "sdpa": True}, id="nf4-PagedAdamW8bit", marks=one_host
+        ),
     ],
 )
 def test_quantised_base(host: Host, kind: str, flags: dict[str, object]) -> None:
@@ -58,11 +62,12 @@ def test_quantised_base(host: Host, kind: str, flags: dict[str, object]) -> None
     assert f"SPF: {len(weights)} linear" in result.log
 
 
+@one_host
 def test_paged_adamw(host: Host) -> None:
-    tensors = host.train(*EVERY_STEP, optimizer_type="PagedAdamW", max_train_steps=3).tensors()
-    assert any(float(t.abs().max()) > 0 for name, t in tensors.items() if "lora_up" in name)
+    aligned(host.train(*EVERY_STEP, optimizer_type="PagedAdamW", max_train_steps=2))
 
 
+@one_host
 def test_what_a_quantised_base_refuses(host: Host) -> None:
     message = stops(
         host, EVERY_STEP[0], "spf_base=nf4", "spf_network=lycoris.kohya", "algo=boft", "dora_wd=True", fp8_base=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,9 @@ def aligned(result: Result) -> None:
 def test_option(host: Host, flags: dict[str, object], tmp_path: Path) -> None:
     if flags.get("cache_latents_to_disk"):  # leaves .npz files beside the images
         flags = {**flags, "train_data_dir": tiny.images(tmp_path / "images")}
-    aligned(host.train(*EVERY_STEP, **flags))
+    result = host.train(*EVERY_STEP, module="tests.hosts.spy", **{"max_train_steps": 3, **flags})
+    aligned(result)
+    assert all(step["equal"] for step in json.loads((result.folder / "spy.json").read_text()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: fp16's loss scaler and xformers need a GPU")
@@ -177,10 +180,18 @@ def test_replacement_and_several_targets(host: Host) -> None:
 
 
 @one_host
-@pytest.mark.parametrize("kind", ["soft", "paper", "difference", "target", "product", "hard", "none"])
-def test_every_map_trains(host: Host, kind: str) -> None:
-    region = "all" if kind == "none" else "map"  # an empty map would leave the diffusion loss nothing
-    aligned(host.train(*EVERY_STEP, f"spf_map={kind}", f"spf_diffusion_region={region}", max_train_steps=2))
+def test_every_map_trains(host: Host) -> None:
+    """Each its own LoRA: no two maps weigh the same."""
+    loras: dict[str, dict[str, torch.Tensor]] = {}
+    for kind in ("soft", "paper", "difference", "target", "product", "hard", "none"):
+        region = "all" if kind == "none" else "map"  # an empty map would leave the diffusion loss nothing
+        words = (f"spf_map={kind}", f"spf_diffusion_region={region}", "spf_map_gain=1")  # more: white, in noise
+        result = host.train(*EVERY_STEP, *words, max_train_steps=2)
+        aligned(result)
+        loras[kind] = result.tensors()
+    for one, other in combinations(loras, 2):
+        equal = all(torch.equal(tensor, loras[other][name]) for name, tensor in loras[one].items())
+        assert not equal, f"spf_map={one} and {other}"
 
 
 def test_target_of_each_subset(host: Host, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ print("ANSWER" + json.dumps(answer, default=str))
 
 @pytest.fixture(scope="module")
 def parsed(host: Host) -> dict[str, dict]:
+    return json.loads(host.made_once(f"presets-{host.name}", partial(parse, host)).read_text(encoding="utf-8"))
+
+
+def parse(host: Host, answer: Path) -> None:
     code = READ.format(
         tests=str(LAUNCHER.parent),
         host=str(host.folder),
@@ -49,7 +54,7 @@ def parsed(host: Host) -> dict[str, dict]:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=host.environment())
     assert "ANSWER" in done.stdout, done.stderr[-3000:]
-    return json.loads(done.stdout.split("ANSWER")[1])
+    answer.write_text(done.stdout.split("ANSWER")[1], encoding="utf-8")
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)

@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.hosts.conftest import Host, Result
 
-USUAL = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_every=1", "spf_log_every=1")
+USUAL = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_every=1", "spf_log_every=1", "spf_preview_every=0")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,10 @@ def equal(a: Result, b: Result) -> bool:
     ("model", "mode", "flags"),
     [
         ("sd15", "directional", {}),
-        ("sdxl", "anchor", {"gradient_checkpointing": True, "cache_latents": True}),
+        # Both releases train SDXL in test_training, and the response on SD1.5 here.
+        pytest.param(
+            "sdxl", "anchor", {"gradient_checkpointing": True, "cache_latents": True}, marks=pytest.mark.one_host
+        ),
     ],
 )
 def test_it_trains(host: Host, clip: Path, model: str, mode: str, flags: dict[str, object]) -> None:
