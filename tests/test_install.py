@@ -44,8 +44,13 @@ def run(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def freeze(python: Path) -> set[str]:
-    done = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True)
-    return {line for line in done.stdout.splitlines() if not line.startswith("spf-plugin")}
+    code = (
+        "from importlib.metadata import distributions as d; print(*(f'{p.name}=={p.version}' for p in d()), sep='\\n')"
+    )
+    done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True)
+    found = {line for line in done.stdout.splitlines() if not line.startswith("spf-plugin")}
+    assert any(line.startswith("torch==") for line in found)
+    return found
 
 
 def tree(folder: Path) -> dict[str, bytes]:
