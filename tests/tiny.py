@@ -187,7 +187,7 @@ def sdxl(
 
 def sdxl_of_hosts(folder: Path) -> Path:
     """SDXL's own structure, 722 LoRA modules. sd-scripts fixes it and the text widths, and reads layer 11 of a text."""
-    return sdxl(folder, depths=(1, 2, 10), widths=(768, 1280), layers=(12, 3))
+    return sdxl(folder, depths=(1, 2, 10), widths=(768, 1280), layers=(11, 2))
 
 
 CAPTIONS = (

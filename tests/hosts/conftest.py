@@ -300,7 +300,9 @@ def older(host_of: Callable[[Path], Host]) -> Host:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if HOSTS:
-        terminalreporter.write_line("sd-scripts checkouts used: " + ", ".join(h.name for h in HOSTS))
+        assert NEWEST is not None
+        used = ", ".join(folder.name for folder in HOSTS)
+        terminalreporter.write_line(f"sd-scripts checkouts used: {used}; for tests marked one_host: {NEWEST.name}")
     else:
         terminalreporter.write_line(
             "NO sd-scripts CHECKOUT FOUND: every host test was skipped. See the README, Tests.", red=True, bold=True
