@@ -20,12 +20,31 @@ from spf_plugin.errors import SPFError, nearest
 from spf_plugin.prompt import Target, parse_targets
 
 PREFIX = "spf_"
-MAPS = ("soft", "paper", "difference", "target", "product", "hard", "none")
+MAPS = ("soft", "paper", "difference")
 TRAIN = ("all", "cross_attention")
 BASES = ("off", "int8", "nf4")
 LAYERS = ("last", "all")
 RESPONSES = ("off", "anchor", "directional")
 REGIONS = ("map", "all")
+#: What replaced a setting that old configurations may have.
+_IN_PAIRS = (
+    "every second step now shows the last one's noisy latents with the base prompt, whose weight is "
+    "spf_base_preservation_multiplier. Remove it."
+)
+_EVERY_STEP = "alignment now takes every step, at the cost that every second one had. Remove it."
+_CONSTANT = "the response term has no settings of its own but spf_response, spf_clip and spf_decoder. Remove it."
+REMOVED: Mapping[str, str] = {
+    "base_preservation": _IN_PAIRS,
+    "paired_preservation_multiplier": _IN_PAIRS,
+    "every": _EVERY_STEP,
+    "min_timestep": "all timesteps are aligned. Remove it; the host has --min_timestep for what is trained at all.",
+    "max_timestep": "all timesteps are aligned. Remove it; the host has --max_timestep for what is trained at all.",
+    **dict.fromkeys(
+        ("response_multiplier", "response_max_ratio", "response_max_timestep", "response_every", "response_region"),
+        _CONSTANT,
+    ),
+    "clip_offload": "the CLIP model stays where the UNet is. Remove it.",
+}
 BACKSLASHES = "In double quotes a backslash begins an escape: write paths with / or in single quotes."
 
 
@@ -130,27 +149,18 @@ class SPFConfig:
     output_multiplier: float = _setting(
         3.0, _number(0.0), "Weight of the output loss: the predicted noise, outside the map."
     )
-    base_preservation: float = _setting(
-        0.1,
-        _number(0.0, 0.9),
-        "Share of the samples that get the base prompt and must reproduce the base model everywhere; stops the target "
-        "from leaking into prompts without it.",
-    )
     base_preservation_multiplier: float = _setting(
-        3.0, _number(0.0), "Weight of that: the output loss of these samples, and of captions without the target."
-    )
-    paired_preservation_multiplier: float = _setting(
-        0.0,
+        3.0,
         _number(0.0),
-        "Above 0, every aligned sample is also predicted with its base prompt and must reproduce the base model there, "
-        "with this weight, in place of the share above. Binds a target that stays weak or leaks, for one more pass "
-        "with gradient. `10` goes with `spf_output_multiplier=1 spf_every=1 spf_stage2_start=0`.",
+        "Weight of base preservation: every second step shows the last step's noisy latents again with the base "
+        "prompt, which must give what the base model gives; so must captions without the target. Stops the target "
+        "from leaking into prompts without it. 0 leaves these steps out.",
     )
     diffusion_region: str = _setting(
         "map",
         _choice(REGIONS),
-        "Where the diffusion loss may act in an aligned step: `map`, inside the control map only, or `all`, as "
-        "published.",
+        "Where the diffusion loss acts in an aligned step: `map`, inside the control map and averaged over it, or "
+        "`all`, over the whole picture, as published.",
     )
     response: str = _setting(
         "off",
@@ -158,26 +168,12 @@ class SPFConfig:
         "Response enhancement by a CLIP model: `off`, `anchor` (the prediction stands to the target's text as the "
         "training image does), or `directional` (the image changes as the text does).",
     )
-    response_multiplier: float = _setting(1.0, _number(0.0), "Weight of the response enhancement, where it is on.")
-    response_max_ratio: float = _setting(
-        0.3,
-        _number(0.0),
-        "Its gradient is held to at most this share of the diffusion loss's gradient, at the prediction.",
-    )
-    response_max_timestep: int = _setting(
-        600, _integer(1, 1000), "Only below this timestep: above it, what one prediction shows is mostly noise."
-    )
-    response_every: int = _setting(1, _integer(1), "Every N-th aligned step only; saves time.")
-    response_region: str = _setting(
-        "map", _choice(REGIONS), "Where it may act: `map`, inside the control map only, or `all`."
-    )
     clip: str = _setting(
         "ViT-B-32:laion2b_s34b_b79k",
         _text,
         "The CLIP model: open_clip's `MODEL:PRETRAINED` (a tag, or a local .safetensors checkpoint), or a transformers "
         "CLIP folder.",
     )
-    clip_offload: bool = _setting(False, _boolean, "Keep the CLIP model on the CPU between its uses.")
     decoder: str = _setting(
         "auto",
         _text,
@@ -185,7 +181,7 @@ class SPFConfig:
         "`vae` (the run's own), a matrix fitted by `spf decoder`, or `auto` (`linear` for the known VAEs, else `vae`).",
     )
     stage2_start: float = _setting(
-        0.25,
+        0.0,
         _number(0.0),
         "When alignment starts: below 1 a fraction of the run, from 1 on a step. Before it, training is plain LoRA at "
         "plain cost. 0 aligns from the first step.",
@@ -193,15 +189,9 @@ class SPFConfig:
     map: str = _setting(
         "soft",
         _choice(MAPS),
-        "How the control map is made: `soft` (default), `paper` (as published), `difference`, `target`, `product`, "
-        "`hard`, or `none` (align everywhere).",
+        "How the control map is made: `soft`, `paper` (as published), or `difference` (no phrases subtracted).",
     )
     map_gain: float = _setting(3.0, _number(0.1, 100.0), "Brightness of the map; larger leaves more of the image free.")
-    every: int = _setting(
-        2, _integer(1), "Align every N-th step of stage 2 only, N times as strongly; saves time at the same strength."
-    )
-    min_timestep: int = _setting(0, _integer(0, 1000), "Align only at this timestep or above.")
-    max_timestep: int = _setting(1000, _integer(0, 1000), "Align only below this timestep.")
     layers: str = _setting(
         "last",
         _choice_or_regex(LAYERS),
@@ -230,17 +220,17 @@ class SPFConfig:
     @property
     def enhances(self) -> bool:
         """Whether the response term is on."""
-        return self.response != "off" and self.response_multiplier > 0
+        return self.response != "off"
 
     @property
     def pairs(self) -> bool:
-        """Whether an aligned step also predicts the base prompt with the adapter on."""
-        return self.paired_preservation_multiplier > 0
+        """Whether a step with the full prompts is followed by one with the base prompts."""
+        return self.base_preservation_multiplier > 0
 
     @property
     def active(self) -> bool:
         """Whether SPF changes training at all. If not, it only measures drift."""
-        return any(self.multipliers.values()) or self.base_preservation > 0 or self.pairs or self.enhances
+        return any(self.multipliers.values()) or self.pairs or self.enhances
 
     def stage2_step(self, max_train_steps: int) -> int:
         """The first optimiser step (0-based) of stage 2."""
@@ -315,6 +305,9 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
     fields = {PREFIX + f.name: f for f in dataclasses.fields(SPFConfig)}
     values: dict[str, Any] = {}
     for key, value in settings.items():
+        if key.removeprefix(PREFIX) in REMOVED and key.startswith(PREFIX):
+            problems.append(f"{key} is no longer a setting: {REMOVED[key.removeprefix(PREFIX)]}")
+            continue
         if key not in fields:
             problems.append(
                 f"unknown setting {key!r}{nearest(key, [*fields, PREFIX + 'config']) or ' (see the README)'}"
@@ -327,12 +320,6 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
             if reason.startswith("could not convert"):
                 reason = "must be a number"
             problems.append(f"{key}={value!r}: {reason}")
-    if values.get("min_timestep", 0) >= values.get("max_timestep", 1000):
-        problems.append("spf_min_timestep must be below spf_max_timestep")
-    if values.get("map") == "none" and values.get("diffusion_region", "map") == "map":
-        problems.append(
-            "spf_map=none leaves nothing free, so the diffusion loss would act nowhere: add spf_diffusion_region=all"
-        )
     if problems:
         raise SPFError(problems)
     return SPFConfig(**values)
@@ -353,6 +340,18 @@ def check_words(network_args: Sequence[str]) -> list[str]:
             )
         elif word.startswith(PREFIX) and word.count("=") > 1:
             problems.append(f"--network_args item {word!r} has more than one '='; no SPF value needs one.")
+    # The inner network would drop without a word what nearly is a name of ours, and a dictionary all but one of two.
+    seen: dict[str, str] = {}
+    for word in network_args:
+        key = word.split("=", 1)[0].lstrip("'\"")
+        meant = re.sub(r"[\s-]+", "_", key.strip()).lower()
+        if not meant.startswith(PREFIX):
+            continue
+        if key != meant:
+            problems.append(f"--network_args item {word!r}: the name is written {meant!r}")
+        elif meant in seen:
+            problems.append(f"--network_args has {meant} twice: {seen[meant]!r} and {word!r}. Leave one of them out.")
+        seen[meant] = word
     return problems
 
 

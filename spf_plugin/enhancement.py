@@ -26,8 +26,7 @@ from spf_plugin.text import BatchText, Cache
 
 logger = logging.getLogger(__name__)
 
-CACHED_IMAGES = 4096
-CACHED_TEXTS = 4096
+CACHED_IMAGES = CACHED_TEXTS = 2**16  # embeddings, 2 kB each
 KEY_VALUES = 4096  # values of an image that identify it in the cache
 
 
@@ -112,7 +111,7 @@ class Enhancement:
 
     def candidates(self, timesteps: Tensor) -> Tensor:
         """Which samples are clear enough to be looked at, `[B]` bool."""
-        return timesteps < self.config.response_max_timestep
+        return timesteps < response.MAX_TIMESTEP
 
     def __call__(
         self,
@@ -143,11 +142,7 @@ class Enhancement:
             return None
         device = prediction.device
         self._move(device)
-        try:
-            return self._compute(noisy_latents, timesteps, prediction, reference, text, chosen, control_map, batch)
-        finally:
-            if self.config.clip_offload:
-                self._move(torch.device("cpu"))
+        return self._compute(noisy_latents, timesteps, prediction, reference, text, chosen, control_map, batch)
 
     def _compute(
         self, noisy_latents: Tensor, timesteps: Tensor, prediction: Tensor, reference: Tensor, text: BatchText,
@@ -173,8 +168,7 @@ class Enhancement:
                 per_sample = response.directional(embedded, before, full, base)
             # A one-step prediction is the blurrier the noisier its input: weight it by its signal level.
             (gradient,) = torch.autograd.grad((abar * per_sample).sum() / len(prediction), leaf)
-        if config.response_region == "map":
-            gradient = gradient * control_map
+        gradient = gradient * control_map  # it cannot pull the background along
         if not torch.isfinite(gradient).all():
             self.skipped += 1
             if self.skipped == 1:

@@ -17,9 +17,10 @@ from torch import nn
 from spf_plugin import adapter as adapters
 from spf_plugin import enhancement
 from spf_plugin.adapter import Adapter
-from spf_plugin.attachment import Attachment, Host
+from spf_plugin.attachment import Attachment
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.errors import SPFError
+from spf_plugin.host import Host
 from spf_plugin.hosts.kohya import DEFAULT_NETWORK, KohyaHost, raw_network_args
 from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.quantised import QuantisedBase

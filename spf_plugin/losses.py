@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spf_plugin.sfcm import layer_grid
 
+MAX_NOISE_WEIGHT = 10.0
 _EPS = 1e-8
 
 
@@ -85,10 +86,11 @@ def output(eps_res: Tensor, eps_ref: Tensor, weight: Tensor) -> Tensor:
     return error / ref.square().flatten(1).mean(dim=1).clamp_min(_EPS)
 
 
-def paired_preservation(eps_base: Tensor, eps_ref: Tensor) -> Tensor:
-    """Paired preservation: `mean |eps_base - eps_ref|^2`, the base prompt with the adapter against without it.
+def base_preservation(eps_base: Tensor, eps_ref: Tensor) -> Tensor:
+    """Base preservation: `mean |eps_base - eps_ref|^2 / mean |eps_ref|^2`, the base prompt with the adapter against
+    without it.
 
-    Not relative to `eps_ref`, unlike `output`: it is the term of DOP (ai-toolkit's `diff_output_preservation`).
+    The contrast of DOP (ai-toolkit's `diff_output_preservation`), relative to `eps_ref` as `output` is.
 
     Args:
         eps_base: prediction of the trained model for the base prompt, `[B, C, h, w]`, with graph.
@@ -97,7 +99,26 @@ def paired_preservation(eps_base: Tensor, eps_ref: Tensor) -> Tensor:
     Returns:
         `[B]`, float32.
     """
-    return (eps_base.float() - eps_ref.detach().float()).square().flatten(1).mean(dim=1)
+    return output(eps_base, eps_ref, torch.ones_like(eps_ref[:, :1], dtype=torch.float32))
+
+
+def noise_weight(abar: Tensor, prediction_type: str) -> Tensor:
+    """How much `output` and `base_preservation` count at a noise level: `min(max((1 - abar) / abar, 1), 10)` for noise.
+
+    An error of the predicted noise is one of `(1 - abar) / abar` times its square in the clean image that it stands for
+    (`response.one_step_prediction`): what the picture becomes is decided where the noise is high, and a loss on the
+    noise alone is blind there. A velocity's error counts `1 - abar` there, which needs no weight.
+
+    Args:
+        abar: cumulative signal level of each sample's timestep, `[B]`.
+        prediction_type: `epsilon` or `v_prediction`.
+
+    Returns:
+        `[B]`, float32.
+    """
+    if prediction_type != "epsilon":
+        return torch.ones_like(abar, dtype=torch.float32)
+    return ((1 - abar.float()) / abar.float()).clamp(1, MAX_NOISE_WEIGHT)
 
 
 def relative_drift(eps_res: Tensor, eps_ref: Tensor, region: Tensor) -> Tensor:

@@ -64,8 +64,7 @@ def dual_path(
     free: Tensor,
     multipliers: Mapping[str, float],
     preserve_multiplier: float,
-    base_response: Tensor | None = None,
-    paired_multiplier: float = 0.0,
+    noise_weight: Tensor,
 ) -> Objective:
     """Compare the paths.
 
@@ -80,8 +79,7 @@ def dual_path(
         free: `[B]` bool, samples with a target in the response prompt; the others must agree everywhere (`M = 0`).
         multipliers: weight of `text_consistent`, `fine_grained` and `output`.
         preserve_multiplier: weight of `output` for the samples that are not `free`.
-        base_response: prediction of the trained model for the base prompt, `[B, C, h, w]` with graph, if there is one.
-        paired_multiplier: weight of `paired_preservation`, which compares it with the reference on the `free` samples.
+        noise_weight: `[B]`, of `output` at each sample's noise level, see `losses.noise_weight`.
     """
     size = (response.eps.shape[-2], response.eps.shape[-1])
     with torch.no_grad():
@@ -107,16 +105,15 @@ def dual_path(
     if multipliers["output"] or preserve_multiplier:
         per_sample["output"] = losses.output(response.eps, reference.eps, w)
 
-    if base_response is not None:
-        per_sample["paired_preservation"] = losses.paired_preservation(base_response, reference.eps)
-
     # Per loss: the weight of the free samples, and of the others, whose base prompt is their full prompt.
     factors = {name: (multipliers[name], multipliers[name]) for name in ("text_consistent", "fine_grained")}
-    factors |= {"output": (multipliers["output"], preserve_multiplier), "paired_preservation": (paired_multiplier, 0.0)}
+    factors["output"] = (multipliers["output"], preserve_multiplier)
     total: Tensor | None = None
     for name, value in per_sample.items():
         of_free, of_others = factors[name]
         factor = torch.where(free, torch.full_like(value, of_free), torch.full_like(value, of_others))
+        if name == "output":
+            factor = factor * noise_weight
         weighted = (factor * torch.where(aligned, value, torch.zeros_like(value))).mean()
         total = weighted if total is None else total + weighted
 

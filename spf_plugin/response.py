@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_TIMESTEP = 600  # from here on, what one prediction shows is mostly noise
+MAX_RATIO = 0.3  # of the term's gradient to the diffusion loss's, at the prediction: one-step supervision is noisy
 MIN_SIGNAL = 1e-3  # a zero-terminal-SNR schedule ends at 0; the weight of such a sample is 0, this keeps it finite
 _EPS = 1e-6
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.02, 0.98  # robust ends of the noise difference: single latents are noisy
-HARD_THRESHOLD = 0.5
+MAX_REGION_GAIN = 10.0
 _EPS = 1e-8
 
 
@@ -99,14 +99,6 @@ def subtract_phrases(difference: Tensor, phrase_maps: Tensor, weights: Tensor) -
     return m
 
 
-def attenuate_phrases(difference: Tensor, phrase_maps: Tensor, weights: Tensor) -> Tensor:
-    """`M = D prod_p (1 - w_p A_p)`: a phrase dims the difference where it responds and never blackens it.
-
-    Args and shapes as in `subtract_phrases`.
-    """
-    return difference * (1 - weights[..., None, None] * phrase_maps).prod(dim=1, keepdim=True)
-
-
 def brighten(m: Tensor, gain: float) -> Tensor:
     """Lift the high quantile to 1, multiply by `gain`, grow by one latent cell.
 
@@ -115,6 +107,23 @@ def brighten(m: Tensor, gain: float) -> Tensor:
     m = m / _quantile(m, HIGH_QUANTILE).clamp_min(_EPS)
     m = (m * gain).clamp(0, 1)
     return F.max_pool2d(m, kernel_size=3, stride=1, padding=1)
+
+
+def gate(m: Tensor) -> Tensor:
+    """`G = M min(1 / mean(M), 10)`: by what the diffusion loss's gradient is multiplied at each place.
+
+    The loss is then a mean over the map, `sum M e^2 / sum M`, and not over the picture, `sum M e^2 / (h w)`, in which a
+    target of a twelfth of the picture has a twelfth of the gradient beside alignment losses of full size. The limit is
+    for maps that are nearly empty, whose gradient would be mostly the noise of a few places.
+
+    Args:
+        m: `M`, `[B, 1, h, w]` in [0, 1].
+
+    Returns:
+        `[B, 1, h, w]`, float32; 0 where the map is.
+    """
+    mean = m.float().mean(dim=(1, 2, 3), keepdim=True)
+    return m.float() * mean.clamp_min(1 / MAX_REGION_GAIN).reciprocal()
 
 
 def control_map(
@@ -130,10 +139,8 @@ def control_map(
     """The SFCM.
 
     Args:
-        kind: `paper` (as published), `soft` (shares instead of stretched maps, brightened), `product`
-            (shares multiplied away, brightened), `hard` (soft, thresholded), `difference` (the noise difference alone,
-            brightened), `target` (attention of the target's own tokens, brightened), `none` (0 everywhere: align
-            everything).
+        kind: `soft` (the phrases' shares of the attention, brightened), `paper` (as published), or `difference` (the
+            noise difference alone, brightened).
         eps_res: `[B, C, h, w]`, prediction of the response path.
         eps_ref: `[B, C, h, w]`, prediction of the reference path.
         phrase_maps: `[B, P, h, w]`, attention on each base phrase, response path (P may be 0).
@@ -148,20 +155,14 @@ def control_map(
         ValueError: an unknown kind.
     """
     with torch.no_grad(), torch.autocast(device_type=eps_res.device.type, enabled=False):
-        if kind == "none":
-            return torch.zeros_like(eps_res[:, :1], dtype=torch.float32)
-        if kind == "target":
-            return brighten(stretch(target_map.float()), gain)
         difference = noise_difference(eps_res, eps_ref)
         if kind == "difference":
             return brighten(difference, gain)
         if kind == "paper":
             return subtract_phrases(difference, stretch(phrase_maps.float()), weights)
-        if kind in ("soft", "product", "hard"):
+        if kind == "soft":
             shares = share(phrase_maps.float(), target_map.float())
-            without = attenuate_phrases if kind == "product" else subtract_phrases
-            m = brighten(without(difference, shares, weights), gain)
-            return (m > HARD_THRESHOLD).float() if kind == "hard" else m
+            return brighten(subtract_phrases(difference, shares, weights), gain)
     raise ValueError(f"unknown map {kind!r}")
 
 

@@ -28,6 +28,7 @@ from spf_plugin.text import BatchText
 logger = logging.getLogger(__name__)
 
 SAMPLES = 4  # shown again and again, the first that come
+CLEAR, NOISY = 250, 750  # timesteps of the pictures: below there is little to change, above little to see
 HISTORY = 50  # logged steps that a warning looks back on
 EMPTY, FULL = 0.01, 0.9  # mean of the map where there is a target
 GROWTH = 1.5  # of the drift outside, from the older half of the history to the newer
@@ -83,12 +84,6 @@ def concerns(history: Sequence[Row]) -> dict[str, str]:
             f"the control map has covered nearly everything over the last {HISTORY} logged steps (mean {area:.2f}): "
             "almost nothing is held to the base model. Lower spf_map_gain"
         )
-    limited = values("spf/response_limited", history)
-    if len(limited) >= HISTORY // 2 and fmean(limited) > 0.5:
-        found["limited"] = (
-            f"the response term was limited at {fmean(limited):.0%} of the last {HISTORY} logged steps: it pulls more "
-            "than spf_response_max_ratio lets it. Lower spf_response_multiplier, or raise that ratio"
-        )
     older, newer = history[: len(history) // 2], history[len(history) // 2 :]
     inside = [values("spf/drift_inside", rows) for rows in (older, newer)]
     outside = [values("spf/drift_outside", rows) for rows in (older, newer)]
@@ -130,11 +125,7 @@ class Watch:
         """Look at the numbers of a logged step; `which` `[B]` bool are its samples with a target."""
         if not which.any():
             return
-        row = dict(logs)
-        if self.config.map == "none":  # empty by choice
-            row.pop("spf/map_mean", None)
-        else:
-            row["spf/map_mean"] = float(control_map[which].mean())
+        row = {**logs, "spf/map_mean": float(control_map[which].mean())}
         self._history.append(row)
         found = concerns(list(self._history))
         for name in found.keys() - self._warned:
@@ -185,9 +176,7 @@ class Watch:
                 found[key] = i
         if not found:
             return []
-        low, high = self.config.min_timestep, self.config.max_timestep
-        quarter = (high - low) / 4
-        right = (which & ((timesteps >= low + quarter) & (timesteps < high - quarter)).to(which.device)).tolist()
+        right = (which & ((timesteps >= CLEAR) & (timesteps < NOISY)).to(which.device)).tolist()
         return [(i, key) for key, i in found.items() if right[i]]
 
     @torch.no_grad()

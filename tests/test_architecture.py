@@ -16,8 +16,9 @@ LEVELS: list[set[str]] = [
     {"errors", "patching", "prompt"},
     {"config", "sfcm"},
     {"losses", "probe", "adapter", "text", "quantised"},
-    {"objective"},
-    {"attachment", "saving"},
+    {"objective", "pairs"},
+    {"host", "saving"},
+    {"attachment"},
     {"hosts.kohya"},
     {"lora"},
 ]

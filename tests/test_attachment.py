@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spf_plugin import attachment, objective
+from spf_plugin import attachment, losses, objective, pairs, sfcm
 from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment
-from spf_plugin.config import SPFConfig, parse
+from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
+from spf_plugin.pairs import Partner, State
 from spf_plugin.prompt import Target
 
 WIDTH, TOKENS = 8, 12
@@ -53,7 +54,7 @@ class UNet(nn.Module):
 
 class Accelerator:
     sync_gradients = True
-    process_index = 0
+    num_processes = 1
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -91,12 +92,13 @@ class ToyHost:
     text_encoder_trained = False
     max_train_steps = 10
     first_step: int | None = None
-    seed = 3
+    alphas_cumprod, prediction_type = torch.linspace(0.999, 0.005, 1000), "epsilon"
 
     def __init__(self) -> None:
         self.trainer, self.accelerator = Trainer(), Accelerator()
         self.reported: dict[str, float] = {}
-        self.saved: Callable[[], dict[str, Any]] | None = None
+        self.losses: list[float] = []
+        self.saved: Callable[[], State] | None = None
 
     def tokenize(self, text: str) -> Sequence[int]:
         return [sum(map(ord, word)) % 97 for word in text.replace(",", " , ").split()]
@@ -115,13 +117,16 @@ class ToyHost:
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         return batch.get("targets", [])
 
+    def sizes(self, batch: Any) -> dict[str, Tensor]:
+        return {"sizes": batch["sizes"]} if "sizes" in batch else {}
+
     def recomputable(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def report(self, values: dict[str, float]) -> None:
         self.reported = values
 
-    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+    def on_save_state(self, state: Callable[[], State], load: Callable[[State], None]) -> None:
         self.saved = state
 
 
@@ -138,35 +143,48 @@ class Run:
             original = to_q.forward
             to_q.forward = lambda x: original(x) + x @ self.weight  # type: ignore[method-assign]
         # The toy adapter is noise all over the image, which a bright map would leave free altogether.
-        usual = {"spf_target": "blonde hair", "spf_stage2_start": "0", "spf_log_every": "1", "spf_map_gain": "0.5"}
-        usual["spf_every"] = "1"
+        usual = {"spf_target": "blonde hair", "spf_log_every": "1", "spf_map_gain": "0.5"}
         config = parse({**usual, **settings})
         self.spf = Attachment(self.host, config, self.unet, adapter)
         self.spf.open()
-        self.z = torch.randn(len(captions), 4, 12, 16)
+        self.t = 500  # half signal, half noise: `losses.noise_weight` is 1
+        self.z, self.more = torch.randn(len(captions), 4, 12, 16), dict[str, Tensor]()
 
     def predict(self, **kwargs: Any) -> Tensor:
-        trainer, t = self.host.trainer, torch.full((len(self.captions),), 500)
-        conds, batch = self.host.encode(self.captions), {"captions": self.captions}
+        trainer, t = self.host.trainer, torch.full((len(self.captions),), self.t)
+        conds, batch = self.host.encode(self.captions), {"captions": self.captions, **self.more}
         return trainer.call_unet(
             None, self.host.accelerator, self.unet, self.z, t, conds, batch, torch.float32, **kwargs
         )
 
     def step(self) -> Tensor:
         prediction = self.predict()
-        self.host.accelerator.backward(prediction.square().mean())
+        loss = prediction.square().mean()
+        self.host.accelerator.backward(loss)
+        self.host.losses.append(float(loss.detach()))  # as hosts do, after backward
         return prediction
 
 
 CAPTIONS = ["a woman, red coat, blonde hair", "a man, blue shirt, blonde hair"]
 
 
-def test_the_first_step_checks_and_the_second_aligns() -> None:
+UNPAIRED = {"spf_base_preservation_multiplier": "0"}
+OFF = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output", "base_preservation")}
+
+
+def without_target(run: Run) -> list[str]:
+    return [caption.replace(", blonde hair", "") for caption in run.captions]
+
+
+def mean_square(prediction: Tensor) -> float:
+    return float(prediction.detach().square().mean())
+
+
+def test_the_first_step_is_aligned() -> None:
+    """Nothing of a run or of a resumed one is trained plainly when alignment starts at 0."""
     run = Run(CAPTIONS)
     first = run.step()
-    assert run.host.accelerator.losses[0] == pytest.approx(float(first.detach().square().mean()))
-    second = run.step()
-    assert run.host.accelerator.losses[1] > float(second.detach().square().mean())
+    assert run.host.accelerator.losses[0] > mean_square(first) + 1e-4
     assert set(run.host.reported) == {"drift", "map"}
     logs = run.host.trainer.generate_step_logs()
     assert logs["loss/current"] == 1.0
@@ -174,55 +192,43 @@ def test_the_first_step_checks_and_the_second_aligns() -> None:
 
 
 def test_reference_is_the_base_and_gradient_reaches_only_the_adapter() -> None:
-    run = Run(CAPTIONS, spf_base_preservation="0")
-    run.step()
-    run.weight.grad = None
-    run.step()
-    assert run.weight.grad is not None
-    assert float(run.weight.grad.abs().max()) > 0
-    assert all(p.grad is None for p in run.unet.parameters())
+    run = Run(CAPTIONS, **UNPAIRED)
+    for _ in range(2):
+        run.weight.grad = None
+        run.step()
+        assert run.weight.grad is not None
+        assert float(run.weight.grad.abs().max()) > 0
+        assert all(p.grad is None for p in run.unet.parameters())
 
 
 def test_loss_is_the_sum_of_its_terms() -> None:
-    run = Run(CAPTIONS, spf_base_preservation="0", spf_text_consistent_multiplier="0.5", spf_output_multiplier="2")
-    run.step()
+    run = Run(CAPTIONS, **UNPAIRED, spf_text_consistent_multiplier="0.5", spf_output_multiplier="2")
     prediction = run.step()
     logs, config = run.spf.logs, run.spf.config
     expected = sum(weight * logs[f"spf/{name}"] for name, weight in config.multipliers.items())
-    added = run.host.accelerator.losses[1] - float(prediction.detach().square().mean())
-    assert added == pytest.approx(expected, rel=1e-4)
-
-
-def test_preserved_samples_have_no_diffusion_loss() -> None:
-    run = Run(CAPTIONS, spf_base_preservation="0.9", spf_output_multiplier="0", spf_fine_grained_multiplier="0")
-    run.step()
-    for _ in range(6):
-        prediction = run.predict()
-        preserved = run.spf._choose_preserved(torch.tensor([True, True]), 0)
-        gradient = torch.autograd.grad(prediction.square().sum(), run.weight, retain_graph=True, allow_unused=True)[0]
-        if preserved is not None and preserved.all():
-            assert gradient is None or float(gradient.abs().max()) == 0
-        run.host.accelerator.backward(prediction.square().mean())
-    assert run.spf.logs["spf/output"] >= 0
+    assert run.host.accelerator.losses[0] - mean_square(prediction) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("weight", ["0", "3", "8"])
-def test_base_preservation_has_its_own_weight(weight: str) -> None:
-    """A caption without the target must agree with the base model everywhere, whatever the other losses weigh."""
-    off = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output")}
-    run = Run(["a woman, red coat"], spf_base_preservation_multiplier=weight, **off)
-    run.step()
-    prediction = run.step().detach()
+def test_a_caption_without_target_only_preserves(weight: str) -> None:
+    """It must agree with the base model everywhere, with base preservation's weight, and nothing pulls it elsewhere."""
+    settings = {**OFF, "spf_fine_grained_multiplier": "1e-9", "spf_base_preservation_multiplier": weight}
+    run = Run(["a woman, red coat"], **settings)
+    prediction = run.predict()
+    (gradient,) = torch.autograd.grad(prediction.square().sum(), run.weight, retain_graph=True)
+    assert not gradient.any()
+    run.host.accelerator.backward(prediction.square().mean())
     with torch.no_grad(), run.spf.adapter.bypassed():
         base = run.unet(run.z, run.host.encode(run.captions))
-    difference = float((prediction - base).square().mean() / base.square().mean())
-    added = run.host.accelerator.losses[1] - float(prediction.square().mean())
+    difference = float((prediction.detach() - base).square().mean() / base.square().mean())
+    added = run.host.accelerator.losses[0] - mean_square(prediction)
     assert added == pytest.approx(float(weight) * difference, rel=1e-4, abs=1e-6)
     assert difference > 0.001
+    assert run.spf._partner is None  # it has shown its base prompt
 
 
-def test_the_diffusion_loss_acts_inside_the_map_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value stays; its gradient at the prediction is multiplied by the map."""
+def test_the_diffusion_loss_acts_inside_the_map_and_is_averaged_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value stays; its gradient at the prediction is that of a mean over the map."""
     maps: list[Tensor] = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -231,92 +237,246 @@ def test_the_diffusion_loss_acts_inside_the_map_only(monkeypatch: pytest.MonkeyP
         return result
 
     monkeypatch.setattr(attachment, "dual_path", spy)
-    captions = [*CAPTIONS, "a woman, red coat"]  # the last has no target: nothing is open
-    gated = Run(captions, spf_base_preservation="0")
-    everywhere = Run(captions, spf_base_preservation="0", spf_diffusion_region="all")
-    for run in (gated, everywhere):
-        run.predict()  # the first prediction of a run only checks
+    captions = [
+        *CAPTIONS,
+        "a woman, red coat",
+        "",
+    ]  # the third has no target: nothing is open; the last was dropped out
+    gated, everywhere = Run(captions), Run(captions, spf_diffusion_region="all")
     mine, theirs = gated.predict(), everywhere.predict()
     assert torch.equal(mine, theirs)
     m = maps[0]
-    assert 0 < float(m.mean()) < 1
+    assert 0 < float(m[:2].mean()) < 1
     assert not m[2].any()
     upstream = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
     (found,) = torch.autograd.grad(mine, gated.weight, upstream)
-    (expected,) = torch.autograd.grad(theirs, everywhere.weight, m * upstream)
+    factor = m.double() / m.double().mean(dim=(1, 2, 3), keepdim=True).clamp_min(0.1)
+    factor[3] = 1
+    (expected,) = torch.autograd.grad(theirs, everywhere.weight, (factor * upstream).float())
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_paired_preservation_compares_both_prompts_in_one_step() -> None:
-    """Beside the untouched response: the base prompt with the adapter against without it, for samples with a target."""
-    off = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output", "base_preservation")}
-    captions = [*CAPTIONS, "a woman, red coat"]
-    run = Run(captions, spf_paired_preservation_multiplier="4", spf_base_preservation="0.9", **off)
+# ---- pairs in time ---------------------------------------------------------------------------------------------------
+
+
+def test_the_second_step_shows_the_same_noise_with_the_base_prompts() -> None:
+    """Against two explicit passes; whatever the host's own batch of that step is."""
+    run = Run([*CAPTIONS, "a woman, red coat"], **{**OFF, "spf_base_preservation_multiplier": "4"})
+    run.more, run.t = {"sizes": torch.arange(3.0)}, 750
+    seen: list[tuple[Tensor, ...]] = []
+    sizes: list[Any] = []
+    run.unet.register_forward_pre_hook(lambda _, args: seen.append(args))
+    original = run.host.trainer.__class__.call_unet
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(args[6].get("sizes"))
+        return original(self, *args, **kwargs)
+
+    run.spf.close()
+    run.host.trainer.call_unet = noting.__get__(run.host.trainer)  # type: ignore[method-assign]
+    run.spf.open()
     run.step()
-    assert run.host.accelerator.losses[0] == pytest.approx(float(run.predict().detach().square().mean()), rel=1e-6)
-    run.spf._pending = None
-    prompts: list[Tensor] = []
-    run.unet.register_forward_pre_hook(lambda _, args: prompts.append(args[1]))
-    prediction = run.step().detach()
-    full, base = run.host.encode(captions), run.host.encode(["a woman, red coat", "a man, blue shirt", captions[2]])
-    assert [torch.equal(seen, wanted) for seen, wanted in zip(prompts, [base, full, base], strict=True)] == [True] * 3
+    shown, base = run.z, run.host.encode(without_target(run))
+    # Another bucket, another number of images, other captions: none of them is shown.
+    run.captions, run.z, run.more = ["a hat, blonde hair"], torch.randn(1, 4, 8, 24), {"sizes": torch.zeros(1)}
+    run.t = 100
+    run.weight.grad = None
+    returned = run.step()
+    assert [torch.equal(args[1], base) for args in seen] == [True, False, True]
+    assert torch.equal(seen[2][0], shown)
+    assert torch.equal(sizes[2], torch.arange(3.0))
+    assert returned.shape == run.z.shape
+    assert not returned.requires_grad
+
+    weight = run.weight.detach().double().requires_grad_()
+    unet = UNet().double()
+    unet.load_state_dict(run.unet.state_dict())
     with torch.no_grad():
-        tuned = run.unet(run.z, base)
-        with run.spf.adapter.bypassed():
-            untuned = run.unet(run.z, base)
-    differences = (tuned - untuned).square().flatten(1).mean(1)
-    assert float(differences.min()) > 1e-4
-    added = run.host.accelerator.losses[1] - float(prediction.square().mean())
-    assert added == pytest.approx(4 * float(differences[:2].sum() / 3), rel=1e-4)
-    assert run.spf.logs["spf/paired_preservation"] == pytest.approx(float(differences.mean()), rel=1e-4)
+        untuned = unet(shown.double(), base.double())
+    plain = unet.attn2.to_q.forward
+    unet.attn2.to_q.forward = lambda x: plain(x) + x @ weight  # type: ignore[method-assign]
+    tuned = unet(shown.double(), base.double())
+    error = (tuned - untuned).square().flatten(1).mean(1) / untuned.square().flatten(1).mean(1)
+    abar = float(run.host.alphas_cumprod[750])
+    noisy = (1 - abar) / abar  # of the first step's timestep: 2.9
+    expected = 4 * noisy * error[:2].sum() / 3  # the third has no target, and has been shown already
+    expected.backward()
+    host_loss, total = run.host.losses[1], run.host.accelerator.losses[1]
+    assert total - host_loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    torch.testing.assert_close(run.weight.grad, weight.grad, check_dtype=False, rtol=1e-4, atol=1e-7)
+    assert run.spf.logs["spf/base_preservation"] == pytest.approx(float(expected.detach()) / 4 / noisy, rel=1e-4)
 
 
-def test_paired_preservation_stands_for_the_steps_that_every_leaves_out() -> None:
-    off = {f"spf_{name}_multiplier": "0" for name in ("text_consistent", "fine_grained", "output")}
-    added = []
-    for every in ("1", "3"):
-        run = Run(CAPTIONS, spf_paired_preservation_multiplier="4", spf_every=every, **off)
-        run.spf._checked = True
-        calls: list[int] = []
-        run.unet.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        prediction = run.step()
-        added.append(run.host.accelerator.losses[0] - float(prediction.detach().square().mean()))
+def test_steps_alternate_and_the_host_reports_the_loss_of_its_own() -> None:
+    run = Run(CAPTIONS)
+    calls: list[int] = []
+    run.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for _ in range(4):
+        before = len(calls)
+        run.z = torch.randn_like(run.z)
         run.step()
-        assert len(calls) == {"1": 6, "3": 4}[every]
-    assert added[1] == pytest.approx(3 * added[0], rel=1e-4)
+        counts.append(len(calls) - before)
+    assert counts == [2, 1, 2, 1]  # half a reference pass a step
+    losses_ = run.host.losses
+    assert losses_[1] == losses_[0] != losses_[2] == losses_[3]
 
 
-def test_choice_of_preserved_samples_is_a_function_of_the_step() -> None:
-    a, b = Run(CAPTIONS, spf_base_preservation="0.5"), Run(CAPTIONS, spf_base_preservation="0.5")
-    candidates = torch.ones(64, dtype=torch.bool)
-    a.spf.step = b.spf.step = 7
-    state = torch.get_rng_state()
-    first, again, other = (run.spf._choose_preserved(candidates, i) for run, i in ((a, 0), (b, 0), (a, 1)))
-    assert first is not None
-    assert again is not None
-    assert other is not None
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_both_steps_of_a_pair_fall_into_one_optimiser_step() -> None:
+    """Gradient accumulation counts predictions, so batch size 1 has the contrast in one update."""
+    run = Run(CAPTIONS)
+    waiting = []
+    for micro in range(4):
+        run.host.accelerator.sync_gradients = micro % 2 == 1
+        run.step()
+        waiting.append(run.spf._partner is not None)
+    assert waiting == [True, False, True, False]
+    assert run.spf.step == 2
+
+
+def test_a_batch_without_target_has_no_second_step_unless_other_processes_have() -> None:
+    alone, together = Run(["a woman, red coat", "a man"]), Run(["a woman, red coat", "a man"])
+    together.host.accelerator.num_processes = 2
+    for run in (alone, together):
+        run.step()
+    assert alone.spf._partner is None
+    assert together.spf._partner is not None
+    together.step()
+    host_loss, total = together.host.losses[1], together.host.accelerator.losses[1]
+    assert total == pytest.approx(host_loss)  # nothing is preserved twice
+
+
+def test_a_batch_that_was_dropped_out_is_left_alone_and_alternates_with_other_processes() -> None:
+    run = Run(["", ""])
+    run.host.accelerator.num_processes = 2
+    calls: list[int] = []
+    run.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts, gradients = [], []
+    for _ in range(4):
+        before, run.weight.grad = len(calls), None
+        run.step()
+        counts.append(len(calls) - before)
+        assert run.weight.grad is not None
+        gradients.append(run.weight.grad)
+    assert counts == [2, 1, 2, 1]
+    assert run.host.accelerator.losses == pytest.approx(run.host.losses)
+    (expected,) = torch.autograd.grad(run.unet(run.z, run.host.encode(run.captions)).square().mean(), run.weight)
+    torch.testing.assert_close(gradients[0], expected)
+    assert not gradients[1].any()
+    assert not run.host.reported  # no numbers of nothing
+    assert not run.spf.logs
+
+
+def test_a_trained_text_encoder_encodes_the_base_prompts_anew() -> None:
+    """By its present weights, with a graph; and the host's own conditioning gets a gradient, of 0."""
+    run = Run(CAPTIONS, **{**OFF, "spf_base_preservation_multiplier": "1"})
+    run.host.text_encoder_trained = True
+    scale = nn.Parameter(torch.ones(()))
+    encode = run.host.encode
+    run.host.encode = lambda prompts, beside=(): encode(prompts) * scale  # type: ignore[method-assign]
+    run.step()
+    assert run.spf._partner is not None
+    assert run.spf._partner.conds is None
+    with torch.no_grad():
+        scale.fill_(1.5)
+    scale.grad = None
+    run.step()
+    assert scale.grad is not None
+    conds = run.host.encode(without_target(run)).detach()
+    with torch.no_grad():
+        tuned = run.unet(run.z, conds)
+    with torch.no_grad(), run.spf.adapter.bypassed():
+        untuned = run.unet(run.z, conds / 1.5)  # the reference is that of the untrained encoder
+    error = losses.base_preservation(tuned, untuned).mean()
+    assert run.host.accelerator.losses[1] - run.host.losses[1] == pytest.approx(float(error), rel=1e-4)
+
+    conds = torch.ones(2, 3, requires_grad=True)
+    zero = pairs.linked([conds, torch.ones(1)])
+    assert zero is not None
+    zero.backward()
+    assert float(zero.detach()) == 0
+    assert conds.grad is not None
+    assert pairs.linked(torch.ones(2)) is None
+
+
+@pytest.mark.parametrize("conds", ["tensor", "list"])
+def test_a_partner_survives_being_saved(conds: str) -> None:
+    first, second = torch.randn(2, 3, 4), torch.randn(2, 5)
+    given = Partner(
+        torch.randn(2, 4, 3, 3), torch.tensor([1, 9]), torch.randn(2, 4, 3, 3).to(torch.bfloat16),
+        torch.tensor([True, False]), {"crop": torch.ones(2, 2)}, first if conds == "tensor" else (first, second),
+        ("a", "b"), ("a c", "b"),
+    )  # fmt: skip
+    read = Partner.of(given.tensors(), given.prompts())
+    assert torch.equal(read.eps_ref, given.eps_ref)
+    assert torch.equal(read.which, given.which)
+    assert torch.equal(read.sizes["crop"], given.sizes["crop"])
+    assert (read.base, read.full) == (("a", "b"), ("a c", "b"))
+    if conds == "tensor":
+        assert torch.equal(read.conds, first)
+    else:
+        assert [torch.equal(a, b) for a, b in zip(read.conds, (first, second), strict=True)] == [True, True]
+
+
+def test_a_run_resumed_within_a_pair_goes_on_as_an_uninterrupted_one() -> None:
+    def optimiser_step(run: Run) -> None:
+        run.step()
+        with torch.no_grad():
+            run.weight -= 0.1 * run.weight.grad
+        run.weight.grad = None
+
+    whole, first = Run(CAPTIONS), Run(CAPTIONS)
+    for _ in range(4):
+        optimiser_step(whole)
+    optimiser_step(first)
+    assert first.host.saved is not None
+    state = first.host.saved()
+    first.host.accelerator.end_training()  # a host may save only after its last step
+    assert first.spf._partner is None
+    assert first.host.saved().values == state.values
+    assert first.host.saved().tensors.keys() == state.tensors.keys()
+    assert set(state.values) == {"step", "pair"}
+    second = Run(CAPTIONS)
+    with torch.no_grad():
+        second.weight.copy_(first.weight)
+    second.spf._load_state(state)
+    for _ in range(3):
+        optimiser_step(second)
+    assert torch.equal(second.weight, whole.weight)
+    assert second.host.losses == whole.host.losses[1:]
+
+
+def test_the_gate_is_a_mean_over_the_map() -> None:
+    m = torch.rand(3, 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    m[1] *= 0.02  # nearly empty: limited
+    m[2] = 0
+    wide = m.double()
+    expected = wide * (1 / wide.mean(dim=(1, 2, 3), keepdim=True)).clamp(max=sfcm.MAX_REGION_GAIN)
+    expected[2] = 0
+    torch.testing.assert_close(sfcm.gate(m).double(), expected, rtol=1e-6, atol=0)
+    assert float(sfcm.gate(m)[0].mean()) == pytest.approx(1)
 
 
 def test_a_dropped_caption_is_left_alone() -> None:
     run = Run(["", ""])
-    run.step()
-    prediction = run.step()
-    assert run.host.accelerator.losses[1] == pytest.approx(float(prediction.detach().square().mean()))
+    for step in range(2):
+        prediction = run.step()
+        assert run.host.accelerator.losses[step] == pytest.approx(mean_square(prediction))
 
 
-def test_a_caption_without_target_must_agree_everywhere() -> None:
-    run = Run(["a woman, red coat", CAPTIONS[1]], spf_base_preservation="0")
-    run.step()
+def test_an_empty_map_has_no_drift_inside_and_a_full_one_none_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(["a woman, red coat", CAPTIONS[1]], **UNPAIRED)
     run.step()
     assert 0 < run.spf.logs["spf/map_mean"] < 1
-    only = Run(["a woman, red coat", "a man"], spf_base_preservation="0")
-    only.step()
+    only = Run(["a woman, red coat", "a man"])
     only.step()
     assert only.spf.logs["spf/map_mean"] == 0
     assert "spf/drift_inside" not in only.spf.logs
+    monkeypatch.setattr(sfcm, "control_map", lambda *_, eps_res, **__: torch.ones_like(eps_res[:, :1]))
+    full = Run(CAPTIONS)
+    full.step()
+    assert set(full.host.reported) == {"map"}
+    assert "spf/drift_outside" not in full.spf.logs
 
 
 def test_targets_of_single_samples() -> None:
@@ -327,7 +487,7 @@ def test_targets_of_single_samples() -> None:
 
 @pytest.mark.parametrize("how", ["no_grad", "indices", "multiplier"])
 def test_what_is_no_training_step_passes_through(how: str) -> None:
-    run = Run(CAPTIONS)
+    run = Run(CAPTIONS, **UNPAIRED)
     run.step()
     seen: list[int] = []
     run.spf._dual_path = lambda *a, **k: seen.append(1)  # type: ignore[assignment,method-assign]
@@ -338,20 +498,26 @@ def test_what_is_no_training_step_passes_through(how: str) -> None:
         with torch.no_grad():
             run.predict()
     else:
-        original = Trainer.call_unet
-        assert original
         run.predict(indices=[0])
     assert not seen
 
 
-def test_stages_and_every() -> None:
-    run = Run(CAPTIONS, spf_stage2_start="4", spf_every="2")
+def test_stages() -> None:
+    run = Run(CAPTIONS, spf_stage2_start="4", **UNPAIRED)
     aligned = []
-    for _ in range(8):
-        before = len(run.host.accelerator.losses)
+    for step in range(8):
         prediction = run.step()
-        aligned.append(run.host.accelerator.losses[before] > float(prediction.detach().square().mean()) + 1e-9)
-    assert aligned == [False] * 4 + [True, False, True, False]
+        aligned.append(run.host.accelerator.losses[step] > mean_square(prediction) + 1e-9)
+    assert aligned == [False] * 4 + [True] * 4
+
+
+def test_a_run_that_would_never_be_aligned_stops_before_its_first_step() -> None:
+    """Whatever its length comes from: epochs, too, are steps by then."""
+    run = Run(CAPTIONS, spf_stage2_start="10")
+    with pytest.raises(SPFError, match="start at step 10, and the run ends at step 10: a plain LoRA"):
+        run.step()
+    assert not run.host.accelerator.losses
+    assert not vars(run.host.trainer)
 
 
 def test_a_loop_that_begins_late_is_as_far_as_it_says(caplog: pytest.LogCaptureFixture) -> None:
@@ -365,25 +531,14 @@ def test_a_loop_that_begins_late_is_as_far_as_it_says(caplog: pytest.LogCaptureF
 
 
 def test_numbers_come_once_in_every_window_whatever_is_aligned() -> None:
-    run = Run(CAPTIONS, spf_every="3", spf_log_every="10")
+    run = Run(CAPTIONS, spf_log_every="5")
     logged = []
-    for step in range(40):
+    for step in range(22):
         run.host.reported = {}
         run.step()
         if run.host.reported:
             logged.append(step)
-    assert logged == [12, 21, 30]  # the first aligned step is the one that only checks
-
-
-def test_an_aligned_step_stands_for_those_left_out() -> None:
-    added = []
-    for every in ("1", "2", "3"):
-        run = Run(CAPTIONS, spf_base_preservation="0", spf_every=every)
-        run.step()
-        run.spf.step = 6
-        prediction = run.step()
-        added.append(run.host.accelerator.losses[-1] - float(prediction.detach().square().mean()))
-    assert added == pytest.approx([added[0], 2 * added[0], 3 * added[0]], rel=1e-4)
+    assert logged == [0, 6, 10, 16, 20]  # the first step of a pair in each
 
 
 def test_two_predictions_without_backward_are_refused() -> None:
@@ -466,34 +621,51 @@ def test_no_step_waits_for_the_gpu() -> None:
                 asked.append(name)
             return func(*args, **(kwargs or {}))
 
-    run = Run(CAPTIONS, spf_log_every="100", spf_base_preservation="0")
-    run.step()
+    run = Run(CAPTIONS, spf_log_every="100")
+    for _ in range(2):
+        run.step()
+    for _ in range(2):  # both steps of a pair
+        with Asking():
+            prediction = run.predict()
+        assert run.spf._pending is not None  # it was aligned
+        assert not asked
+        run.host.accelerator.backward(prediction.square().mean())
     with Asking():
-        prediction = run.predict()
-    assert run.spf._pending is not None  # it was aligned
-    assert not asked
-    run.host.accelerator.backward(prediction.square().mean())
-    limited = Run(CAPTIONS, spf_log_every="100", spf_base_preservation="0", spf_max_timestep="900")
-    limited.step()
-    with Asking():
-        limited.predict()
+        float(run.weight.detach().sum())
     assert asked  # so the mode would have seen it
 
 
 def test_state() -> None:
-    run = Run(CAPTIONS)
+    run = Run(CAPTIONS, **UNPAIRED)
     for _ in range(3):
         run.step()
     assert run.host.saved is not None
-    assert run.host.saved() == {"step": 3}
-    run.spf._load_state({"step": 8})
+    assert run.host.saved() == State({"step": 3})
+    run.spf._load_state(State({"step": 8}))
     assert run.spf.step == 8
 
 
 def test_config_without_weights_only_measures() -> None:
-    off = {f"spf_{n}_multiplier": "0" for n in SPFConfig().multipliers}
-    run = Run(CAPTIONS, spf_base_preservation="0", **off)
-    run.step()
-    prediction = run.step()
-    assert run.host.accelerator.losses[1] == pytest.approx(float(prediction.detach().square().mean()))
+    run = Run(CAPTIONS, **OFF)
+    for step in range(2):
+        prediction = run.step()
+        assert run.host.accelerator.losses[step] == pytest.approx(mean_square(prediction))
+        (gradient,) = torch.autograd.grad(run.predict().square().sum(), run.weight)
+        (expected,) = torch.autograd.grad(run.unet(run.z, run.host.encode(CAPTIONS)).square().sum(), run.weight)
+        assert torch.equal(gradient, expected)
     assert run.spf.logs["spf/drift_outside"] > 0
+    assert run.spf._partner is None
+
+
+def test_an_attachment_that_fails_to_open_leaves_nothing_behind() -> None:
+    run = Run(CAPTIONS)
+    run.spf.close()
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no hooks here")
+
+    run.host.on_save_state = refuse  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no hooks"):
+        run.spf.open()
+    assert not vars(run.host.trainer)
+    assert set(vars(run.host.accelerator)) == {"losses"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from spf_plugin.config import SPFConfig, check_words, parse, settings_table, split_network_args
+from spf_plugin.config import REMOVED, SPFConfig, check_words, parse, settings_table, split_network_args
 from spf_plugin.errors import SPFError
 from spf_plugin.prompt import Target
 
@@ -36,10 +36,9 @@ def test_every_mistake_in_one_message() -> None:
             {
                 "spf_taget": "x",
                 "spf_map": "soffft",
-                "spf_every": "1.5",
-                "spf_base_preservation": "2",
-                "spf_min_timestep": "900",
-                "spf_max_timestep": "100",
+                "spf_log_every": "1.5",
+                "spf_map_gain": "200",
+                "spf_every": "2",
                 "spf_layers": "(",
                 "spf_response": "ankor",
                 "spf_output_multiplier": "much",
@@ -50,9 +49,9 @@ def test_every_mistake_in_one_message() -> None:
     assert len(caught.value.problems) == 9
     assert "did you mean spf_target?" in message
     assert "did you mean soft" in message
-    assert "spf_every='1.5': must be a whole number" in message
-    assert "spf_base_preservation='2': must be from 0 to 0.9" in message
-    assert "spf_min_timestep must be below" in message
+    assert "spf_log_every='1.5': must be a whole number" in message
+    assert "spf_map_gain='200': must be from 0.1 to 100" in message
+    assert "spf_every is no longer a setting: alignment now takes every step" in message
     assert "regular expression" in message
     assert "spf_output_multiplier='much': must be a number" in message
     assert "nothing after '->'" in message
@@ -80,12 +79,12 @@ def test_what_guis_do_to_values(value: str) -> None:
 
 def test_config_file(tmp_path: Path) -> None:
     (tmp_path / "spf.toml").write_text(
-        'spf_target = ["hat", "scarf"]\nspf_map_gain = 2.5\nspf_every = 2\n', encoding="utf-8"
+        'spf_target = ["hat", "scarf"]\nspf_map_gain = 2.5\nspf_log_every = 2\n', encoding="utf-8"
     )
-    config = parse({"spf_config": "spf.toml", "spf_every": "4"}, [Path("elsewhere"), tmp_path])
+    config = parse({"spf_config": "spf.toml", "spf_log_every": "4"}, [Path("elsewhere"), tmp_path])
     assert [str(t) for t in config.target] == ["hat", "scarf"]
     assert config.map_gain == 2.5
-    assert config.every == 4  # the command line wins
+    assert config.log_every == 4  # the command line wins
     with pytest.raises(SPFError, match="no such file"):
         parse({"spf_config": "other.toml"}, [tmp_path])
     (tmp_path / "bad.toml").write_text("spf_target = ", encoding="utf-8")
@@ -106,6 +105,21 @@ def test_stray_words() -> None:
     ]
     (problem,) = check_words(["spf_target=a=b"])
     assert "more than one '='" in problem
+
+
+@pytest.mark.parametrize(
+    "word", ["SPF_map=paper", "spf-map=paper", " spf_map=paper", "Spf_Map =paper", "spf map=paper"]
+)
+def test_what_looks_like_a_setting_is_one_or_a_mistake(word: str) -> None:
+    """networks.lora takes any argument and uses none that it does not know."""
+    (problem,) = check_words(["spf_target=hat", word])
+    assert "the name is written 'spf_map'" in problem
+
+
+def test_a_setting_that_is_given_twice() -> None:
+    (problem,) = check_words(["spf_map=paper", "conv_dim=4", "conv_dim=8", "spf_map=soft"])
+    assert problem == "--network_args has spf_map twice: 'spf_map=paper' and 'spf_map=soft'. Leave one of them out."
+    assert check_words(["'spf_layers=.*up.*'", "spf_map=soft"]) == []
 
 
 def test_stage2() -> None:
@@ -130,7 +144,20 @@ def test_readme_has_the_table_of_this_version() -> None:
     assert settings_table() in readme, "run: python -c 'from spf_plugin.config import *; print(settings_table())'"
 
 
-def test_no_map_and_a_diffusion_loss_inside_the_map_exclude_each_other() -> None:
-    with pytest.raises(SPFError, match="add spf_diffusion_region=all"):
-        parse({"spf_map": "none"})
-    assert parse({"spf_map": "none", "spf_diffusion_region": "all"}).map == "none"
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_setting_says_what_replaced_it(name: str) -> None:
+    """In one line, from the command line and from a file; and it is no setting any more."""
+    assert name not in {f.name for f in dataclasses.fields(SPFConfig)}
+    with pytest.raises(SPFError) as caught:
+        parse({"spf_target": "hat", f"spf_{name}": "1"})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"spf_{name} is no longer a setting: ")
+    assert "Remove it" in problem
+
+
+def test_whatever_weight_is_left_spf_acts_and_without_any_it_does_not() -> None:
+    weights = [f"spf_{f.name}" for f in dataclasses.fields(SPFConfig) if f.name.endswith("_multiplier")]
+    assert not parse(dict.fromkeys(weights, "0")).active
+    for weight in weights:
+        assert parse({**dict.fromkeys(weights, "0"), weight: "1"}).active
+    assert parse({**dict.fromkeys(weights, "0"), "spf_response": "anchor"}).active

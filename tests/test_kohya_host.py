@@ -25,6 +25,7 @@ from spf_plugin.hosts.kohya import (
     unwritable,
 )
 from spf_plugin.lora import create_network
+from spf_plugin.pairs import State
 from tests.check_sets import everything
 
 
@@ -331,3 +332,53 @@ def test_an_unused_target_is_a_warning(caplog: pytest.LogCaptureFixture) -> None
 def test_empty_captions_point_to_the_extension() -> None:
     (problem,) = host({"a": ("", subset())}).problems(parse({"spf_target": "hat"}))
     assert "--caption_extension" in problem
+
+
+def test_a_state_that_was_not_written_to_its_end_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks: dict[str, Callable[..., None]] = {}
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        register_save_state_pre_hook=lambda hook: hooks.update(save=hook),
+        register_load_state_pre_hook=lambda hook: hooks.update(load=hook),
+    )
+    names = {"self": None, "args": None, "train_dataset_group": None, "accelerator": accelerator}
+    now, loaded = State({"step": 1, "pair": {"loss": 1.0}}, {"eps_ref": torch.ones(2)}), list[State]()
+    saving = KohyaHost(names, [])
+    saving.on_save_state(lambda: now, loaded.append)
+    hooks["save"](None, None, str(tmp_path))
+    now = State({"step": 2, "pair": {"loss": 2.0}}, {"eps_ref": torch.zeros(2)})
+
+    def cut_off(_: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("safetensors.torch.save_file", cut_off)
+        saving.on_save_state(lambda: now, loaded.append)
+        with pytest.raises(OSError, match="No space"):
+            hooks["save"](None, None, str(tmp_path))
+    hooks["load"](None, str(tmp_path))
+    assert loaded[0].values == {"step": 1, "pair": {"loss": 1.0}}
+    assert loaded[0].tensors["eps_ref"].tolist() == [1, 1]
+    saving.on_save_state(lambda: State({"step": 3}), loaded.append)
+    hooks["save"](None, None, str(tmp_path))
+    hooks["load"](None, str(tmp_path))
+    assert loaded[1] == State({"step": 3})  # without the pair that is left there
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"step": 1, "pair": {"loss": 1}}'])
+def test_a_damaged_state_is_said(tmp_path: Path, content: str) -> None:
+    hooks: dict[str, Callable[..., None]] = {}
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        register_save_state_pre_hook=lambda hook: hooks.update(save=hook),
+        register_load_state_pre_hook=lambda hook: hooks.update(load=hook),
+    )
+    names = {"self": None, "args": None, "train_dataset_group": None, "accelerator": accelerator}
+    KohyaHost(names, []).on_save_state(lambda: State({}), lambda state: state.values["step"])
+    (tmp_path / "spf_state.json").write_text(content, encoding="utf-8")
+    (tmp_path / "spf_pair.safetensors").write_bytes(b"half")
+    with pytest.raises(SPFError, match=r"spf_state\.json is damaged .* Delete it"):
+        hooks["load"](None, str(tmp_path))

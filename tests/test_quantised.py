@@ -261,7 +261,7 @@ def test_spf_train(kind: str, tiny_sd15: Path, tmp_path: Path, monkeypatch: pyte
     seen: list[Any] = []
     original = quantised.QuantisedBase
     monkeypatch.setattr("spf_plugin.lora.QuantisedBase", lambda *words: seen.append(original(*words)) or seen[-1])
-    spf = SPFConfig(target=CAPTION_TARGET, stage2_start=0, every=1, log_every=1, base=kind, preview_every=0)
+    spf = SPFConfig(target=CAPTION_TARGET, log_every=1, base=kind, preview_every=0)
     settings = loop.Settings(
         str(tiny_sd15), tiny.images(tmp_path / "images"), tmp_path / "lora.safetensors", spf,
         steps=3, rank=4, learning_rate=1e-2, gradient_checkpointing=True, device="cpu",

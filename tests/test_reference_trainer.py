@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from spf_plugin import cli
+from spf_plugin import cli, response
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import writer
@@ -32,10 +32,10 @@ from spf_plugin.trainer.loop import Settings, train
 from tests import tiny
 
 HAIR = (Target("blonde hair"),)
-SPF = SPFConfig(target=HAIR, stage2_start=0.0, every=1, log_every=1, base_preservation=0.3)
+SPF = SPFConfig(target=HAIR, log_every=1)
 MEASURE_ONLY = SPFConfig(
-    target=HAIR, text_consistent_multiplier=0, fine_grained_multiplier=0, output_multiplier=0, base_preservation=0,
-    log_every=1,
+    target=HAIR, text_consistent_multiplier=0, fine_grained_multiplier=0, output_multiplier=0,
+    base_preservation_multiplier=0, log_every=1,
 )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_nothing_of_spf_is_left_on_the_trainer(run: Any, monkeypatch: pytest.Mon
 
 
 def test_cross_attention_only_and_intermediate_files(run: Any) -> None:
-    config = SPFConfig(target=HAIR, stage2_start=0.0, train="cross_attention")
+    config = SPFConfig(target=HAIR, train="cross_attention")
     result = run("cross", config, save_every=2, steps=3)
     tensors = load_file(result.path)
     assert len(tensors) == 64 * 3
@@ -172,6 +172,14 @@ def test_cross_attention_only_and_intermediate_files(run: Any) -> None:
     assert between.keys() == tensors.keys()
     assert not same(between, tensors)
     assert not loop.numbered(result.path, 3).exists()
+
+
+@pytest.mark.parametrize("part", ["mid_block", "up_blocks"])
+def test_layers_before_the_first_trained_module_carry_no_graph_and_that_is_no_fault(run: Any, part: str) -> None:
+    result = run(f"part-{part}", replace(SPF, train=part), steps=2)
+    tensors = load_file(result.path)
+    assert all(part in name for name in tensors)
+    assert any(float(t.abs().max()) > 0 for name, t in tensors.items() if "lora_up" in name)
 
 
 def test_min_snr_weights_are_those_of_the_paper() -> None:
@@ -424,10 +432,14 @@ def test_an_interrupted_run_does_not_replace_an_older_file(run: Any, monkeypatch
 
 
 @pytest.mark.parametrize("mode", ["anchor", "directional"])
-def test_response_enhancement(run: Any, trained: loop.Result, tmp_path: Path, mode: str) -> None:
-    settings = replace(SPF, response=mode, clip=str(tiny.clip(tmp_path / "clip")), response_max_timestep=1000)
+def test_response_enhancement(
+    run: Any, trained: loop.Result, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SPF, response=mode, clip=str(tiny.clip(tmp_path / "clip")))
+    monkeypatch.setattr(response, "MAX_TIMESTEP", 1000)
     enhanced = run(f"response-{mode}", settings, steps=4)
-    limited = run(f"response-{mode}-limited", replace(settings, response_max_ratio=0.0), steps=4)
+    monkeypatch.setattr(response, "MAX_RATIO", 0.0)
+    limited = run(f"response-{mode}-limited", settings, steps=4)
     assert not same(load_file(enhanced.path), load_file(trained.path))
     assert same(load_file(limited.path), load_file(trained.path))
     assert all("spf/response" in row for row in enhanced.history[1:])

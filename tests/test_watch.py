@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spf_plugin import preview
 from spf_plugin.decoders import LINEAR, LinearDecoder, save_linear
 from spf_plugin.watch import HISTORY, SAMPLES, Row, Watch, concerns
-from tests.test_attachment import CAPTIONS, Run
+from tests.test_attachment import CAPTIONS, UNPAIRED, Run
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +49,10 @@ def history(count: int = HISTORY, **columns: Any) -> list[Row]:
         ({"map_mean": 0.97}, {"full"}),
         ({"map_mean": lambda x: 1.0 if x < 0.5 else 0.7}, set()),
         ({"map_mean": None}, set()),
-        ({"response_limited": 1.0}, {"limited"}),
-        ({"response_limited": lambda x: float(x >= 0.6)}, set()),
-        ({"response_limited": lambda x: 1.0 if x > 0.9 else None}, set()),  # the term has only begun
         ({"drift_inside": 0.4, "drift_outside": lambda x: 0.01 + 0.2 * x}, {"drift"}),
         ({"drift_inside": lambda x: 0.1 + x, "drift_outside": lambda x: 0.01 + 0.2 * x}, set()),  # both: it learns
         ({"drift_inside": 0.4, "drift_outside": lambda x: 0.2 - 0.1 * x}, set()),
-        ({"map_mean": 0.95, "response_limited": 1.0}, {"full", "limited"}),
+        ({"map_mean": 0.95}, {"full"}),
     ],
 )
 def test_concerns(columns: dict[str, Any], expected: set[str]) -> None:
@@ -101,20 +98,13 @@ def test_a_warning_comes_once_until_things_change(tmp_path: Path, caplog: pytest
     assert len(caplog.records) == 2
 
 
-def test_steps_without_a_target_and_maps_that_are_off_do_not_count(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_steps_without_a_target_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     watch = watching(Run(CAPTIONS), FakeHost(tmp_path / "out"))
     for _ in range(2 * HISTORY):  # the second sample has no target, so its map is 0
         watch.record(
             {}, torch.cat([torch.full((1, 1, 4, 4), 0.3), torch.zeros(1, 1, 4, 4)]), torch.tensor([True, False])
         )
         watch.record({}, torch.zeros(2, 1, 4, 4), torch.tensor([False, False]))
-    feed(
-        watching(Run(CAPTIONS, spf_map="none", spf_diffusion_region="all"), FakeHost(tmp_path / "out")),
-        0.0,
-        2 * HISTORY,
-    )
     assert not caplog.records
 
 
@@ -127,12 +117,11 @@ def pictures(folder: Path) -> list[str]:
 
 def test_pictures_of_the_same_samples_every_n_steps(tmp_path: Path) -> None:
     captions = [f"a woman, {colour} coat, blonde hair" for colour in ("red", "green", "blue", "white", "black", "grey")]
-    run = Run(captions, spf_preview_every="3", spf_base_preservation="0")
+    run = Run(captions, spf_preview_every="3")
     watching(run, FakeHost(tmp_path / "out"))
     for _ in range(6):
         run.step()
-    # Step 0 is the check; the first dual step is 1.
-    expected = [f"sample{n}-step{s:08d}.png" for n in range(1, SAMPLES + 1) for s in (1, 4)]
+    expected = [f"sample{n}-step{s:08d}.png" for n in range(1, SAMPLES + 1) for s in (0, 4)]  # first steps of pairs
     assert pictures(tmp_path) == expected
     with Image.open(tmp_path / "out-spf" / expected[0]) as image:
         image.load()
@@ -149,7 +138,7 @@ def test_zero_draws_nothing(tmp_path: Path) -> None:
 
 
 def test_only_the_middle_noise_levels_and_never_a_preserved_sample(tmp_path: Path) -> None:
-    run = Run(CAPTIONS, spf_base_preservation="0")
+    run = Run(CAPTIONS)
     watch = watching(run, FakeHost(tmp_path / "out"))
     text = run.spf.text.for_batch(CAPTIONS, run.host.encode(CAPTIONS))
     yes = torch.tensor([True, True])
@@ -164,13 +153,13 @@ def test_only_the_middle_noise_levels_and_never_a_preserved_sample(tmp_path: Pat
 
 
 def test_shuffled_captions_are_the_same_sample(tmp_path: Path) -> None:
-    run = Run(["a woman, red coat, blonde hair"], spf_preview_every="1", spf_base_preservation="0")
+    run = Run(["a woman, red coat, blonde hair"], spf_preview_every="1", **UNPAIRED)
     watching(run, FakeHost(tmp_path / "out"))
     run.step()
     run.step()
     run.captions = ["blonde hair, a woman, red coat"]
     run.step()
-    assert pictures(tmp_path) == ["sample1-step00000001.png", "sample1-step00000002.png"]
+    assert pictures(tmp_path) == [f"sample1-step{step:08d}.png" for step in range(3)]
 
 
 def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +169,9 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview, "render", lambda sample: drawn.append(sample) or real(sample))
     linear = LinearDecoder(*(torch.tensor(t) for t in LINEAR["sd"]))
     save_linear(linear, tmp_path / "linear.safetensors")
-    run = Run(CAPTIONS, spf_base_preservation="0", spf_decoder=str(tmp_path / "linear.safetensors"))
+    run = Run(CAPTIONS, spf_decoder=str(tmp_path / "linear.safetensors"))
     host = FakeHost(tmp_path / "out")
     watching(run, host)
-    run.step()
     prediction = run.step().detach()
     sample = drawn[1]
     assert sample.caption == CAPTIONS[1]
@@ -233,15 +221,14 @@ class Tracker:
 
 
 def test_trackers_get_the_picture_in_the_form_that_each_takes(tmp_path: Path) -> None:
-    run = Run(CAPTIONS, spf_base_preservation="0")
+    run = Run(CAPTIONS)
     run.host.accelerator.trackers = [Tracker("tensorboard"), Tracker("wandb"), Tracker("mlflow")]  # type: ignore
     watching(run, FakeHost(tmp_path / "out"))
     run.step()
-    run.step()
     board, wandb, other = run.host.accelerator.trackers  # type: ignore[attr-defined]
     (values, options), _ = board.logged
-    assert options == {"step": 1, "dataformats": "NHWC"}
-    with Image.open(tmp_path / "out-spf" / "sample1-step00000001.png") as image:
+    assert options == {"step": 0, "dataformats": "NHWC"}
+    with Image.open(tmp_path / "out-spf" / "sample1-step00000000.png") as image:
         assert np.array_equal(values["spf/sample1"][0], np.asarray(image))
     (values, options), _ = wandb.logged
     assert options == {"commit": False}
@@ -256,7 +243,7 @@ def test_a_refusing_disk_is_said_once_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out-spf").write_text("a file stands where the folder would be")
-    run = Run(CAPTIONS, spf_preview_every="1", spf_base_preservation="0")
+    run = Run(CAPTIONS, spf_preview_every="1", **UNPAIRED)
     watching(run, FakeHost(tmp_path / "out"))
     for _ in range(4):
         run.step()
@@ -305,7 +292,7 @@ def test_no_tensor_and_no_thread_of_a_picture_survives_it(tmp_path: Path) -> Non
         gc.collect()
         return sum(isinstance(o, Tensor) for o in gc.get_objects())
 
-    run = Run(CAPTIONS, spf_preview_every="1", spf_base_preservation="0")
+    run = Run(CAPTIONS, spf_preview_every="1")
     watching(run, FakeHost(tmp_path / "out"))
     for _ in range(3):
         run.step()

@@ -27,6 +27,7 @@ from typing import Any
 from spf_plugin import patching, quantised
 from spf_plugin.config import SPFConfig, split_network_args
 from spf_plugin.errors import SPFError
+from spf_plugin.pairs import State
 from spf_plugin.prompt import Target, parse_targets, split, strip_weights
 from spf_plugin.text import Conds
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_NETWORK = "networks.lora"
 STATE_FILE = "spf_state.json"
+PAIR_FILE = "spf_pair.safetensors"  # beside it, where a pair waits for its second step
+SIZES = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
 HOST_STATE_FILE = "train_state.json"
 CUSTOM_TARGET = "spf_target"
 TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
@@ -199,7 +202,7 @@ def trainer_problem(trainer: Any) -> str | None:
 
 
 class KohyaHost:
-    """A running sd-scripts trainer, as `spf_plugin.attachment.Host`.
+    """A running sd-scripts trainer, as `spf_plugin.host.Host`.
 
     Raises:
         SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.
@@ -266,10 +269,6 @@ class KohyaHost:
             raise SPFError(f"found no train_dataloader among the callers. {SUPPORTED}")
         accumulated = self.accelerator.num_processes * self.args.gradient_accumulation_steps
         return (epoch - 1) * math.ceil(len(loader) / accumulated)
-
-    @property
-    def seed(self) -> int:
-        return int(self.args.seed or 0)
 
     @property
     def output(self) -> Path:
@@ -529,6 +528,9 @@ class KohyaHost:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
+    def sizes(self, batch: Any) -> dict[str, Any]:
+        return {name: batch[name] for name in SIZES if batch.get(name) is not None} if self.is_sdxl else {}
+
     def recomputable(self) -> AbstractContextManager[None]:
         """Non-reentrant checkpointing for this pass: in a reentrant block, what a hook collects has no graph.
 
@@ -556,19 +558,36 @@ class KohyaHost:
 
                 bar.set_postfix = set_postfix  # the bar belongs to this run and ends with it: nothing to put back
 
-    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+    def on_save_state(self, state: Callable[[], State], load: Callable[[State], None]) -> None:
+        from safetensors import SafetensorError  # type: ignore[attr-defined]
+        from safetensors.torch import load_file, save_file
+
         def save_hook(_models: Any, _weights: Any, output_dir: str) -> None:
             if self.accelerator.is_main_process:
-                partial = Path(output_dir) / (STATE_FILE + ".partial")
-                partial.write_text(json.dumps(state()), encoding="utf-8")
-                os.replace(partial, Path(output_dir) / STATE_FILE)
+                kept, folder = state(), Path(output_dir)
+                if kept.tensors:
+                    partial = folder / (PAIR_FILE + ".partial")
+                    save_file(dict(kept.tensors), partial)
+                    os.replace(partial, folder / PAIR_FILE)
+                partial = folder / (STATE_FILE + ".partial")
+                partial.write_text(json.dumps(kept.values), encoding="utf-8")
+                os.replace(partial, folder / STATE_FILE)
 
         def load_hook(_models: Any, input_dir: str) -> None:
             ours, theirs = Path(input_dir) / STATE_FILE, Path(input_dir) / HOST_STATE_FILE
             if ours.is_file():
-                load(json.loads(ours.read_text(encoding="utf-8")))
+                pair = Path(input_dir) / PAIR_FILE
+                try:
+                    values = json.loads(ours.read_text(encoding="utf-8"))
+                    # Every process goes on with the main one's pair: they alternate together.
+                    load(State(values, load_file(pair) if "pair" in values and pair.is_file() else {}))
+                except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+                    raise SPFError(
+                        f"{ours} is damaged ({type(error).__name__}: {error}). Delete it, and the run goes on from the "
+                        "host's own step."
+                    ) from error
             elif theirs.is_file():  # saved by a run without SPF
-                load({"step": json.loads(theirs.read_text(encoding="utf-8"))["current_step"]})
+                load(State({"step": json.loads(theirs.read_text(encoding="utf-8"))["current_step"]}))
 
         self.accelerator.register_save_state_pre_hook(save_hook)
         self.accelerator.register_load_state_pre_hook(load_hook)

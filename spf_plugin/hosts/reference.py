@@ -1,4 +1,4 @@
-"""The reference trainer as a host: what `spf_plugin.trainer` offers, in the words of `spf_plugin.attachment.Host`."""
+"""The reference trainer as a host: what `spf_plugin.trainer` offers, in the words of `spf_plugin.host.Host`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceHost:
-    """A running reference trainer, as `spf_plugin.attachment.Host`."""
+    """A running reference trainer, as `spf_plugin.host.Host`."""
 
     def __init__(self, trainer: Trainer):
         self.trainer: Any = trainer
@@ -39,10 +39,6 @@ class ReferenceHost:
     @property
     def first_step(self) -> int | None:
         return None
-
-    @property
-    def seed(self) -> int:
-        return self.trainer.settings.seed
 
     def captions(self, batch: Any) -> list[str]:
         return list(batch["captions"])
@@ -79,11 +75,14 @@ class ReferenceHost:
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
         return self._model.encode(prompts)
 
+    def sizes(self, batch: Any) -> dict[str, Tensor]:
+        return {"sizes": batch["sizes"]}
+
     def recomputable(self) -> AbstractContextManager[None]:
         return nullcontext()  # diffusers' gradient checkpointing is the non-reentrant kind
 
     def report(self, values: dict[str, float]) -> None:
         self.trainer.shown = dict(values)
 
-    def on_save_state(self, state: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+    def on_save_state(self, state: Callable[[], Any], load: Callable[[Any], None]) -> None:
         """Nothing: this trainer does not resume."""

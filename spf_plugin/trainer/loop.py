@@ -197,13 +197,13 @@ class Trainer:
                 settings, accelerator, unet, noisy, timesteps, batch["conds"], batch, self.weight_dtype
             )
             loss = self.loss(prediction, latents, noise, timesteps)
-            value = float(loss.detach())
+            accelerator.backward(loss)
+            value = float(loss.detach())  # after SPF, whose second step of a pair has no loss of its own to show
             if not math.isfinite(value):
                 raise SPFError(
                     f"the loss is {value} at step {step + 1}: training has diverged. Use a lower --lr"
                     + (" or --mixed-precision bf16." if settings.mixed_precision == "fp16" else ".")
                 )
-            accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

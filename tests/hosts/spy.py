@@ -1,8 +1,9 @@
 """A network module for tests: spf_plugin.lora, with each reference prediction compared to an untouched UNet.
 
-Writes `spy.json` into the output folder: for every aligned step, whether the reference equalled the copy bit for bit,
-and the largest difference between reference and response; in the first also the bytes of the UNet before and now. With
-`spf_base` the copy is quantised by itself.
+Writes `spy.json` into the output folder, an entry for every pair of steps: whether the reference equalled the copy bit
+for bit, the largest difference between reference and response, the shape of the noisy latents, and whether the second
+step had the first one's noisy latents, timesteps and SDXL's sizes; in the first also the bytes of the UNet before and
+now. With `spf_base` the copy is quantised by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from spf_plugin import lora
-from spf_plugin.hosts.kohya import training_frame
+from spf_plugin.hosts.kohya import SIZES, training_frame
 from spf_plugin.quantised import QuantisedBase
 
 
@@ -35,13 +36,19 @@ def create_network(
     if kwargs.get("spf_base", "off") != "off":
         QuantisedBase(pristine, kwargs["spf_base"], frame.f_locals["accelerator"].device)
     original, seen = trainer.call_unet, []
+    is_sdxl = bool(getattr(trainer, "is_sdxl", False))
     network = lora.create_network(multiplier, dim, alpha, vae, text_encoder, unet, **kwargs)
 
     def call_unet(args: Any, accelerator: Any, model: nn.Module, *rest: Any, **kw: Any) -> torch.Tensor:
         prediction = original(args, accelerator, model, *rest, **kw)
+        shown = [rest[0], rest[1], *(rest[3][name] for name in SIZES if is_sdxl)]
         if torch.is_grad_enabled():
             if seen and "response" not in seen[-1]:
                 seen[-1]["response"] = float((prediction.detach() - call_unet.reference).abs().max())
+                seen[-1]["shape"] = list(rest[0].shape)
+            elif seen:
+                seen[-1]["repeats"] = all(torch.equal(a, b) for a, b in zip(shown, call_unet.shown, strict=True))
+            call_unet.shown = [tensor.detach().clone() for tensor in shown]
         else:
             like = next(model.parameters())
             pristine.train(model.training).to(like.device, like.dtype)

@@ -33,11 +33,14 @@ def test_unknown_setting_names_the_nearest(host: Host) -> None:
 
 
 def test_several_mistakes_in_one_message(host: Host) -> None:
-    message = stops(host, "spf_target=green hair", "spf_map=sofft", "spf_every=0", "spf_network=networks.lorra")
-    assert "SPF: 3 problems" in message
+    message = stops(
+        host, "spf_target=green hair", "spf_map=sofft", "spf_log_every=0", "spf_every=2", "spf_network=networks.lorra"
+    )
+    assert "SPF: 4 problems" in message
     assert "spf_map='sofft': must be one of soft, paper" in message
     assert "did you mean soft" in message
-    assert "spf_every='0': must be 1 or more" in message
+    assert "spf_log_every='0': must be 1 or more" in message
+    assert "spf_every is no longer a setting" in message
     assert "spf_network=networks.lorra: there is no such module" in message
 
 
@@ -122,7 +125,7 @@ def test_config_file_beside_the_data(host: Host, tmp_path: Path) -> None:
 @one_host
 @pytest.mark.parametrize("spelling", ["spf_target='blonde hair'", "spf_target=blonde_hair", 'spf_target="blonde hair"'])
 def test_spellings_that_guis_leave(host: Host, spelling: str) -> None:
-    result = host.train(spelling, "spf_stage2_start=0", max_train_steps=1)
+    result = host.train(spelling, max_train_steps=1)
     assert result.returncode == 0, result.log[-3000:]
     assert "(per subset)" not in result.message
 

@@ -15,7 +15,7 @@ from tests.hosts.conftest import Host
 from tests.hosts.test_training import LYCORIS
 
 one_host = pytest.mark.one_host  # LyCORIS is the same in both
-ARGUMENTS = ("spf_target=blonde hair", "spf_stage2_start=0")
+ARGUMENTS = ("spf_target=blonde hair",)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_card_and_the_preview_of_a_run(host: Host, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a woman, blonde hair --w 64 --h 64 --s 1 --d 7\n", encoding="utf-8")
     settings = {"max_train_steps": 2, "save_every_n_steps": 1, "sample_every_n_steps": 1, "sample_prompts": prompts}
-    result = host.train(*ARGUMENTS, **settings)
+    result = host.train(*ARGUMENTS, "spf_preview_every=0", **settings)
     assert result.returncode == 0, result.log[-4000:]
     samples = sorted((result.folder / "sample").iterdir(), key=lambda path: path.stat().st_mtime)
     assert len(samples) >= 2

@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.hosts.conftest import Host, Result
 
-USUAL = ("spf_target=blonde hair", "spf_stage2_start=0", "spf_every=1", "spf_log_every=1", "spf_preview_every=0")
+USUAL = ("spf_target=blonde hair", "spf_log_every=1", "spf_preview_every=0")
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,14 @@ def equal(a: Result, b: Result) -> bool:
     ],
 )
 def test_it_trains(host: Host, clip: Path, model: str, mode: str, flags: dict[str, object]) -> None:
-    """It changes the LoRA; with its gradient limited to nothing, the LoRA is that of a run without it, bit for bit."""
+    """It changes the LoRA."""
     common: dict[str, object] = {"model": model, "max_train_steps": 3, **flags}
-    without = host.train(*USUAL, **common)  # type: ignore[arg-type]
-    words = (*USUAL, f"spf_response={mode}", f"spf_clip={clip}", "spf_response_max_timestep=1000")
-    with_it = host.train(*words, **common)  # type: ignore[arg-type]
-    limited = host.train(*words, "spf_response_max_ratio=0", **common)  # type: ignore[arg-type]
-    for result in (without, with_it, limited):
+    without = host.train(*USUAL, **common, max_timestep=600)  # type: ignore[arg-type]
+    words = (*USUAL, f"spf_response={mode}", f"spf_clip={clip}")
+    with_it = host.train(*words, **common, max_timestep=600)  # type: ignore[arg-type]
+    for result in (without, with_it):
         assert result.returncode == 0, result.log[-3000:]
     assert "VaeDecoder" in with_it.log  # a tiny VAE is none that a matrix is known for
     assert all(torch.isfinite(t).all() for t in with_it.tensors().values())
     assert not equal(with_it, without)
-    assert equal(limited, without)
     assert f'"spf_response": "{mode}"' in with_it.metadata()["ss_network_args"]

@@ -16,17 +16,17 @@ OFF = (
     "spf_text_consistent_multiplier=0",
     "spf_fine_grained_multiplier=0",
     "spf_output_multiplier=0",
-    "spf_base_preservation=0",
+    "spf_base_preservation_multiplier=0",
 )
 
 
-def stop_and_resume(host: Host, *network_args: str, module: str) -> tuple[Result, Result]:
-    """Four steps, then from the saved state to eight."""
-    first = host.train(*network_args, module=module, max_train_steps=4, save_state=True, save_every_n_steps=4)
+def stop_and_resume(host: Host, *network_args: str, module: str, stop: int = 2, end: int = 4) -> tuple[Result, Result]:
+    """Some steps, then from the saved state to the end."""
+    first = host.train(*network_args, module=module, max_train_steps=stop, save_state=True, save_every_n_steps=stop)
     assert first.returncode == 0, first.log[-3000:]
     state = next(p for p in sorted(first.folder.glob("*-state")) if p.is_dir())
     second = host.train(
-        *network_args, module=module, max_train_steps=8, resume=state, skip_until_initial_step=True, save_state=True
+        *network_args, module=module, max_train_steps=end, resume=state, skip_until_initial_step=True, save_state=True
     )
     assert second.returncode == 0, second.log[-3000:]
     return first, second
@@ -42,25 +42,36 @@ def test_resume_without_weights_equals_plain_resume_byte_for_byte(host: Host) ->
 
 
 def test_resume_in_the_middle_of_stage_2(host: Host) -> None:
-    settings = (TARGET, "spf_stage2_start=2", "spf_every=1", "spf_log_every=1", "spf_base_preservation=0.5")
+    settings = (TARGET, "spf_stage2_start=1", "spf_log_every=1", "spf_preview_every=0")
     first, second = stop_and_resume(host, *settings, module="spf_plugin.lora")
     saved = [json.loads(p.read_text()) for p in sorted(first.folder.glob("*-state/spf_state.json"))]
-    assert {"step": 4} in saved
-    assert "SPF: resumed at step 4, stage 2" in second.message or "resumed at step 4" in second.log
+    assert {state["step"] for state in saved} == {2}
+    assert "SPF: resumed at step 2, stage 2" in second.said
     final = max(json.loads(p.read_text())["step"] for p in second.folder.glob("*-state/spf_state.json"))
-    assert final == 8
+    assert final == 4
     assert "drift=" in second.log.split("running training")[1].split("saving checkpoint")[0]
+
+
+def test_resume_between_the_two_steps_of_a_pair(host: Host) -> None:
+    """The second step follows first, on what the first one showed: step 3 of 0 to 6 preserves."""
+    first, second = stop_and_resume(host, TARGET, "spf_log_every=1", module="tests.hosts.spy", stop=3, end=7)
+    for state in (p for p in first.folder.glob("*-state") if p.is_dir()):  # after the third step, and at the end
+        waiting = json.loads((state / "spf_state.json").read_text())["pair"]
+        assert all("blonde" not in prompt for prompt in waiting["base"])
+        kept = load_file(state / "spf_pair.safetensors")
+        assert kept["noisy_latents"].shape == kept["eps_ref"].shape
+    calls = json.loads((second.folder / "spy.json").read_text())
+    assert len(calls) == 2  # in steps 4 and 6
+    assert all(step["equal"] for step in calls)
+    assert len(json.loads((first.folder / "spy.json").read_text())) == 2
 
 
 def test_two_processes_train_the_same_lora(host: Host) -> None:
     # What `accelerate launch --multi_gpu --num_processes 2` runs; on a CPU it would ask for MPI instead.
-    launch = [*(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")]
+    launch = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")]
     result = host.train(
         TARGET,
-        "spf_stage2_start=0",
-        "spf_every=1",
         "spf_log_every=1",
-        "spf_base_preservation=0.5",
         module="tests.hosts.rank_spy",
         command=launch,
         environment={"ACCELERATE_USE_CPU": "true"},

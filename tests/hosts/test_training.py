@@ -12,12 +12,13 @@ from diffusers import DiffusionPipeline
 from tests.hosts.conftest import Host
 
 TARGET = "spf_target=blonde hair"
-EVERY_STEP = (TARGET, "spf_stage2_start=0", "spf_every=1", "spf_log_every=1")
+EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
+one_host = pytest.mark.one_host  # nothing here passes through what the releases do differently
 OFF = (
     "spf_text_consistent_multiplier=0",
     "spf_fine_grained_multiplier=0",
     "spf_output_multiplier=0",
-    "spf_base_preservation=0",
+    "spf_base_preservation_multiplier=0",
 )
 # LyCORIS 4.1's default preset names a module twice on sd-scripts' SD1.5 UNet and fails there, with and without SPF.
 LYCORIS = ("spf_network=lycoris.kohya", "preset=attn-mlp")
@@ -30,17 +31,16 @@ def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
 
 
 def test_sd15_writes_an_ordinary_lora(host: Host) -> None:
-    result = host.train(*EVERY_STEP)
-    plain = host.train(module="networks.lora")
+    result = host.train(*EVERY_STEP, max_train_steps=2)
+    plain = host.trained(module="networks.lora", max_train_steps=2)
     tensors = result.tensors()
     assert tensors.keys() == plain.tensors().keys()
     assert len(tensors) == 192 * 3
-    assert all(torch.isfinite(t).all() for t in tensors.values())
     assert relative_error(tensors, plain.tensors()) > 1e-2  # it trained something else than plain LoRA
 
     settings = json.loads(result.metadata()["ss_network_args"])
     assert settings["spf_target"] == "blonde hair"
-    assert settings["spf_stage2_start"] == "0"
+    assert settings["spf_base_preservation_multiplier"] == "3"
     assert settings["spf_map"] == "soft"  # a default, written down all the same
     changes_the_image(host, "sd15", result.file)
     assert set(result.metadata()) - set(plain.metadata()) == {"ss_network_args"}  # a host key; plain had no arguments
@@ -78,10 +78,17 @@ def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
     changes_the_image(host, "sdxl", result.file)
 
 
-@pytest.mark.parametrize("unet_only", [True, False], ids=["unet", "unet+text"])
-def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, unet_only: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"network_train_unet_only": True}, id="unet"),
+        pytest.param({"network_train_unet_only": False}, id="unet+text"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
+    ],
+)
+def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, options: dict[str, object]) -> None:
     """SPF still runs the reference to measure drift, and disturbs no random state, also not dropout's."""
-    flags = {"network_train_unet_only": unet_only, "network_dropout": 0.1, "max_train_steps": 6}
+    flags = {"network_dropout": 0.1, "max_train_steps": 3, **options}
     measured = host.train(TARGET, *OFF, "spf_log_every=1", **flags).tensors()
     plain = host.train(module="networks.lora", **flags).tensors()
     assert measured.keys() == plain.keys()
@@ -89,17 +96,23 @@ def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, unet_only: b
         assert torch.equal(measured[name], tensor), name
 
 
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
-@pytest.mark.parametrize("setting", ["spf_base_preservation=0.3", "spf_paired_preservation_multiplier=10"])
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("sd15", "spf_base_preservation_multiplier=3"),
+        pytest.param("sd15", "spf_base_preservation_multiplier=0", marks=one_host),
+        ("sdxl", "spf_base_preservation_multiplier=3"),
+    ],
+)
 def test_checkpointing_changes_nothing(host: Host, model: str, setting: str) -> None:
     """Reentrant checkpointing would leave the alignment losses without gradient; SDXL uses it by default."""
-    steps = 4 if model == "sdxl" else 8
+    steps = 2 if model == "sdxl" else 4  # one pair, and two
     arguments = (setting, *EVERY_STEP)
     with_it = host.train(
         *arguments, model=model, max_train_steps=steps, gradient_checkpointing=True, learning_rate=1e-3
     )
     without = host.train(*arguments, model=model, max_train_steps=steps, learning_rate=1e-3)
-    plain = host.train(module="networks.lora", model=model, max_train_steps=steps, learning_rate=1e-3)
+    plain = host.trained(module="networks.lora", model=model, max_train_steps=steps, learning_rate=1e-3)
     assert relative_error(with_it.tensors(), without.tensors()) < 1e-4
     assert relative_error(without.tensors(), plain.tensors()) > 1e-2
 
@@ -108,30 +121,28 @@ def test_checkpointing_changes_nothing(host: Host, model: str, setting: str) -> 
     "arguments",
     [
         pytest.param(["network_dropout"], id="networks.lora+dropout"),
-        pytest.param([*LYCORIS, "algo=lora"], id="lycoris-locon"),
-        pytest.param([*LYCORIS, "algo=lora", "dora_wd=True"], id="lycoris-dora"),
+        pytest.param([*LYCORIS, "algo=lora"], id="lycoris-locon", marks=one_host),
+        pytest.param([*LYCORIS, "algo=lora", "dora_wd=True"], id="lycoris-dora", marks=one_host),
     ],
 )
 def test_the_reference_is_the_base_model_bit_for_bit(host: Host, arguments: list[str]) -> None:
     flags: dict[str, object] = {"network_dropout": 0.1} if arguments == ["network_dropout"] else {}
     words = [] if flags else arguments
-    result = host.train(*EVERY_STEP, *words, module="tests.hosts.spy", max_train_steps=51, train_batch_size=1, **flags)
+    result = host.train(*EVERY_STEP, *words, module="tests.hosts.spy", max_train_steps=12, train_batch_size=1, **flags)
     assert result.returncode == 0, result.log[-4000:]
     steps = json.loads((result.folder / "spy.json").read_text())
-    assert len(steps) >= 50
+    assert len(steps) == 6  # the first step of every pair
     assert any("dora_scale" in name for name in result.tensors()) == ("dora_wd=True" in arguments)
     assert all(step["equal"] for step in steps)
-    assert all(step["response"] > 1e-4 for step in steps[5:])
+    assert all(step["response"] > 1e-4 for step in steps[1:])
 
 
-@pytest.mark.parametrize("setting", ["spf_base_preservation=0.5", "spf_paired_preservation_multiplier=10"])
-def test_text_encoder_lora_trains_with_an_untrained_reference(host: Host, setting: str) -> None:
+def test_text_encoder_lora_trains_with_an_untrained_reference(host: Host) -> None:
     result = host.train(
         *EVERY_STEP,
-        setting,
         module="tests.hosts.spy",
         network_train_unet_only=None,
-        max_train_steps=12,
+        max_train_steps=4,
         text_encoder_lr=1e-2,
     )
     tensors = result.tensors()

@@ -24,7 +24,7 @@ from spf_plugin.trainer.loop import Result, Settings, numbered, train
 from tests import tiny
 from tests.lorafile import helpers as h
 
-SPF = SPFConfig(target=(Target("blonde hair"),), stage2_start=0.0, base_preservation=0.3)
+SPF = SPFConfig(target=(Target("blonde hair"),), log_every=1)
 RUN: dict[str, Any] = {"steps": 3, "rank": 4, "alpha": 2.0, "learning_rate": 1e-2, "batch_size": 2, "device": "cpu"}
 # networks.lora only with an sd-scripts checkout importable, which must not happen in the process of the other tests.
 SCRIPT = (
@@ -35,7 +35,7 @@ from pathlib import Path
 from spf_plugin.config import parse
 from spf_plugin.trainer.loop import Settings, train
 folder = Path(sys.argv[2])
-config = parse({"spf_target": "blonde hair", "spf_stage2_start": 0, "spf_base_preservation": 0.3})
+config = parse({"spf_target": "blonde hair", "spf_log_every": 1})
 result = train(Settings(str(folder / "model"), folder / "images", folder / "networks.lora.safetensors", config,
                         network="networks.lora", **json.loads(sys.argv[3])))
 print("RESULT" + json.dumps(result.notes))
