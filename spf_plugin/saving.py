@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,9 +32,10 @@ logger = logging.getLogger(__name__)
 def save_normalised(network: nn.Module, config: SPFConfig) -> None:
     """Make `network.save_weights` write every SPF setting into `ss_network_args`, and a file that loads everywhere.
 
-    A LoRA that cannot be normalised (not a number somewhere) is kept beside the wanted name, as
-    `NAME.rejected.safetensors`, and logged as an error: hours of training are not lost, and a good earlier file is
-    not replaced by it.
+    What is on the disk stays there, whatever happens: hours of training are in it. A LoRA that cannot be normalised
+    (not a number somewhere) is kept beside the wanted name, as `NAME.rejected.safetensors`, and logged as an error; a
+    good earlier file is not replaced by it. Where there is no room for a second, normalised file, the network's own is
+    kept, under the wanted name if that is free.
     """
     original: Callable[..., None] = network.save_weights  # type: ignore[assignment]
 
@@ -44,16 +44,21 @@ def save_normalised(network: nn.Module, config: SPFConfig) -> None:
             arguments = {**(json.loads(metadata["ss_network_args"]) or {}), **config.to_metadata()}
             metadata = {**metadata, "ss_network_args": json.dumps(arguments)}
         final = Path(file)
-        # A name of its own: two runs may save to the same folder.
-        partial = final.with_name(f".{final.stem}.{secrets.token_hex(4)}.partial{final.suffix}")
+        partial = writer.aside(final, f".partial{final.suffix}")
         try:
-            try:
-                original(str(partial), dtype, metadata)
-            except (OSError, SafetensorError) as error:
-                raise SPFError(f"{final} was not written: {error}. Nothing was changed.") from error
-            _land(partial, final, dtype, metadata or {})
-        finally:
+            original(str(partial), dtype, metadata)
+        except BaseException as error:  # it is not complete
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError | SafetensorError):
+                raise SPFError(f"{final} was not written: {error}. Nothing was changed.") from error
+            raise
+        try:
+            _land(partial, final, dtype, metadata or {})
+        except BaseException:  # Ctrl-C too
+            if partial.exists():
+                _keep(partial, final)
+            raise
+        partial.unlink(missing_ok=True)
 
     network.save_weights = save_weights  # type: ignore[assignment]  # the network is ours: nothing to put back
 
@@ -96,17 +101,27 @@ def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[st
     try:
         tensors, metadata, notes = normalise(*reader.load(partial), dtype=dtype)
     except SPFError as error:
-        rejected = final.with_name(f"{final.stem}.rejected{final.suffix}")
-        os.replace(partial, rejected)
-        logger.error(f"{error} It was kept as {rejected}; {final.name} was not written.")
+        logger.error(f"{error} It was kept as {_keep(partial, final)}; {final.name} was not written.")
         return
-    writer.save(final, tensors, metadata)
+    try:
+        writer.save(final, tensors, metadata)
+    except SPFError as error:
+        kept = _keep(partial, final, as_wanted=not os.path.lexists(final))
+        logger.error(f"{error} The LoRA was kept as {kept}, as the network wrote it; spf lora fix does the rest.")
+        return
     for note in notes:
         logger.info(f"SPF: {final.name}: {note}")
     if is_last(final, run):
         contents = inspect.gather(tensors.items(), metadata)
         for note in sidecars.write_training_card(final, contents, newest_sample(final, run)):
             logger.warning(f"SPF: {final.name}: {note}")
+
+
+def _keep(partial: Path, final: Path, *, as_wanted: bool = False) -> Path:
+    """Give the inner network's complete file a name that a user sees; returns it."""
+    kept = final if as_wanted else writer.renamed(final, f".rejected{final.suffix}")
+    os.replace(partial, kept)
+    return kept
 
 
 def is_last(file: Path, run: Mapping[str, str]) -> bool:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spf_plugin import saving
 from spf_plugin.config import parse
 from spf_plugin.lorafile import sidecars
 from spf_plugin.saving import save_normalised
@@ -86,6 +87,53 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
         saved(tmp_path, network)
     assert (tmp_path / "out.safetensors").read_bytes() == good
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.safetensors"]
+
+
+def test_with_room_for_one_file_the_networks_own_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the wanted name where that is free, else beside the earlier file; a plain run would have saved it, too."""
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    file = saved(tmp_path, Network(3.0))
+    assert float(load_file(file)["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q.alpha"]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    assert "the disk is full" in caplog.text
+    assert f"kept as {file}" in caplog.text
+    before = file.read_bytes()
+    saved(tmp_path, Network(5.0))
+    assert file.read_bytes() == before
+    other = load_file(tmp_path / "out.rejected.safetensors")
+    assert max(float(t.max()) for t in other.values()) == 5.0
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert max(float(t.max()) for t in load_file(saved(tmp_path, Network(7.0))).values()) == 7.0
+
+
+def test_whatever_ends_the_save_a_complete_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.writer, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, Network(3.0))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.rejected.safetensors"]
+    assert len(load_file(tmp_path / "out.rejected.safetensors")) == 3
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "好", "🙂"])
+def test_a_name_as_long_as_a_file_can_have(tmp_path: Path, letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = letter * ((255 - len(".safetensors")) // len(letter.encode())) + ".safetensors"
+    for value, wanted in ((1.0, name), (float("nan"), "rejected")):
+        network = Network(value)
+        save_normalised(network, parse({"spf_target": "hat"}))
+        network.save_weights(str(tmp_path / name), torch.float16, METADATA)
+        assert any(wanted in p.name and len(load_file(p)) == 3 for p in tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.glob(".*"))
 
 
 # -- the card beside it -----------------------------------------------------------------------------------------------

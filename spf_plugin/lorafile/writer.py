@@ -24,6 +24,7 @@ from spf_plugin.lorafile.inspect import dtype_name
 from spf_plugin.lorafile.reader import DTYPE_BYTES
 
 _ORDER = {name: i for i, name in enumerate(DTYPE_BYTES)}
+NAME_BYTES = 255  # of a file's name
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
@@ -104,6 +105,24 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor], m
             file.write(_raw(tensor))
 
 
+def aside(path: Path, ending: str) -> Path:
+    """A hidden name of its own beside a file, for what is not complete yet: two runs may save to the same folder.
+
+    Short whatever the file is called: a name has 255 bytes, and one of letters beyond ASCII is soon as long.
+    """
+    return path.with_name(f".{_cut(path.name, 100)}.{secrets.token_hex(6)}{ending}")
+
+
+def renamed(path: Path, ending: str) -> Path:
+    """`NAME` + `ending` beside `NAME.safetensors`, cut where the name would be longer than a file's can be."""
+    return path.with_name(_cut(path.stem, NAME_BYTES - len(ending)) + ending)
+
+
+def _cut(name: str, size: int) -> str:
+    """At most so many bytes of a name, in whole letters."""
+    return name.encode()[:size].decode(errors="ignore")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place when the block ends without an exception.
@@ -112,20 +131,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         SPFError: The operating system refused; the message says why and that nothing was changed.
     """
     target = Path(os.path.realpath(path))
-    aside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    partial = aside(target, ".tmp")
     try:
         # O_EXCL: never through somebody's link. The mode is cut by the umask, as for any new file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(aside, flags, 0o666)
+        descriptor = os.open(partial, flags, 0o666)
         try:
             with open(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, target)
+            os.replace(partial, target)
         except BaseException:  # Ctrl-C too must not leave the temporary file behind
             with contextlib.suppress(OSError):
-                os.unlink(aside)
+                os.unlink(partial)
             raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
