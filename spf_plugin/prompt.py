@@ -29,6 +29,14 @@ _WEIGHT_CLOSE = re.compile(r"^(?::[+-]?[.\d]+)?(?:\\?[)\]])+")
 _WEIGHT_SYNTAX = re.compile(r"\\([()\[\]\\])|:[+-]?[.\d]+\)|[()\[\]]")
 
 
+# Chinese, Japanese, Thai and their kin write no spaces; Korean hangs its particles on the word.
+_UNSPACED_RANGES = (
+    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+)
+_UNSPACED = re.compile(f"[{_UNSPACED_RANGES}]")
+_LETTER = rf"[^\W{_UNSPACED_RANGES}]"  # a letter, digit or underscore of a script that separates words
+
+
 @dataclass(frozen=True)
 class Target:
     """A target phrase, and what stands in its place in the base prompt (empty for an addition)."""
@@ -41,12 +49,15 @@ class Target:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the phrase in any case, with spaces or underscores between its words, as whole words only."""
-        words = [re.escape(word) for word in re.split(r"[\s_]+", self.phrase) if word]
-        text = r"[\s_]+".join(words)
-        # Scripts without spaces (Chinese, Japanese) have no word boundary to look for.
-        start = r"(?<![A-Za-z0-9])" if words[0][:1].isascii() else ""
-        end = r"(?![A-Za-z0-9])" if words[-1][-1:].isascii() else ""
+        """Matches the phrase in any case, with spaces or underscores between its words, as whole words only.
+
+        Underscores and hyphens join words: `hair` is not in `hair_bow`, nor `shirt` in "t-shirt".
+        """
+        words = [word for word in re.split(r"[\s_]+", self.phrase) if word]
+        text = r"[\s_]+".join(map(re.escape, words))
+        # Beside a letter of a script without spaces there is no word boundary to look for.
+        start = "" if _UNSPACED.fullmatch(words[0][0]) else rf"(?<!{_LETTER})(?<!{_LETTER}-)"
+        end = "" if _UNSPACED.fullmatch(words[-1][-1]) else rf"(?!-?{_LETTER})"
         return re.compile(start + text + end, re.IGNORECASE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import CLIPTokenizer
 
-from spf_plugin.prompt import Prompt, Spans, parse_targets, spans, split, strip_weights
+from spf_plugin.prompt import Prompt, Spans, Target, parse_targets, spans, split, strip_weights
 from tests import tiny
 
 
@@ -136,3 +136,33 @@ def test_spans_over_chunks(tokenizer: CLIPTokenizer, length: int) -> None:
     assert found.end > max(placed)
     cut = len(text) > sum(token >= 0 for token in sequence)
     assert cut or all(len(tokenize(ph)) == len(ps) for ph, ps in zip(prompt.phrases, found.phrases, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("phrase", "caption", "found"),
+    [
+        ("кот", "картина, которая висит", False),
+        ("кот", "чёрный кот, окно", True),
+        ("col", "un homme en colère", False),
+        ("café", "deux cafés", False),
+        ("café", "un café, une femme", True),
+        ("größe", "übergröße", False),
+        ("hair", "1girl, hair_bow", False),
+        ("hair bow", "1girl, hair_bow, red_hair", True),
+        ("hair", "1girl, blonde_hair", False),
+        ("shirt", "a man in a t-shirt", False),
+        ("t-shirt", "a man in a t-shirt", True),
+        ("hat", "a hat-wearing man", False),
+        ("hat", "a man - hat - outdoors", True),
+        ("hat", "a man (hat)", True),
+        ("帽子", "一个戴着红色帽子的男人", True),
+        ("hat", "戴着hat的男人", True),
+        ("眼鏡", "眼鏡をかけた女性", True),
+        ("모자", "빨간 모자를 쓴 남자", True),
+        ("หมวก", "ผู้ชายสวมหมวกสีแดง", True),
+        ("hat2", "hat23", False),
+    ],
+)
+def test_whole_words_in_every_script(phrase: str, caption: str, found: bool) -> None:
+    """An underscore or a hyphen joins words; scripts without spaces have no edges to look for."""
+    assert bool(Target(phrase).pattern.search(caption)) is found
