@@ -19,7 +19,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -39,9 +42,12 @@ def run(command: list[str], *, dry: bool = False, quiet: bool = False) -> None:
     print(("would run: " if dry else "running: ") + shlex.join(command), flush=True)
     if dry:
         return
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None
-    )
+    try:
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None
+        )
+    except OSError as error:
+        raise Stop(f"{command[0]} cannot be started: {error.strerror or error}") from None
     if result.returncode:
         if quiet:
             sys.stdout.write(result.stdout.decode(errors="replace")[-4000:])
@@ -117,10 +123,42 @@ def installed_is_current() -> bool:
     return names == there and all(filecmp.cmp(source / n, installed / n, shallow=False) for n in names)
 
 
+@contextmanager
+def source_copy(*, dry: bool) -> Iterator[Path]:
+    """What the package is built from, in a folder that goes away: setuptools leaves `build/` in it, from which it would
+    take modules that are gone into the next installation."""
+    if dry:
+        yield ROOT
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        copy = Path(place, PACKAGE)
+        shutil.copytree(ROOT / "spf_plugin", copy / "spf_plugin", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copyfile(ROOT / name, copy / name)
+        yield copy
+
+
+def our_shim(folder: Path) -> Path:
+    """Where the shim belongs in a folder of sd-scripts.
+
+    Raises:
+        Stop: something else is there, or it cannot be read.
+    """
+    target = folder / "networks" / SHIM.name
+    try:
+        ours = not target.exists() or "spf_plugin" in target.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:  # a folder of that name, too
+        raise Stop(f"{target} cannot be read: {error.strerror or error}. Move it away first.") from None
+    if not ours:
+        raise Stop(f"{target} exists and is not ours. Move it away first.")
+    return target
+
+
 def install(folder: Path, *, dry: bool) -> None:
     """Package into the environment without touching any other package; shim into `networks/`."""
     family = check_host(folder)
     check_environment(folder)
+    target = our_shim(folder)  # before anything is changed
     print(f"sd-scripts: {folder}\n  {family}")
     if installed_is_current():
         print("spf_plugin: already installed, this version")
@@ -128,18 +166,19 @@ def install(folder: Path, *, dry: bool) -> None:
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall"]
         if importlib.util.find_spec("setuptools") and importlib.util.find_spec("wheel"):
             command.append("--no-build-isolation")  # nothing to download
-        run([*command, str(ROOT)], dry=dry, quiet=True)
-    target = folder / "networks" / SHIM.name
+        with source_copy(dry=dry) as source:
+            run([*command, str(source)], dry=dry, quiet=True)
     if target.exists() and filecmp.cmp(SHIM, target, shallow=False):
         print(f"shim: {target} is in place")
-    elif target.exists() and "spf_plugin" not in target.read_text(encoding="utf-8", errors="replace"):
-        raise Stop(f"{target} exists and is not ours. Move it away first.")
     else:
         print(f"{'would copy' if dry else 'copying'} {SHIM.name} to {target}")
         if not dry:
             partial = target.with_suffix(".partial")
-            shutil.copyfile(SHIM, partial)
-            os.replace(partial, target)
+            try:
+                shutil.copyfile(SHIM, partial)
+                os.replace(partial, target)
+            except OSError as error:
+                raise Stop(f"{target} was not written: {error.strerror or error}. Is the folder yours?") from None
     preset = quoted(ROOT / "presets" / "sd15-8gb.toml")
     more = " " if os.name == "nt" else " \\\n      "  # cmd.exe and PowerShell continue lines in different ways
     print(
@@ -157,13 +196,18 @@ def quoted(path: Path) -> str:
 
 
 def uninstall(folder: Path, *, dry: bool) -> None:
-    """Take away what `install` brought."""
-    run([sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE], dry=dry, quiet=True)
-    target = folder / "networks" / SHIM.name
-    if target.exists() and "spf_plugin" in target.read_text(encoding="utf-8", errors="replace"):
+    """Take away what `install` brought, from what may have become another release of sd-scripts."""
+    if not (folder / "networks").is_dir():
+        raise Stop(f"{folder} is not a copy of sd-scripts: networks is missing. Give its top folder.")
+    target = our_shim(folder)
+    if target.exists():  # first: without pip, too
         print(f"{'would remove' if dry else 'removing'} {target}")
         if not dry:
-            target.unlink()
+            try:
+                target.unlink()
+            except OSError as error:
+                raise Stop(f"{target} was not removed: {error.strerror or error}. Is the folder yours?") from None
+    run([sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE], dry=dry, quiet=True)
 
 
 # -- demo and tests -------------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
     assert run(python, "--sd-scripts", host).returncode == 0
     assert figures.read_bytes() == now
 
+    assert not (ROOT / "build").exists()  # from which a module that is gone would be installed again
+
     away = run(python, "--sd-scripts", host, "--uninstall")
     assert away.returncode == 0, away.stdout + away.stderr
     assert tree(host) == files
@@ -100,6 +102,35 @@ def test_a_shim_that_is_not_ours_stays(python: Path, host: Path) -> None:
     assert done.returncode != 0
     assert "is not ours" in done.stderr
     assert (host / "networks" / "spf_lora.py").read_text() == "mine = 1\n"
+
+
+def test_what_stands_in_the_shims_place_is_said_before_anything_changes(host: Path) -> None:
+    (host / "networks" / "spf_lora.py").mkdir()
+    for option in ((), ("--uninstall",)):
+        done = run(Path(sys.executable), "--sd-scripts", host, *option)
+        assert done.returncode != 0
+        assert "Move it away first" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "pip" not in done.stdout
+
+
+def test_uninstalling_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    done = run(Path(sys.executable), "--sd-scripts", tmp_path / "nowhere", "--uninstall")
+    assert done.returncode != 0
+    assert "is not a copy of sd-scripts" in done.stderr
+    assert "pip" not in done.stdout
+
+
+def test_the_shim_goes_without_pip_too(host: Path) -> None:
+    shim = host / "networks" / "spf_lora.py"
+    shim.write_text("from spf_plugin.lora import *\n")
+    words = ["install.py", "--sd-scripts", str(host), "--uninstall"]
+    code = f"import runpy, sys; sys.executable, sys.argv = 'no-such-python', {words!r}; "
+    code += f"runpy.run_path({str(ROOT / 'install.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert not shim.exists()
 
 
 @pytest.mark.parametrize(
