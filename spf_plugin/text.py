@@ -1,11 +1,11 @@
 """The text side of a batch: captions to conditioning of both paths, token groups and semantic distances.
 
-Everything that depends on a caption alone is computed once and kept in bounded caches.
+Everything that depends on a caption alone is computed once and kept, for the whole data set: `Cache`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from spf_plugin import sfcm
 from spf_plugin.prompt import Prompt, Spans, Target, spans, split
+
+logger = logging.getLogger(__name__)
 
 # Everyday phrases that have nothing in common with a target: their distance to it calibrates CLIP's crowded cosines.
 ANCHORS = (
@@ -28,8 +30,8 @@ ANCHORS = (
     "green grass",
     "a wooden table",
 )
-CACHED_PROMPTS = 1024
-CACHED_PHRASES = 8192
+CACHED_SPLITS = CACHED_PHRASES = 2**18  # captions and phrases, a few hundred bytes to a few kilobytes each
+CACHED_BYTES = 2 * 2**30  # of encoded base prompts, in main memory: 9,000 of SD1.5 or 3,300 of SDXL in half precision
 
 Conds = Any  # what the host's call_unet takes: a tensor, or a list or tuple of tensors, each with the batch first
 K = TypeVar("K", bound=Hashable)
@@ -48,21 +50,39 @@ class TextHost(Protocol):
         ...
 
 
-class Cache(OrderedDict[K, V]):
-    """A dictionary that forgets what was used longest ago."""
+class Cache(dict[K, V]):
+    """A dictionary that keeps what comes first, up to a size; what comes later is made each time.
 
-    def __init__(self, size: int):
+    Forgetting what was used longest ago would forget all of a data set that is a little too large, in every epoch.
+
+    Args:
+        size: the most that is kept, in what `weigh` counts.
+        weigh: the size of a value; by default 1, so that `size` is a number of values.
+        full: called once, when something does not fit.
+    """
+
+    def __init__(self, size: int, weigh: Callable[[V], int] = lambda _: 1, full: Callable[[], None] = lambda: None):
         super().__init__()
-        self.size = size
+        self.size, self.used = size, 0
+        self._weigh, self._full, self._said = weigh, full, False
 
     def get_or(self, key: K, make: Callable[[], V]) -> V:
         if key in self:
-            self.move_to_end(key)
             return self[key]
-        value = self[key] = make()
-        if len(self) > self.size:
-            self.popitem(last=False)
+        value = make()
+        weight = self._weigh(value)
+        if self.used + weight <= self.size:
+            self.used += weight
+            self[key] = value
+        elif not self._said:
+            self._said = True
+            self._full()
         return value
+
+
+def size_in_bytes(conds: Conds) -> int:
+    """Of all tensors of a conditioning."""
+    return conds.nbytes if isinstance(conds, Tensor) else sum(size_in_bytes(part) for part in conds)
 
 
 def map_conds(function: Callable[..., Tensor], *conds: Conds) -> Conds:
@@ -107,6 +127,7 @@ class BatchText:
         full_groups: `[B, T, P + 2]`, the same groups in the full prompts, and the target as the last.
         present: `[B, P + 1]`, 1 where the sample has the group.
         has_target: `[B]` bool.
+        any_target: whether one of them has; known without asking the device.
         empty: `[B]` bool, captions that were dropped out.
     """
 
@@ -115,6 +136,7 @@ class BatchText:
     full_groups: Tensor
     present: Tensor
     has_target: Tensor
+    any_target: bool
     empty: Tensor
 
     @property
@@ -125,13 +147,10 @@ class BatchText:
     def full(self) -> list[str]:
         return [p.full for p in self.prompts]
 
-    def with_base_prompt(self, which: Tensor) -> BatchText:
-        """The same batch when the samples in `which` ([B] bool) get the base prompt in the response path too."""
-        as_base = torch.cat([self.base_groups, torch.zeros_like(self.base_groups[..., :1])], dim=-1)
-        full_groups = torch.where(which[:, None, None], as_base, self.full_groups)
-        return BatchText(
-            self.prompts, self.base_groups, full_groups, self.present, self.has_target & ~which, self.empty
-        )
+    @property
+    def all_empty(self) -> bool:
+        """Whether every caption was dropped out; known without asking the device."""
+        return not any(p.full.strip() for p in self.prompts)
 
 
 class TextSide:
@@ -147,9 +166,15 @@ class TextSide:
         self.host = host
         self.targets = tuple(targets)
         self.bypassed = bypassed
-        self._splits: Cache[tuple[str, tuple[Target, ...], int], tuple[Prompt, Spans, Spans]] = Cache(CACHED_PROMPTS)
-        self._conds: Cache[tuple[str, int], Conds] = Cache(CACHED_PROMPTS)  # on the CPU
+        self._splits: Cache[tuple[str, tuple[Target, ...], int], tuple[Prompt, Spans, Spans]] = Cache(CACHED_SPLITS)
+        self._conds: Cache[tuple[str, int], Conds] = Cache(CACHED_BYTES, size_in_bytes, self._too_many)  # on the CPU
         self._vectors: Cache[str, Tensor] = Cache(CACHED_PHRASES)
+
+    def _too_many(self) -> None:
+        logger.warning(
+            f"SPF: {len(self._conds)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB; further ones are encoded "
+            "again each time they come. Shuffled captions and tag dropout make that many"
+        )
 
     def for_batch(
         self, captions: Sequence[str], conds: Conds, overrides: Sequence[Sequence[Target] | None] = ()
@@ -187,6 +212,7 @@ class TextSide:
             full_groups=full_groups.to(device),
             present=present.to(device),
             has_target=torch.tensor([bool(full.target) for _, _, full in rows], device=device),
+            any_target=any(full.target for _, _, full in rows),
             empty=torch.tensor([not prompt.full.strip() for prompt, _, _ in rows], device=device),
         )
 

@@ -1,0 +1,74 @@
+"""The text side of a run: what is computed once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from spf_plugin import text
+from spf_plugin.prompt import Target
+from spf_plugin.text import Cache, TextSide
+
+
+class Host:
+    """Words for tokens; counts how often each prompt is encoded."""
+
+    def __init__(self) -> None:
+        self.encoded: Counter[str] = Counter()
+
+    def tokenize(self, words: str) -> Sequence[int]:
+        return list(range(len(words.replace(",", " , ").split())))
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Tensor:
+        self.encoded.update(prompts)
+        return torch.ones(len(prompts), 16, 4)
+
+
+def epoch(side: TextSide, captions: Sequence[str]) -> None:
+    for caption in captions:
+        like = torch.zeros(1, 16, 4)
+        batch = side.for_batch([caption], like)
+        side.reference_conds(batch, like, text_encoder_trained=False)
+        side.distances(batch)
+
+
+def test_a_whole_data_set_is_split_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = [f"a woman, coat number {i}, blonde hair" for i in range(1500)]
+    host, splits = Host(), []
+    side, split = TextSide(host, (Target("blonde hair"),), nullcontext), text.split
+    monkeypatch.setattr(text, "split", lambda caption, targets: splits.append(caption) or split(caption, targets))
+    for _ in range(2):
+        epoch(side, captions)
+    assert set(host.encoded.values()) == {1}
+    assert len(host.encoded) == 1500 * 2 + len(text.ANCHORS) + 2  # bases, coats, "a woman" and the target
+    assert splits == captions
+
+
+def test_what_does_not_fit_is_said_once_and_leaves_the_rest_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(text, "CACHED_BYTES", 3 * 16 * 4 * 4)  # three prompts
+    host, captions = Host(), [f"a woman {i}, blonde hair" for i in range(5)]
+    side = TextSide(host, (Target("blonde hair"),), nullcontext)
+    for _ in range(3):
+        for caption in captions:
+            batch = side.for_batch([caption], torch.zeros(1, 16, 4))
+            side.reference_conds(batch, torch.zeros(1, 16, 4), text_encoder_trained=False)
+    assert [host.encoded[f"a woman {i}"] for i in range(5)] == [1, 1, 1, 3, 3]
+    assert caplog.text.count("3 encoded base prompts fill") == 1
+
+
+def test_a_cache_counts_values_or_weighs_them() -> None:
+    counted: Cache[int, str] = Cache(2)
+    assert [counted.get_or(i, lambda: "x") for i in range(4)] == ["x"] * 4
+    assert list(counted) == [0, 1]
+    weighed: Cache[int, str] = Cache(4, len)
+    for i, value in enumerate(["abc", "de", "f"]):
+        weighed.get_or(i, lambda value=value: value)  # type: ignore[misc]
+    assert list(weighed) == [0, 2]
+    assert weighed.used == 4
