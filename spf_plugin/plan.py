@@ -311,10 +311,6 @@ def step_bytes(run: Run) -> int:
     early in backward, when few gradients are there yet, so that a larger rank hardly counts (0.6 to 1.3 bytes a weight
     were tracked, 2 are taken), until at last all gradients are.
     """
-    if run.spf is not None and run.spf.pairs:
-        # The base prompt's pass with gradient holds what a plain step's holds.
-        unpaired = replace(run, spf=replace(run.spf, paired_preservation_multiplier=0.0))
-        return step_bytes(unpaired) + step_bytes(replace(run, spf=None))
     kind = "spf" if run.spf is not None else "plain"
     half = _points(run.model, run.checkpointing)
     low, high = half[0], half[-1]
@@ -327,13 +323,12 @@ def step_bytes(run: Run) -> int:
     return int(max(size + 2 * extra, run.rank * per_rank * LORA_BYTES))
 
 
-def aligned_share(config: SPFConfig, steps: int, batch: int) -> float:
-    """Share of a run's steps that have a reference pass.
+def aligned_share(config: SPFConfig, steps: int) -> float:
+    """Share of a run's steps that have a reference pass, where every caption has a target.
 
     Args:
         config: SPF's settings.
         steps: of the run; 0 if unknown, and then a start that is given as a step counts as the run's first.
-        batch: images per step; one of them in the range of timesteps is enough for the pass.
     """
     if not config.active:
         return 1 / config.log_every
@@ -341,8 +336,7 @@ def aligned_share(config: SPFConfig, steps: int, batch: int) -> float:
         start = min(config.stage2_step(steps) / steps, 1.0)
     else:
         start = config.stage2_start if config.stage2_start < 1 else 0.0
-    inside = (min(config.max_timestep, 1000) - config.min_timestep) / 1000
-    return (1 - start) / config.every * (1 - (1 - inside) ** batch)
+    return (1 - start) / (2 if config.pairs else 1)
 
 
 def predict(run: Run) -> Prediction:
@@ -362,11 +356,8 @@ def predict(run: Run) -> Prediction:
     ratio = 1.0
     if run.spf is not None:
         point = _points(run.model, run.checkpointing)[0]
-        share = aligned_share(run.spf, run.steps, run.batch)
         more = point["spf"]["flops"] / point["plain"]["flops"] - 1
-        if run.spf.pairs:
-            more += 1  # the base prompt's pass with gradient is a plain step's work
-        ratio += more * share
+        ratio += more * aligned_share(run.spf, run.steps)
     return Prediction({k: v for k, v in parts.items() if v}, ratio, lora * run.save_bytes)
 
 

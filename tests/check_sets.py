@@ -229,17 +229,12 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ),
     ("caption-dropout", "warning", lambda r: r.set(caption_dropout_rate=0.5)),
     ("never-aligned", "error", lambda r: r.args("spf_target=blonde hair", "spf_stage2_start=1000")),
-    (
-        "no-timestep",
-        "error",
-        lambda r: (r.args("spf_target=blonde hair", "spf_max_timestep=300"), r.set(min_timestep=500)),
-    ),
     ("no-network", "warning", lambda r: r.args("spf_target=blonde hair", "spf_network=lycorris.kohya")),
     (
         "measures-only",
         "note",
         lambda r: r.args(
-            "spf_target=blonde hair", "spf_base_preservation=0", *(f"spf_{n}_multiplier=0" for n in LOSSES)
+            "spf_target=blonde hair", "spf_base_preservation_multiplier=0", *(f"spf_{n}_multiplier=0" for n in LOSSES)
         ),
     ),
     ("stops", "error", lambda r: r.set(save_model_as="ckpt")),

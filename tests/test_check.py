@@ -291,12 +291,12 @@ def test_an_output_folder_that_the_run_could_not_make(run: Run) -> None:
 
 
 def test_spf_config_is_found_beside_the_data(run: Run) -> None:
-    (run.folder / "data" / "hair.toml").write_text("spf_target = 'blonde hair'\nspf_map = 'hard'\n", encoding="utf-8")
+    (run.folder / "data" / "hair.toml").write_text("spf_target = 'blonde hair'\nspf_map = 'paper'\n", encoding="utf-8")
     run.args("spf_config=hair.toml")
     report = look(run)
     assert not report.findings
     assert report.config is not None
-    assert report.config.map == "hard"
+    assert report.config.map == "paper"
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ PLAIN = {
     "spf_map": "paper",
     "spf_map_gain": "2.5",
     "spf_stage2_start": "0.4",
-    "spf_every": "2",
-    "spf_min_timestep": "10",
+    "spf_log_every": "2",
+    "spf_preview_every": "10",
     "spf_layers": "all",
     "spf_network": "lycoris.kohya",
     "spf_output_multiplier": "1e-2",
@@ -109,7 +109,7 @@ def test_spaces_and_signs(gui: str, target: str) -> None:
 @pytest.mark.parametrize("gui", WAYS)
 def test_a_settings_file_passes_every_gui(gui: str, tmp_path: Path) -> None:
     """Also where words cannot: signs, several targets, regular expressions."""
-    text = 'spf_target = ["blonde hair", "dress->red T-shirt", "金髪"]\nspf_layers = "up.*attn2"\nspf_map = "hard"\n'
+    text = 'spf_target = ["blonde hair", "dress->red T-shirt", "金髪"]\nspf_layers = "up.*attn2"\nspf_map = "paper"\n'
     (tmp_path / "hair.toml").write_text(text, encoding="utf-8")
     config = received(WAYS[gui](["spf_config=hair.toml"]), tmp_path)
     assert config == parse(toml.loads(text))

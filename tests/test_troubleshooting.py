@@ -40,7 +40,7 @@ def test_the_page_lists_what_the_code_says(message: Message) -> None:
 def test_the_messages_are_found_in_the_source() -> None:
     """The reading of the source, held against messages that are raised here."""
     raised = []
-    for settings in ({"spf_mapp": "x"}, {"spf_every": "x"}, {"spf_min_timestep": "9", "spf_max_timestep": "8"}):
+    for settings in ({"spf_mapp": "x"}, {"spf_log_every": "x"}, {"spf_every": "2"}):
         with pytest.raises(SPFError) as caught:
             parse(settings)
         raised += caught.value.problems

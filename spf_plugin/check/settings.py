@@ -223,16 +223,6 @@ def _together(args: HostArgs, config: SPFConfig) -> list[Finding]:
                     "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step.",
                 )
             )
-    low, high = max(args.min_timestep or 0, config.min_timestep), min(args.max_timestep or 1000, config.max_timestep)
-    if low >= high:
-        found.append(
-            Finding(
-                "error",
-                "no-timestep",
-                f"the host trains timesteps {args.min_timestep or 0} to {args.max_timestep or 1000} and SPF aligns "
-                f"{config.min_timestep} to {config.max_timestep}: never",
-            )
-        )
     if not config.active:
         found.append(Finding("note", "measures-only", "all weights are 0: the LoRA will be plain, SPF only measures"))
     package = config.network.split(".")[0]
