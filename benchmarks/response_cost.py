@@ -16,7 +16,6 @@ from torch import Tensor
 
 from spf_plugin import decoders, response
 from spf_plugin.clip import ClipEncoder
-from spf_plugin.config import SPFConfig
 
 LATENTS, CLIP_SIZE = 64, 224
 SCALING = 0.18215
@@ -96,7 +95,7 @@ def main() -> None:
     """Print the table."""
     found = measure()
     forward, both = found.pop("forward"), found.pop("forward and backward")
-    share = SPFConfig().response_max_timestep / 1000
+    share = response.MAX_TIMESTEP / 1000
     steps = {
         "SPF step": both + forward,
         "SPF step, checkpointing": both + 2 * forward,

@@ -24,6 +24,7 @@ from spf_plugin.adapter import Adapter
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import BASES, PREFIX, SPFConfig, parse
 from spf_plugin.hosts.reference import ReferenceHost
+from spf_plugin.pairs import Partner
 from spf_plugin.quantised import QuantisedBase
 from spf_plugin.text import Conds, map_conds
 from spf_plugin.trainer.loop import Settings, Trainer
@@ -72,7 +73,7 @@ class Accelerator:
     """What the reference trainer and SPF need of accelerate's, for one process."""
 
     sync_gradients = True
-    process_index = 0
+    num_processes = 1
 
     def __init__(self, setup: Setup):
         self.device, self._mixed = torch.device(setup.device), setup.weights != "fp32"
@@ -108,7 +109,7 @@ class Host(ReferenceHost):
 
 @dataclass
 class Workbench:
-    """A model with a LoRA, ready to train; `plain`, `spf`, `dop` and `pure_cc` make one step each.
+    """A model with a LoRA, ready to train; `plain`, `spf`, `preservation`, `dop` and `pure_cc` make one step each.
 
     Nothing is cached between steps but what the trainers cache too.
     """
@@ -189,24 +190,34 @@ class Workbench:
         mark("backward")
 
     @contextmanager
-    def attached(self, **settings: Any) -> Iterator[None]:
-        """SPF in stage 2, where every step is aligned. `settings` are SPF's, without their prefix.
-
-        Base preservation is off: it only chooses, per sample, which text the same two passes get.
-        """
-        usual = {"target": TARGET, "stage2_start": "0", "every": "1", "base_preservation": "0"}
+    def attached(self, **settings: Any) -> Iterator[Attachment]:
+        """SPF in stage 2, before the first step of a pair. `settings` are SPF's, without their prefix."""
+        usual = {"target": TARGET, "stage2_start": "0"}
         config: SPFConfig = parse({PREFIX + name: str(value) for name, value in {**usual, **settings}.items()})
         with ExitStack() as stack:
             spf = Attachment(self.host, config, self.unet, self.adapter)
             stack.callback(spf.close)
             spf.open()
-            spf.step, spf._checked = NOT_LOGGED, True  # the first step of a run only checks, at plain cost
-            yield
+            spf.step, spf._logged = NOT_LOGGED, 0
+            yield spf
 
     def spf(self, mark: Mark, **settings: Any) -> None:
-        """An aligned step, from attaching to detaching."""
+        """The first step of a pair: reference and response; from attaching to detaching."""
         with self.attached(**settings):
             self.plain(mark)
+
+    def preservation(self, mark: Mark) -> None:
+        """The second step of a pair: the same noisy latents with the base prompts."""
+        with self.attached() as spf:
+            spf._partner = self.partner()
+            self.plain(mark)
+
+    def partner(self) -> Partner:
+        """What waits for the second step of a pair."""
+        which = torch.ones(self.setup.batch, dtype=torch.bool, device=self.setup.device)
+        prompts = (CAPTION,) * self.setup.batch
+        sizes = {"sizes": self.batch["sizes"]}
+        return Partner(self.latents, self.timesteps, self.noise, which, sizes, self.base, prompts, prompts)  # type: ignore
 
     def spf_maps_kept(self, mark: Mark) -> None:
         """SPF as it was before `probe.group_attention` computed its probabilities again in backward."""
@@ -269,9 +280,10 @@ class Workbench:
         if method != "spf":
             yield self.step(name)
             return
-        with self.attached(**settings):
+        with self.attached(**settings) as spf:
             self.plain(lambda _: None)
             self.clear()
+            spf._partner = None
             yield self.plain
 
 
