@@ -37,7 +37,7 @@ ONLY_MEASURE = {
     "text_consistent_multiplier": 0.0,
     "fine_grained_multiplier": 0.0,
     "output_multiplier": 0.0,
-    "base_preservation": 0.0,
+    "base_preservation_multiplier": 0.0,
 }
 RANK, LEARNING_RATE, BATCH, MIN_SNR_GAMMA = 8, 2e-3, 8, 5.0
 SAMPLER_STEPS, GUIDANCE = 20, 3.5

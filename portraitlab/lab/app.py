@@ -26,13 +26,14 @@ from portraitlab.lab.running import Bench, Point
 from portraitlab.lab.tasks import DATA, Task
 from portraitlab.model_files import MODEL_FOLDER
 from spf_plugin.cli.progress import progress_bars
+from spf_plugin.config import MAPS
 from spf_plugin.errors import SPFError, nearest
 
 KNOWN = (*TARGETS, *REPLACEMENTS)
 #: How the rows begin that vary a part of a method.
-VARIANTS = ("spf-", "everywhere", "plain-")
+VARIANTS = ("spf-", "plain-")
 #: But these are methods of their own.
-METHODS = ("spf-paired", "spf-published-paper", "spf-published-soft")
+METHODS = ("spf-published-paper", "spf-published-soft")
 #: What runs within an hour on two CPU cores, with the other defaults.
 SMALL = "plain,masked-prior-1,dop-10,spf"
 
@@ -49,6 +50,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_de
 OnlyTarget = Annotated[str | None, typer.Option(help="Only this target.", show_default="all")]
 OnlyData = Annotated[str | None, typer.Option(help="Only these training pictures.", show_default="all")]
 OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons.", show_default="all")]
+OnlyEvaluationSeed = Annotated[int | None, typer.Option(help="Only with these persons.", show_default="all")]
 RUNS = Path("runs/lab")
 PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md")]
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
@@ -165,7 +167,7 @@ def sequence(
 
 @app.command("maps")
 def map_quality(
-    kinds: Annotated[str, typer.Option(help="Maps with commas.")] = "difference,soft,paper,target",
+    kinds: Annotated[str, typer.Option(help="Maps with commas.")] = ",".join(MAPS),
     row: Annotated[str, typer.Option(help="The LoRA whose response makes the maps.")] = "plain",
     target: Annotated[str, typer.Option(help=f"What is taught: {', '.join(KNOWN)}.")] = "sunglasses",
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the LoRA.")] = LEARNING_RATE,
@@ -209,6 +211,7 @@ def table(
     at: Annotated[float | None, typer.Option(help="Compare at this response, from the sweeps.")] = None,
     taught: Annotated[bool, typer.Option("--sequences", help="The targets taught one after the other.")] = False,
     across: Annotated[bool, typer.Option("--across", help="One table: a line a row, a column a target.")] = False,
+    together: Annotated[bool, typer.Option("--together", help="One table: a line a target and row.")] = False,
     beside: Annotated[
         str | None, typer.Option(help="Count the training sets in which this row measures less than the others.")
     ] = None,
@@ -219,6 +222,7 @@ def table(
     target: OnlyTarget = None,
     data: OnlyData = None,
     prompts: OnlyPrompts = None,
+    evaluation_seed: OnlyEvaluationSeed = None,
     rows: Annotated[str | None, typer.Option(help="Only these rows.", show_default="all")] = None,
     columns: Annotated[str | None, typer.Option(help=f"Only these of {', '.join(tables.COLUMNS)}.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown, for the documentation.")] = False,
@@ -229,14 +233,16 @@ def table(
     console = Console(soft_wrap=True)
     measures = list(tables.COLUMNS) if columns is None else columns.split(",")
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
+    known = list(results.read(None if published or compare else out / "results").values())
+    names = {*ROWS, *(result.row for result in known)}  # earlier ones, which nobody can train any more, have results
     for option, name in (("--beside", beside), ("--relative", relative)):
-        if name is not None and name not in ROWS:
-            unknown.append(f"{option}: no row {name!r}{nearest(name, ROWS)}")
-    asked = [at is not None, taught, across, beside is not None, relative is not None, compare is not None]
+        if name is not None and name not in names:
+            unknown.append(f"{option}: no row {name!r}{nearest(name, names)}")
+    asked = [at is not None, taught, across, together, beside is not None, relative is not None, compare is not None]
     if sum(asked) > 1:
         unknown.append(
-            "--at, --sequences, --compare, --across, --beside and --relative are different tables: ask for one at a "
-            "time"
+            "--at, --sequences, --compare, --across, --together, --beside and --relative are different tables: ask "
+            "for one at a time"
         )
     if compare is not None and not compare.exists():
         unknown.append(f"--compare: there is no file or folder {compare}")
@@ -244,14 +250,13 @@ def table(
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
     chosen = None if rows is None else {*_rows(rows), "base", beside, relative}
-    known = results.read(None if published or compare else out / "results").values()
     found = [r for r in known if chosen is None or r.row in chosen]
-    only = {"target": target, "data": data, "prompts": prompts}
+    only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     if compare is not None:
         others = [r for r in results.stored(compare).values() if chosen is None or r.row in chosen]
         shown = _compared(found, others, measures, only)
-    elif across or beside is not None or relative is not None:
-        shown = _across(found, beside, relative, measures, only)
+    elif across or together or beside is not None or relative is not None:
+        shown = _across(found, together, beside, relative, measures, only)
     else:
         shown = _tables(found, at, taught, measures, only)
     for title, (head, lines) in shown:
@@ -298,6 +303,7 @@ def _compared(
 
 def _across(
     found: list[results.Result],
+    together: bool,
     beside: str | None,
     relative: str | None,
     measures: list[str],
@@ -312,7 +318,10 @@ def _across(
     named = " / ".join(tables.COLUMNS[measure][0] for measure in measures)
     for way, targets in ways.items():
         how = _words(way)
-        if beside is not None:
+        if together:
+            title = f"{how}: mean over training seeds (standard error), drift x 1000."
+            yield title, tables.together(targets, measures)
+        elif beside is not None:
             title = f"{named}: training sets in which {beside} measures less; {how}."
             yield title, tables.beside(targets, beside, measures)
         elif relative is not None:
@@ -358,6 +367,7 @@ def plot(
     target: OnlyTarget = None,
     data: OnlyData = None,
     prompts: OnlyPrompts = None,
+    evaluation_seed: OnlyEvaluationSeed = None,
     rows: Annotated[
         str | None, typer.Option(help="Only these rows.", show_default="the methods, without their variants")
     ] = None,
@@ -368,9 +378,10 @@ def plot(
     found = list(results.read(out / "results").values())
     methods = [name for name in ROWS if name in METHODS or not name.startswith(VARIANTS)]
     shown = methods if rows is None else _rows(rows)
+    only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     into.mkdir(parents=True, exist_ok=True)
     for task in results.tasks(found):
-        if not _chosen(task, {"target": target, "data": data, "prompts": prompts}):
+        if not _chosen(task, only):
             continue
         group = [r for r in found if r.about(task) and r.row in (*shown, "base")]
         drawing = plots.response_against_drift(group, task.goal.phrase)

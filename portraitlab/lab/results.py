@@ -19,13 +19,8 @@ from portraitlab.model_files import MODEL_FOLDER
 
 #: What was measured for docs/lab.md.
 PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
-#: Settings that are younger than the first results; with this value training is what it was without them.
-ADDED_LATER = {
-    "spf_base": "off",
-    "spf_diffusion_region": "all",
-    "spf_base_preservation_multiplier": "3",
-    "spf_paired_preservation_multiplier": "0",
-}
+#: All that a run without any weight depends on: the other settings do nothing then.
+PLAIN_FACTS = ("spf_target", "spf_train", "spf_base")
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,13 @@ def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Pat
     facts: list[Any] = [task.facts, _fingerprint(model), SAMPLER_STEPS, GUIDANCE]
     if row is not None:
         here = str(MODEL_FOLDER.parent)  # the same result under another path
-        spf = {name: value.replace(here, "") for name, value in row.config(task).to_metadata().items()}
-        spf = {name: value for name, value in spf.items() if ADDED_LATER.get(name) != value}
+        config = row.config(task)
+        spf = {name: value.replace(here, "") for name, value in config.to_metadata().items()}
+        if not config.active:
+            spf = {name: spf[name] for name in PLAIN_FACTS}
         facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, MIN_SNR_GAMMA]
         facts += [row.steps] if row.steps else []
-        facts += [row.anchor] if row.anchor != "train" else []
+        facts += [dict(row.constants)] if row.constants else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

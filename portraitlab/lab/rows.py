@@ -22,7 +22,7 @@ class Row:
         peer: a key of `peers.KINDS` in place of SPF, or nothing.
         options: the peer's parameters.
         with_spf: the peer trains on top of SPF, not in its place; for peers that predict once a step.
-        anchor: `train`, or `self` (`anchors`): the pictures on which SPF aligns.
+        constants: what SPF has no setting for: `module.NAME` of `spf_plugin` -> another value.
         steps: another number of steps than the task's: plain training that is stopped early.
     """
 
@@ -30,7 +30,7 @@ class Row:
     peer: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     with_spf: bool = False
-    anchor: str = "train"
+    constants: Mapping[str, float] = field(default_factory=dict)
     steps: int | None = None
 
     def config(self, task: Task) -> SPFConfig:
@@ -42,28 +42,23 @@ class Row:
 
 #: No weights: SPF then trains a plain LoRA and measures its drift; with so rare a log it costs nothing.
 PLAIN = {
-    "text_consistent_multiplier": 0, "fine_grained_multiplier": 0, "output_multiplier": 0, "base_preservation": 0,
-    "diffusion_region": "all", "log_every": 1000,
+    "text_consistent_multiplier": 0, "fine_grained_multiplier": 0, "output_multiplier": 0,
+    "base_preservation_multiplier": 0, "log_every": 1000,
 }  # fmt: skip
-_EVERYWHERE = {"diffusion_region": "all"}
-_LESS = {"output_multiplier": 1, "base_preservation_multiplier": 1}
-_PAIRED = {"paired_preservation_multiplier": 10, "output_multiplier": 1, "every": 1, "stage2_start": 0}
 _PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2)
-_GUIDED = {"clip": str(CLIP_FOLDERS[0])}
+_ONLY_OUTPUT = {"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}
+_GUIDED = {"response": "anchor", "clip": str(CLIP_FOLDERS[0])}
 #: What the paper describes: no output loss, no base preservation, only cross-attention is trained, all its layers are
-#: compared in every step, the response is enhanced everywhere. Its weights are not published: 1 each.
+#: compared, the diffusion loss acts everywhere, the response is enhanced. Its weights are not published: 1 each.
 _PUBLISHED = {
-    **_EVERYWHERE,
     **_GUIDED,
     "output_multiplier": 0,
-    "base_preservation": 0,
+    "base_preservation_multiplier": 0,
     "text_consistent_multiplier": 1,
     "fine_grained_multiplier": 1,
-    "every": 1,
+    "diffusion_region": "all",
     "layers": "all",
     "train": "cross_attention",
-    "response": "anchor",
-    "response_region": "all",
 }
 
 ROWS: dict[str, Row] = {
@@ -92,39 +87,18 @@ ROWS: dict[str, Row] = {
     "spf": Row(),
     "spf-no-text-consistent": Row({"text_consistent_multiplier": 0}),
     "spf-no-fine-grained": Row({"fine_grained_multiplier": 0}),
-    "spf-no-output": Row({"output_multiplier": 0}),
-    "spf-only-output": Row({"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
-    "spf-no-base-preservation": Row({"base_preservation": 0}),
-    "spf-output-1": Row(_LESS),
-    "spf-preservation-0.25-10": Row({"base_preservation": 0.25, "base_preservation_multiplier": 10}),
-    **{
-        f"spf-output-1-preservation-{share:g}-{w:g}": Row(
-            {**_LESS, "base_preservation": share, "base_preservation_multiplier": w}
-        )
-        for share, w in ((0.3, 1), (0.25, 10), (0.5, 10), (0.1, 30), (0.25, 30))
-    },
-    **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "target", "product", "hard")},
-    **{f"spf-stage2-{s:g}": Row({"stage2_start": s}) for s in (0, 0.5)},
-    "spf-stage2-0.1-preservation-0.1-1": Row({"stage2_start": 0.1, "base_preservation_multiplier": 1}),
-    "spf-stage2-0.1-preservation-0": Row({"stage2_start": 0.1, "base_preservation": 0}),
-    **{f"spf-every-{n}": Row({"every": n}) for n in (1, 4)},
-    "spf-every-1-output-1": Row({**_LESS, "every": 1}),
-    # Both prompts in every step, from the first one on; and the same less thoroughly.
-    "spf-paired": Row(_PAIRED),
-    "spf-paired-output-3": Row({**_PAIRED, "output_multiplier": 3}),
-    "spf-paired-every-2": Row({**_PAIRED, "every": 2}),
-    "spf-paired-late": Row({**_PAIRED, "stage2_start": 0.25}),
-    "spf-self-anchor": Row(anchor="self"),
+    "spf-only-output": Row(_ONLY_OUTPUT),
+    **{f"spf-output-{w:g}": Row({"output_multiplier": w}) for w in (0, 1, 10)},
+    **{f"spf-base-{w:g}": Row({"base_preservation_multiplier": w}) for w in (0, 1, 5, 10, 30)},
+    "spf-output-1-base-10": Row({"output_multiplier": 1, "base_preservation_multiplier": 10}),
+    # No mean over the map but over the picture; no heed of what an error does to the clean image.
+    **{f"spf-region-gain-{g:g}": Row(constants={"sfcm.MAX_REGION_GAIN": g}) for g in (1, 3, 30)},
+    **{f"spf-noise-weight-{w:g}": Row(constants={"losses.MAX_NOISE_WEIGHT": w}) for w in (1, 3, 30)},
+    **{f"spf-gain-{g:g}": Row({"map_gain": g}) for g in (1.5, 6)},
+    **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "paper")},
+    "spf-region-all": Row({"diffusion_region": "all"}),
+    "spf-stage2-0.25": Row({"stage2_start": 0.25}),
     "spf-cross-attention": Row({"train": "cross_attention"}),
-    "spf-anchor": Row({"response": "anchor", **_GUIDED}),
+    "spf-anchor": Row(_GUIDED),
     **{f"spf-published-{kind}": Row({**_PUBLISHED, "map": kind}) for kind in ("paper", "soft")},
-    # The diffusion loss acts everywhere, as published (and as the defaults were when most of these rows were chosen).
-    "everywhere": Row(_EVERYWHERE),
-    **{f"everywhere-output-{w:g}": Row({**_EVERYWHERE, **_LESS, "output_multiplier": w}) for w in (0, 1)},
-    "everywhere-only-output": Row({**_EVERYWHERE, "text_consistent_multiplier": 0, "fine_grained_multiplier": 0}),
-    **{f"everywhere-base-preservation-{w:g}": Row({**_EVERYWHERE, "base_preservation": w}) for w in (0, 0.3)},
-    **{f"everywhere-map-{kind}": Row({**_EVERYWHERE, "map": kind}) for kind in ("paper", "difference", "none")},
-    "everywhere-gain-6": Row({**_EVERYWHERE, "map_gain": 6}),
-    **{f"everywhere-stage2-{s:g}": Row({**_EVERYWHERE, "stage2_start": s}) for s in (0, 0.5, 0.75)},
-    "everywhere-every-1": Row({**_EVERYWHERE, "every": 1}),
 }  # fmt: skip

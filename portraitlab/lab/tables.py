@@ -121,6 +121,21 @@ def across(tasks: Mapping[str, Sequence[Result]], measures: Sequence[str]) -> Ce
     return _by_task(tasks, cell)
 
 
+def together(tasks: Mapping[str, Sequence[Result]], measures: Sequence[str]) -> Cells:
+    """A line for every task and row: mean over the training seeds (standard error), at one learning rate.
+
+    Args:
+        tasks: name of a task -> its results.
+        measures: keys of `COLUMNS`.
+    """
+    head, _ = rows([], measures)
+    lines = []
+    for task, results in tasks.items():
+        chosen = [result for group in _at_one_rate(results).values() for result in group]
+        lines += [[task, *line] for line in rows(chosen, measures)[1]]
+    return ["target", *head], lines
+
+
 def beside(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[str]) -> Cells:
     """A line for every other row, a column for every task: in how many training sets `row` measures less.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 from portraitlab.demo import Show, timed_training
-from portraitlab.lab import anchors, peers
+from portraitlab.lab import peers
 from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
+from spf_plugin import patching
 from spf_plugin.trainer.loop import Settings
 
 RANK, MIN_SNR_GAMMA = 8, 5.0
@@ -26,7 +29,7 @@ def train_row(
         model=str(model),
         data=task.write(out.parent.parent / "data", seed),
         out=out,
-        spf=row.config(task) if (row.peer == "" or row.with_spf) and row.anchor == "train" else None,
+        spf=row.config(task) if row.peer == "" or row.with_spf else None,
         steps=row.steps or task.steps,
         rank=RANK,
         learning_rate=learning_rate,
@@ -36,8 +39,6 @@ def train_row(
         device=device,
     )
     objective = None
-    if row.anchor == "self":
-        objective = anchors.objective(task, seed, row.config(task))
     if row.peer:
         options = dict(row.options)
         if row.peer == "pure_cc":
@@ -46,4 +47,8 @@ def train_row(
                 train_row(task, Row(PLAIN), LEARNING_RATE, seed, model, first, device, f"{label}, stage one", show)
             options["extractor"] = first
         objective = peers.objective(peers.KINDS[row.peer](task, seed, **options))
-    return timed_training(run, f"{label}: training", show, objective)[1]
+    with ExitStack() as changed:
+        for name, value in row.constants.items():
+            module, constant = name.split(".")
+            changed.enter_context(patching.patched(import_module(f"spf_plugin.{module}"), constant, value))
+        return timed_training(run, f"{label}: training", show, objective)[1]

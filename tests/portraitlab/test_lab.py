@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from portraitlab.judge import load_judge, predict, probability
-from portraitlab.lab import app, peers, plots, results, running, tables
+from portraitlab.lab import app, peers, plots, results, running, tables, training
 from portraitlab.lab.curves import at_response
 from portraitlab.lab.measuring import kernel_distance
 from portraitlab.lab.results import Result
@@ -24,6 +24,7 @@ from portraitlab.lab.rows import ROWS, Row
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import JUDGE_FILE
 from portraitlab.portraits import render, sample_person
+from spf_plugin import losses
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_result_is_filed_under_all_it_depends_on(model: Path, tmp_path: Path) 
         results.key(task, None, 0, 0, model),
         results.key(task, ROWS["dop-1"], 1e-3, 0, model),
         results.key(task, ROWS["dop-10"], 1e-3, 0, model),
-        results.key(task, ROWS["spf-map-hard"], 1e-3, 0, model),
+        results.key(task, ROWS["spf-map-paper"], 1e-3, 0, model),
         results.key(replace(task, steps=100), row, 1e-3, 0, model),
         results.key(replace(task, data="clean"), row, 1e-3, 0, model),
         results.key(replace(task, sequence=("hat", "sunglasses")), row, 1e-3, 0, model),
@@ -74,6 +75,21 @@ def test_a_result_is_filed_under_all_it_depends_on(model: Path, tmp_path: Path) 
     other.parent.mkdir(parents=True)
     other.write_bytes(b"others")
     assert results.key(task, row, 1e-3, 0, tmp_path / "other") not in keys
+
+
+def test_a_row_may_change_a_constant_while_it_trains(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the package, for the one training; and its result has a name of its own."""
+    seen = []
+    monkeypatch.setattr(training, "timed_training", lambda *_: (seen.append(losses.MAX_NOISE_WEIGHT), 0.0))
+    before = losses.MAX_NOISE_WEIGHT
+    for name in ("spf", "spf-noise-weight-1"):
+        training.train_row(Task(), ROWS[name], 1e-3, 0, model, tmp_path / "loras" / "x", "cpu", "x", lambda *_: None)
+    assert seen == [before, 1]
+    assert before == losses.MAX_NOISE_WEIGHT
+    keys = {results.key(Task(), ROWS[name], 1e-3, 0, model) for name in ("spf", "spf-noise-weight-1")}
+    assert len(keys) == 2
 
 
 def test_results_are_read_back_and_published_in_a_stable_order(tmp_path: Path) -> None:
@@ -291,11 +307,13 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found += [made("spf", 4e-3, 0.8, drift, seed, hats) for seed, drift in ((0, 0.008), (1, 0.012), (2, 0.001))]
     found += [made("spf", 4e-3, 0.8, 0.003, 0, beards), made("plain", 4e-3, 0.8, 0.003, 1, beards)]
     found += [made("plain", 1e-3, 0.8, 0.1, 0, replace(hats, prompts=99))]  # another way to measure
+    found += [made("former-spf", 1e-3, 0.7, 0.2, 0, replace(hats, evaluation_seed=7))]  # another: other persons
     monkeypatch.setattr(results, "PUBLISHED", tmp_path / "lab.jsonl")
     results.publish(found)
 
     def table(*words: str) -> list[list[str]]:
-        done = CliRunner().invoke(app.app, ["table", "--published", "--markdown", "--prompts", "24", *words])
+        only = ["--prompts", "24", *([] if "--evaluation-seed" in words else ["--evaluation-seed", "0"])]
+        done = CliRunner().invoke(app.app, ["table", "--published", "--markdown", *only, *words])
         assert done.exit_code == 0, done.output
         lines = [line for line in done.output.splitlines() if line.startswith("|") and "---" not in line]
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -307,6 +325,19 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["`plain`", "0.80 / 3.0", "0.50 / 10.0"],
         ["`spf`", "0.80 / 3.0", "0.80 / 7.0"],
     ]
+    assert table("--across", "--evaluation-seed", "7", *both)[1:] == [["`former-spf`", "0.70 / 200.0"]]
+    assert table("--together", *both) == [
+        ["target", "row", "learning rate", "seeds", "response, explicit", "drift, explicit"],
+        ["`beard`", "plain", "0.004", "1", "0.80", "3.0"],
+        ["`beard`", "spf", "0.004", "1", "0.80", "3.0"],
+        ["`hat`", "base", "", "1", "0.20", "2.0"],
+        ["`hat`", "plain", "0.001", "2", "0.50 (0.00)", "10.0 (0.0)"],
+        ["`hat`", "spf", "0.004", "3", "0.80 (0.00)", "7.0 (3.2)"],
+    ]
+    # Nobody can train this row any more; its results are there to be compared with.
+    assert table("--beside", "former-spf", "--columns", "drift_explicit") == [
+        ["row", "beard", "hat"], ["`plain`", "", ""], ["`spf`", "", ""]
+    ]  # fmt: skip
     # Seed by seed: less in the first set, more in the second; the third has no plain LoRA, the beards share no set.
     assert table("--beside", "spf", "--columns", "drift_explicit") == [
         ["row", "beard", "hat"],
@@ -356,7 +387,18 @@ def test_the_same_loras_of_two_machines_beside_each_other(tmp_path: Path, monkey
 
 def test_the_plot_of_one_task(tmp_path: Path) -> None:
     """Of what is published: one picture, and none of a task that has no sweep."""
-    chosen = ["--data", "polluted", "--prompts", "24", "--out", str(tmp_path), "--into", str(tmp_path / "plots")]
+    chosen = [
+        "--data",
+        "polluted",
+        "--prompts",
+        "24",
+        "--evaluation-seed",
+        "0",
+        "--out",
+        str(tmp_path),
+        "--into",
+        str(tmp_path / "plots"),
+    ]
     for target, expected in (("sunglasses", ["sunglasses-polluted-150-24-0.png"]), ("hoodie", [])):
         (tmp_path / "plots").mkdir(exist_ok=True)
         for old in (tmp_path / "plots").iterdir():
