@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 
 import install
 from spf_plugin import cli, config
-from spf_plugin.attachment import Host
 from spf_plugin.check.host_options import OPTIONS
+from spf_plugin.host import Host
 from tests.documents import PAGES, ROOT, Command, blocks, commands, is_command
 from tests.hosts.conftest import HOSTS
 
@@ -44,8 +44,7 @@ RUN_BY = {
     "python -m portraitlab.evaluate_base": "takes ten minutes: it made the shipped scores",
     "python -m portraitlab.model_card": "writes into the repository",
     "python -m benchmarks.step_cost --time": GPU,
-    "python -m benchmarks.step_cost": "takes an hour; "
-    "tests/test_cost.py::test_flops_of_an_aligned_step_and_of_the_default_run",
+    "python -m benchmarks.step_cost": "takes an hour; tests/test_cost.py::test_flops_of_a_pair_and_of_the_default_run",
     "python -m benchmarks.base_error": "tests/test_quantised.py::test_distance_from_the_unquantised_model",
     "python -m benchmarks.response_cost": "takes minutes and counts what tests/test_cost.py counts",
     "python networks/": "sd-scripts' own tools, on real LoRAs; their options are compared with its source below",
@@ -70,6 +69,8 @@ RUN_BY = {
 #: Blocks that are no commands: page and first line -> what they are.
 SHOWN = {
     ("README.md", "SPF: 2 problems"): "a message; tests/test_troubleshooting.py looks for every message in the source",
+    ("docs/method.md", "L_1 = "): "formulas",
+    ("docs/method.md", "L_2 = "): "formulas",
     ("docs/guis/README.md", "# hair.toml"): "settings",
     ("docs/guis/README.md", "spf_config=hair.toml"): "settings",
     ("docs/guis/colab.md", 'network_module = "spf_plugin.lora"'): "settings",
