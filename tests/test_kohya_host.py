@@ -334,9 +334,8 @@ def test_empty_captions_point_to_the_extension() -> None:
     assert "--caption_extension" in problem
 
 
-def test_a_state_that_was_not_written_to_its_end_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def saving_host() -> tuple[KohyaHost, dict[str, Callable[..., None]]]:
+    """A host, and what it registers for saving and loading a state."""
     hooks: dict[str, Callable[..., None]] = {}
     accelerator = SimpleNamespace(
         is_main_process=True,
@@ -344,8 +343,14 @@ def test_a_state_that_was_not_written_to_its_end_leaves_the_one_before(
         register_load_state_pre_hook=lambda hook: hooks.update(load=hook),
     )
     names = {"self": None, "args": None, "train_dataset_group": None, "accelerator": accelerator}
+    return KohyaHost(names, []), hooks
+
+
+def test_a_state_that_was_not_written_to_its_end_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, loaded = State({"step": 1, "pair": {"loss": 1.0}}, {"eps_ref": torch.ones(2)}), list[State]()
-    saving = KohyaHost(names, [])
+    saving, hooks = saving_host()
     saving.on_save_state(lambda: now, loaded.append)
     hooks["save"](None, None, str(tmp_path))
     now = State({"step": 2, "pair": {"loss": 2.0}}, {"eps_ref": torch.zeros(2)})
@@ -370,14 +375,8 @@ def test_a_state_that_was_not_written_to_its_end_leaves_the_one_before(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"step": 1, "pair": {"loss": 1}}'])
 def test_a_damaged_state_is_said(tmp_path: Path, content: str) -> None:
-    hooks: dict[str, Callable[..., None]] = {}
-    accelerator = SimpleNamespace(
-        is_main_process=True,
-        register_save_state_pre_hook=lambda hook: hooks.update(save=hook),
-        register_load_state_pre_hook=lambda hook: hooks.update(load=hook),
-    )
-    names = {"self": None, "args": None, "train_dataset_group": None, "accelerator": accelerator}
-    KohyaHost(names, []).on_save_state(lambda: State({}), lambda state: state.values["step"])
+    host, hooks = saving_host()
+    host.on_save_state(lambda: State({}), lambda state: state.values["step"])
     (tmp_path / "spf_state.json").write_text(content, encoding="utf-8")
     (tmp_path / "spf_pair.safetensors").write_bytes(b"half")
     with pytest.raises(SPFError, match=r"spf_state\.json is damaged .* Delete it"):
