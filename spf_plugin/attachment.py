@@ -237,9 +237,10 @@ class Attachment:
         with self.host.recomputable():
             prediction = predict(conds, z, partner.timesteps.to(timesteps.device), {**batch, **partner.sizes})
         error = losses.base_preservation(prediction, partner.eps_ref.to(prediction.device))
-        error = torch.where(partner.which.to(error.device), error, torch.zeros_like(error))
-        if self._logging:
-            self.logs["spf/base_preservation"] = float(error.detach().mean())
+        which = partner.which.to(error.device)
+        error = torch.where(which, error, torch.zeros_like(error))
+        if self._logging:  # the mean over the samples that have it, as of every term
+            self.logs["spf/base_preservation"] = float(error.detach().sum() / which.sum().clamp_min(1))
         weight = self._noise_weight(partner.timesteps, error.device)
         self._pending = self.config.base_preservation_multiplier * (weight * error).mean()
         link = linked(text_conds)
