@@ -141,10 +141,9 @@ class Attachment:
         """1: plain fine-tuning; 2: dual-path alignment."""
         return 1 if self.step < self.config.stage2_step(self.host.max_train_steps) else 2
 
-    @property
-    def aligns_now(self) -> bool:
-        """Whether the next prediction runs both paths in order to train."""
-        return self.config.active and self.stage == 2 and self._partner is None
+    def _aligns_now(self) -> bool:
+        """Whether a prediction that is no second step runs both paths in order to train."""
+        return self.config.active and self.stage == 2
 
     def _measures_now(self) -> bool:
         """Without any weight SPF changes nothing, and still reports the drift of plain training."""
@@ -180,7 +179,7 @@ class Attachment:
         partner, self._partner = self._partner, None
         if partner is not None:
             return self._preserve(partner, predict, text_conds, noisy_latents, timesteps, batch)
-        if not (self.aligns_now or self._measures_now()):
+        if not (self._aligns_now() or self._measures_now()):
             return self._plain(predict, text_conds)
         text = self.text.for_batch(self.host.captions(batch), text_conds, self.host.targets(batch))
         # Where every caption was dropped out there is nothing to compare; but several processes alternate together.

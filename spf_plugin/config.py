@@ -74,13 +74,6 @@ def _integer(low: int, high: float = math.inf) -> Callable[[Any], int]:
     return convert
 
 
-def _boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0", "yes", "no"):
-        raise ValueError("must be true or false")
-    return text in ("true", "1", "yes")
-
-
 def _choice(choices: Sequence[str]) -> Callable[[Any], str]:
     def convert(value: Any) -> str:
         if str(value) not in choices:
