@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from portraitlab.captions import describe
 from portraitlab.model_files import MODEL_FOLDER
 from portraitlab.portraits import BASE_RATES, render_batch, sample_person
+from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.config import BASES
-from spf_plugin.quantised import QuantisedBase
 from spf_plugin.trainer.models import BaseModel, load
 
 TIMESTEPS = (100, 300, 500, 700, 900)

@@ -26,9 +26,9 @@ from benchmarks.cases import (
     Record,
 )
 from benchmarks.steps import STEPS, Setup
-from spf_plugin import plan
 from spf_plugin.config import SPFConfig
-from spf_plugin.plan import LORA_BYTES, OPTIMIZERS, aligned_share
+from spf_plugin.tools import plan
+from spf_plugin.tools.plan import LORA_BYTES, OPTIMIZERS, aligned_share
 
 MIB = 2**20
 TEMPLATE = Path(__file__).with_name("cost_template.md")

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spf_plugin import decoders, response
-from spf_plugin.clip import ClipEncoder
+from spf_plugin.enhancement import decoders
+from spf_plugin.enhancement import limits as response
+from spf_plugin.enhancement.clip import ClipEncoder
 
 LATENTS, CLIP_SIZE = 64, 224
 SCALING = 0.18215

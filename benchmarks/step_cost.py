@@ -22,10 +22,10 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.cases import CASES, TIMED, Record, timed, tracked
-from spf_plugin.cli.progress import progress_bars
+from spf_plugin.tools.cli.progress import progress_bars
 
 ROOT = Path(__file__).parents[1]
-DOCS, PLAN = ROOT / "docs", ROOT / "spf_plugin" / "plan.json"
+DOCS, PLAN = ROOT / "docs", ROOT / "spf_plugin" / "tools" / "plan.json"
 COMMAND = "python -m benchmarks.step_cost"
 
 

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.unets import CONFIGS, POOLED, base_model, lora
-from spf_plugin import objective, probe
-from spf_plugin.adapter import Adapter
+from spf_plugin.adapter.bypass import Adapter
+from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import BASES, PREFIX, SPFConfig, parse
+from spf_plugin.core import objective
+from spf_plugin.families import unet as probe
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.pairs import Partner
-from spf_plugin.quantised import QuantisedBase
 from spf_plugin.text import Conds, map_conds
 from spf_plugin.trainer.loop import Settings, Trainer
 

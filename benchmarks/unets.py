@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spf_plugin import adapter
+from spf_plugin.adapter import bypass as adapter
 from spf_plugin.trainer.loop import DEFAULT_NETWORK, PLAIN_LORA, network_module
 from spf_plugin.trainer.models import BaseModel
 

@@ -26,10 +26,10 @@ from portraitlab.customisation import EvaluationPrompt, evaluation_prompts, writ
 from portraitlab.judge import load_judge, predict
 from portraitlab.measure import Scores, score, untouched_region
 from portraitlab.model_files import JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample
-from spf_plugin.cli.progress import progress_bars
-from spf_plugin.cli.train import key_values
 from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.progress import progress_bars
+from spf_plugin.tools.cli.train import key_values
 from spf_plugin.trainer.loop import Objective, Result, Settings, train
 
 #: Without any weight SPF trains a plain LoRA, byte for byte, and reports its drift.

@@ -13,7 +13,7 @@ from portraitlab.model_files import load_pipeline
 from portraitlab.portraits import counterfactual
 from portraitlab.report.figures import outline
 from portraitlab.report.maps import separation
-from spf_plugin.report import figures, maps, page
+from spf_plugin.tools.report import figures, maps, page
 
 if TYPE_CHECKING:
     from portraitlab.demo import Comparison

@@ -1,4 +1,4 @@
-"""The demo's report: chooses the pictures and writes the sentences; `spf_plugin.report` draws."""
+"""The demo's report: chooses the pictures and writes the sentences; `spf_plugin.tools.report` draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portraitlab.demo_maps import TIMESTEPS, map_sections
 from portraitlab.report import TEMPLATE
 from portraitlab.report.figures import LABELS, drift_curves, trade_off
 from spf_plugin import __version__
-from spf_plugin.report import figures, page
+from spf_plugin.tools.report import figures, page
 
 if TYPE_CHECKING:
     from portraitlab.demo import Comparison, Trained

@@ -22,7 +22,7 @@ from portraitlab.autoencoder import to_tensor
 from portraitlab.model_files import DECODERS, MODEL_FOLDER
 from portraitlab.portraits import BALANCED_RATES, render_batch, sample_person
 from portraitlab.train_base import Progressor
-from spf_plugin.decoders import TinyDecoder, VaeDecoder, fit_linear, save_linear
+from spf_plugin.enhancement.decoders import TinyDecoder, VaeDecoder, fit_linear, save_linear
 from spf_plugin.trainer.models import load
 
 app = typer.Typer(add_completion=False)

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spf_plugin import losses, patching, response, sfcm
-from spf_plugin.adapter import Adapter
+from spf_plugin import patching
+from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.config import SPFConfig
-from spf_plugin.enhancement import Enhancement
+from spf_plugin.core import losses, sfcm
+from spf_plugin.core.objective import Objective, Path, dual_path
+from spf_plugin.enhancement import limits as response
+from spf_plugin.enhancement.term import Enhancement
 from spf_plugin.errors import SPFError
-from spf_plugin.host import Host
-from spf_plugin.objective import Objective, Path, dual_path
+from spf_plugin.families.unet import Capture, capture, find_layers
+from spf_plugin.hosts.base import Host
 from spf_plugin.pairs import Partner, State, linked
-from spf_plugin.probe import Capture, capture, find_layers
+from spf_plugin.shown.watch import Watch
 from spf_plugin.text import BatchText, Conds, TextSide, as_type, map_conds
-from spf_plugin.watch import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import toml
 
+from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError, nearest
-from spf_plugin.prompt import Target, parse_targets
 
 PREFIX = "spf_"
 MAPS = ("soft", "paper", "difference")

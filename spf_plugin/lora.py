@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from spf_plugin import adapter as adapters
-from spf_plugin import enhancement
-from spf_plugin.adapter import Adapter
+from spf_plugin.adapter import bypass as adapters
+from spf_plugin.adapter.bypass import Adapter
+from spf_plugin.adapter.files import load_normalised, own_tensors, save_normalised
+from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
+from spf_plugin.enhancement import term as enhancement
 from spf_plugin.errors import SPFError
-from spf_plugin.host import Host
+from spf_plugin.hosts.base import Host
 from spf_plugin.hosts.kohya import DEFAULT_NETWORK, KohyaHost, raw_network_args
 from spf_plugin.lorafile.normalise import fitted
-from spf_plugin.quantised import QuantisedBase
-from spf_plugin.saving import load_normalised, own_tensors, save_normalised
-from spf_plugin.watch import Watch
+from spf_plugin.shown.watch import Watch
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
 

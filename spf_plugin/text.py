@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from spf_plugin import sfcm
-from spf_plugin.prompt import Prompt, Spans, Target, spans, split
+from spf_plugin.core import sfcm
+from spf_plugin.core.prompt import Prompt, Spans, Target, spans, split
 
 logger = logging.getLogger(__name__)
 

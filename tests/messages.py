@@ -13,16 +13,16 @@ GAP = "\0"
 #: Where a message is made and raised later: `module: functions` (all of them where empty).
 MADE = {
     "config.py": set(),
-    "prompt.py": {"parse_targets"},
+    "core/prompt.py": {"parse_targets"},
     "hosts/kohya.py": {"trainer_problem", "problems", "_cached_text_problems", "_base_problems", "_target_problems"},
-    "quantised.py": {"problems", "device_problems"},
-    "cli/train.py": {"key_values"},
-    "check/source.py": {"parse_words", "value_of"},
+    "adapter/quantised.py": {"problems", "device_problems"},
+    "tools/cli/train.py": {"key_values"},
+    "tools/check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.
 RETURNED = {"trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
 #: ValueErrors of the mathematics, which no setting leads to.
-INTERNAL = {"sfcm.py", "losses.py"}
+INTERNAL = {"core/sfcm.py", "core/losses.py"}
 
 
 @dataclass(frozen=True)

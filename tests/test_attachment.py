@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spf_plugin import attachment, losses, objective, pairs, sfcm
-from spf_plugin.adapter import Adapter
+from spf_plugin import attachment, pairs
+from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import parse
+from spf_plugin.core import losses, objective, sfcm
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.pairs import Partner, State
-from spf_plugin.prompt import Target
 
 WIDTH, TOKENS = 8, 12
 

@@ -20,17 +20,17 @@ from typer.testing import CliRunner
 
 from portraitlab.captions import TARGETS
 from portraitlab.customisation import write_set
-from spf_plugin.check import borders, tokens
-from spf_plugin.check.host_options import CHOICES, LISTS, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
-from spf_plugin.check.run import Report, check
-from spf_plugin.check.sets import together
-from spf_plugin.check.source import parse_words
-from spf_plugin.check.spelling import kind_of
-from spf_plugin.cli import check as cli_check
-from spf_plugin.cli.check import app
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
 from spf_plugin.text import TextSide
+from spf_plugin.tools.check import borders, tokens
+from spf_plugin.tools.check.host_options import CHOICES, LISTS, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
+from spf_plugin.tools.check.run import Report, check
+from spf_plugin.tools.check.sets import together
+from spf_plugin.tools.check.source import parse_words
+from spf_plugin.tools.check.spelling import kind_of
+from spf_plugin.tools.cli import check as cli_check
+from spf_plugin.tools.cli.check import app
 from tests.check_sets import CAPTIONS, MISTAKES, Run, everything, good
 from tests.hosts.conftest import HOSTS, LAUNCHER
 
@@ -527,7 +527,7 @@ def test_the_host_reads_the_same(tmp_path: Path, host: Path, monkeypatch: pytest
 def test_core_needs_no_terminal_packages() -> None:
     code = (
         "import sys\n"
-        "import spf_plugin.check.run\n"
+        "import spf_plugin.tools.check.run\n"
         "assert not {'typer', 'rich', 'transformers', 'diffusers', 'PIL'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)

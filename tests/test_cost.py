@@ -20,7 +20,7 @@ from benchmarks.cases import PLAIN, PRESERVATION, SPF, TIMED, Record, timed, tra
 from benchmarks.report import NOT_MEASURED, markdown, rows
 from benchmarks.steps import Setup, Workbench
 from benchmarks.tracking import MetaGpu, Tracker, track
-from spf_plugin import probe
+from spf_plugin.families import unet as probe
 from tests.test_attachment import CAPTIONS, Run
 
 KIB4 = 1024 * 4
@@ -174,7 +174,7 @@ def test_no_captured_tensor_survives_its_step(monkeypatch: pytest.MonkeyPatch) -
         captured.extend(weakref.ref(t) for t in (query, key, out))
         return out
 
-    monkeypatch.setattr("spf_plugin.objective.group_attention", noting)
+    monkeypatch.setattr("spf_plugin.core.objective.group_attention", noting)
     run = Run(CAPTIONS)
     for _ in range(5):
         run.step()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from portraitlab.customisation import write_set
-from spf_plugin import cli
+from spf_plugin.tools import cli
 from spf_plugin.trainer import models
 
 MODEL = Path(__file__).parents[1] / "portraitlab" / "model"

@@ -16,9 +16,10 @@ from packaging.requirements import Requirement
 from typer.core import TyperGroup
 
 import install
-from spf_plugin import cli, config
-from spf_plugin.check.host_options import OPTIONS
-from spf_plugin.host import Host
+from spf_plugin import config
+from spf_plugin.hosts.base import Host
+from spf_plugin.tools import cli
+from spf_plugin.tools.check.host_options import OPTIONS
 from tests.documents import PAGES, ROOT, Command, blocks, commands, is_command
 from tests.hosts.conftest import HOSTS
 
@@ -133,7 +134,7 @@ def test_spf(command: Command) -> None:
     existing(words)
     later = ROOT / "spf_plugin" / "cli" / f"{name}.py"
     if name in ("lora", "check", "report", "doctor"):  # mounted when they run
-        parse(program_of(f"spf_plugin.cli.{later.stem}"), words, whole=command.whole)
+        parse(program_of(f"spf_plugin.tools.cli.{later.stem}"), words, whole=command.whole)
     elif name == "lab":
         parse(program_of("portraitlab.lab.app"), words, whole=command.whole)
     else:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from spf_plugin import doctor
-from spf_plugin.cli import doctor as command
-from spf_plugin.doctor import Doctor, Package
+from spf_plugin.tools import doctor
+from spf_plugin.tools.cli import doctor as command
+from spf_plugin.tools.doctor import Doctor, Package
 from tests.hosts.conftest import HOSTS
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_without_torch(tmp_path: Path) -> None:
         "    return real(name)\n"
         "importlib.metadata.version = version\n"
         "importlib.util.find_spec = lambda name, *a: None if name in hidden else find(name, *a)\n"
-        "from spf_plugin.cli.doctor import app\n"
+        "from spf_plugin.tools.cli.doctor import app\n"
         f"app(['--json', '--sd-scripts', {str(tmp_path)!r}])\n"
     )
     (tmp_path / "train_network.py").write_text(

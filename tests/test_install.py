@@ -81,7 +81,7 @@ def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
 
     code = "import spf_plugin; print(spf_plugin.__path__[0])"
     place = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=host)
-    figures = Path(place.stdout.strip()) / "plan.json"
+    figures = Path(place.stdout.strip()) / "tools" / "plan.json"
     assert figures.parent.parent != ROOT
     now = figures.read_bytes()
     figures.write_bytes(b"{}")  # an earlier version's

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from spf_plugin import losses, sfcm
-from spf_plugin.probe import group_attention
+from spf_plugin.core import losses, sfcm
+from spf_plugin.families.unet import group_attention
 
 B, C, H, W, P = 2, 4, 6, 10, 3  # not square
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spf_plugin.adapter import Adapter, select
+from spf_plugin.adapter.bypass import Adapter, select
 from spf_plugin.errors import SPFError
 from spf_plugin.patching import bypassed, hooked, instance_attribute, patched
 

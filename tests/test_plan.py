@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from spf_plugin import plan
-from spf_plugin.check import family
-from spf_plugin.cli import app
+from spf_plugin.adapter.quantised import QuantisedBase, linear_layers
 from spf_plugin.config import SPFConfig, parse
 from spf_plugin.errors import SPFError
-from spf_plugin.plan import GIB, Run
-from spf_plugin.quantised import QuantisedBase, linear_layers
+from spf_plugin.tools import plan
+from spf_plugin.tools.check import family
+from spf_plugin.tools.cli import app
+from spf_plugin.tools.plan import GIB, Run
 from tests import test_attachment as attachment_tests
 
 ROOT = Path(__file__).parents[1]

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from benchmarks.steps import Setup, Workbench
 from benchmarks.tracking import Tracker
 from benchmarks.unets import base_model
-from spf_plugin import adapter, quantised
-from spf_plugin.adapter import Adapter
+from spf_plugin.adapter import bypass as adapter
+from spf_plugin.adapter import quantised
+from spf_plugin.adapter.bypass import Adapter
+from spf_plugin.adapter.quantised import NAME, QuantisedBase, QuantisedWeight, linear_layers
 from spf_plugin.config import SPFConfig
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
-from spf_plugin.prompt import Target
-from spf_plugin.quantised import NAME, QuantisedBase, QuantisedWeight, linear_layers
 from spf_plugin.trainer import loop
 from tests import tiny
 

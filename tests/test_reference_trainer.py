@@ -21,11 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from spf_plugin import cli, response
 from spf_plugin.config import SPFConfig
+from spf_plugin.core.prompt import Target
+from spf_plugin.enhancement import limits as response
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import writer
-from spf_plugin.prompt import Target
+from spf_plugin.tools import cli
 from spf_plugin.trainer import data as folders
 from spf_plugin.trainer import loop, models
 from spf_plugin.trainer.loop import Settings, train
@@ -240,7 +241,7 @@ def test_images_are_resized_cropped_and_put_on_white(tmp_path: Path) -> None:
 def spf_train(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The real command line, in its own process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "spf_plugin.cli", "train", *words]
+    command = [sys.executable, "-m", "spf_plugin", "train", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
 
 
@@ -372,7 +373,7 @@ def test_the_command_line_says_one_sentence_and_no_traceback(model: Path, images
 
 
 def test_help_is_quick_and_names_every_command() -> None:
-    code = "import sys, spf_plugin.cli; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    code = "import sys, spf_plugin.tools.cli; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
@@ -386,7 +387,17 @@ def test_help_is_quick_and_names_every_command() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process")
 def test_ctrl_c_saves_what_there_is(model: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
-    command = [sys.executable, "-u", "-m", "spf_plugin.cli", "train", "--model", str(model), "--data", str(images)]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "spf_plugin.tools.cli",
+        "train",
+        "--model",
+        str(model),
+        "--data",
+        str(images),
+    ]
     command += ["--out", str(out), "--target", "blonde hair", "--steps", "100000", "--rank", "2", "--save-every", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -22,11 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from spf_plugin import cli
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
-from spf_plugin.prompt import Target
-from spf_plugin.report import maps, metrics, models, page, prompts
-from spf_plugin.report.measures import pixel_change
+from spf_plugin.tools import cli
+from spf_plugin.tools.report import maps, metrics, models, page, prompts
+from spf_plugin.tools.report.measures import pixel_change
 from spf_plugin.trainer.loop import Settings, train
 from tests import onnx_files, single_file, tiny
 from tests.portraitlab.test_report import Elements
@@ -360,7 +360,7 @@ def test_licences(tmp_path: Path) -> None:
 
 def test_importing_it_is_light() -> None:
     code = (
-        "import sys, spf_plugin.report.content, spf_plugin.report.prompts\n"
+        "import sys, spf_plugin.tools.report.content, spf_plugin.tools.report.prompts\n"
         "heavy = {'matplotlib', 'diffusers', 'typer', 'jinja2', 'transformers', 'torchvision', 'PIL'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

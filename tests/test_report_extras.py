@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
-from spf_plugin.prompt import Target
-from spf_plugin.report import extras, metrics
-from spf_plugin.report.faces import Faces, likeness
-from spf_plugin.report.prompts import Question
-from spf_plugin.report.results import Settings, Variant
-from spf_plugin.report.segmentation import Segmenter, consistency, mean_iou, target_classes
+from spf_plugin.tools.report import extras, metrics
+from spf_plugin.tools.report.faces import Faces, likeness
+from spf_plugin.tools.report.prompts import Question
+from spf_plugin.tools.report.results import Settings, Variant
+from spf_plugin.tools.report.segmentation import Segmenter, consistency, mean_iou, target_classes
 from tests import onnx_files, tiny
 
 HAIR = Question("a woman", "a woman, blonde hair", Target("blonde hair"))

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portraitlab.model_files import CLIP_FOLDERS, DECODERS, MODEL_FOLDER
-from spf_plugin import clip, decoders, response
 from spf_plugin.config import parse
-from spf_plugin.enhancement import Enhancement, _computes_in_bf16
+from spf_plugin.enhancement import clip, decoders
+from spf_plugin.enhancement import limits as response
+from spf_plugin.enhancement.term import Enhancement, _computes_in_bf16
 from spf_plugin.errors import SPFError
 from tests import tiny
 from tests.test_attachment import Run
@@ -151,7 +152,7 @@ torch.manual_seed(0)
 model = open_clip.create_model("spf-test")
 weights = Path({str(tmp_path)!r}, "w.safetensors")
 save_file(model.state_dict(), weights)
-from spf_plugin import clip
+from spf_plugin.enhancement import clip
 encoder = clip.load(f"spf-test:{{weights}}")
 from PIL import Image
 import numpy as np

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spf_plugin import saving
+from spf_plugin.adapter import files as saving
+from spf_plugin.adapter.files import save_normalised
 from spf_plugin.config import parse
 from spf_plugin.lorafile import sidecars
-from spf_plugin.saving import save_normalised
 
 
 class Network(nn.Module):

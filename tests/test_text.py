@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spf_plugin import text
-from spf_plugin.prompt import Target
+from spf_plugin.core.prompt import Target
 from spf_plugin.text import Cache, TextSide
 
 

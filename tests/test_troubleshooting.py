@@ -51,7 +51,7 @@ def test_the_messages_are_found_in_the_source() -> None:
 
 
 def test_the_commands_exist() -> None:
-    from spf_plugin.cli import app
+    from spf_plugin.tools.cli import app
 
     names = {command.name for command in app.registered_commands}
     assert set(re.findall(r"`spf (\w+)", PAGE)) <= names

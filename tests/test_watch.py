@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spf_plugin import preview
-from spf_plugin.decoders import LINEAR, LinearDecoder, save_linear
-from spf_plugin.watch import HISTORY, SAMPLES, Row, Watch, concerns
+from spf_plugin.enhancement.decoders import LINEAR, LinearDecoder, save_linear
+from spf_plugin.shown import preview
+from spf_plugin.shown.watch import HISTORY, SAMPLES, Row, Watch, concerns
 from tests.test_attachment import CAPTIONS, UNPAIRED, Run
 
 

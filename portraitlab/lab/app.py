@@ -25,9 +25,9 @@ from portraitlab.lab.rows import LEARNING_RATE, ROWS
 from portraitlab.lab.running import Bench, Point
 from portraitlab.lab.tasks import DATA, Task
 from portraitlab.model_files import MODEL_FOLDER
-from spf_plugin.cli.progress import progress_bars
 from spf_plugin.config import MAPS
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.tools.cli.progress import progress_bars
 
 KNOWN = (*TARGETS, *REPLACEMENTS)
 #: How the rows begin that vary a part of a method.

@@ -13,7 +13,7 @@ from portraitlab.model_files import load_pipeline
 from portraitlab.portraits import render
 from portraitlab.report.maps import separation
 from spf_plugin.config import SPFConfig
-from spf_plugin.report import maps
+from spf_plugin.tools.report import maps
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 
@@ -37,7 +37,7 @@ def quality(
         lora: the LoRA whose response makes the maps.
         model: folder of the base model.
         config: the target, the map's gain and the compared layers.
-        kinds: maps, see `spf_plugin.sfcm.control_map`.
+        kinds: maps, see `spf_plugin.core.sfcm.control_map`.
         pictures: how many training pictures.
         report: called with (pictures done, pictures).
         seed: chooses the training pictures.

@@ -17,7 +17,7 @@ from portraitlab.lab.tasks import Task
 from portraitlab.measure import untouched_region
 from portraitlab.model_files import CLIP_FOLDERS, JUDGE_FILE, load_pipeline, sample
 from portraitlab.portraits import render
-from spf_plugin import clip
+from spf_plugin.enhancement import clip
 
 SAMPLER_STEPS, GUIDANCE, DRAWN_TOGETHER = 12, 3.5, 32
 NOISE_TIMESTEPS = (200, 500, 800)

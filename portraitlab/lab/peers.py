@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from portraitlab.autoencoder import to_tensor
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import load_pipeline, sample
-from spf_plugin import adapter as adapters
 from spf_plugin import patching
-from spf_plugin.adapter import Adapter
+from spf_plugin.adapter import bypass as adapters
+from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.trainer.loop import Objective, Trainer
 
 CLASS_IMAGES = 48

@@ -9,7 +9,7 @@ import numpy as np
 from portraitlab.lab.curves import Mean, response
 from portraitlab.lab.results import Result
 from portraitlab.lab.tables import by_row
-from spf_plugin.report.figures import INK, PAPER, Image8, figure_png, new_figure
+from spf_plugin.tools.report.figures import INK, PAPER, Image8, figure_png, new_figure
 
 #: One colour and mark a family of methods; rows that vary a method share its colour.
 STYLES = {

@@ -22,7 +22,7 @@ class Row:
         peer: a key of `peers.KINDS` in place of SPF, or nothing.
         options: the peer's parameters.
         with_spf: the peer trains on top of SPF, not in its place; for peers that predict once a step.
-        constants: what SPF has no setting for: `module.NAME` of `spf_plugin` -> another value.
+        constants: what SPF has no setting for: `module.NAME` of `spf_plugin.core` -> another value.
         steps: another number of steps than the task's: plain training that is stopped early.
     """
 

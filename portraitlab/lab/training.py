@@ -50,5 +50,5 @@ def train_row(
     with ExitStack() as changed:
         for name, value in row.constants.items():
             module, constant = name.split(".")
-            changed.enter_context(patching.patched(import_module(f"spf_plugin.{module}"), constant, value))
+            changed.enter_context(patching.patched(import_module(f"spf_plugin.core.{module}"), constant, value))
         return timed_training(run, f"{label}: training", show, objective)[1]

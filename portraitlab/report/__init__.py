@@ -1,4 +1,4 @@
-"""What the demo's page adds to `spf_plugin.report`: its template, its plots, and a score of the maps."""
+"""What the demo's page adds to `spf_plugin.tools.report`: its template, its plots, and a score of the maps."""
 
 from pathlib import Path
 

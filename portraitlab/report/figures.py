@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spf_plugin.report.figures import COLOURS, INK, Image8, figure_png, new_figure
+from spf_plugin.tools.report.figures import COLOURS, INK, Image8, figure_png, new_figure
 
 LABELS = {"base": "base model", "plain": "plain LoRA", "spf": "SPF LoRA"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spf_plugin.report.maps import Map
+from spf_plugin.tools.report.maps import Map
 
 
 def separation(region: NDArray[np.bool_], heat: Map) -> float:

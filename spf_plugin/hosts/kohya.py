@@ -24,11 +24,12 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from spf_plugin import patching, quantised
+from spf_plugin import patching
+from spf_plugin.adapter import quantised
 from spf_plugin.config import SPFConfig, split_network_args
+from spf_plugin.core.prompt import Target, parse_targets, split, strip_weights
 from spf_plugin.errors import SPFError
 from spf_plugin.pairs import State
-from spf_plugin.prompt import Target, parse_targets, split, strip_weights
 from spf_plugin.text import Conds
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def trainer_problem(trainer: Any) -> str | None:
 
 
 class KohyaHost:
-    """A running sd-scripts trainer, as `spf_plugin.host.Host`.
+    """A running sd-scripts trainer, as `spf_plugin.hosts.base.Host`.
 
     Raises:
         SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.

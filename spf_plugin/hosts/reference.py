@@ -1,4 +1,4 @@
-"""The reference trainer as a host: what `spf_plugin.trainer` offers, in the words of `spf_plugin.host.Host`."""
+"""The reference trainer as a host: what `spf_plugin.trainer` offers, in the words of `spf_plugin.hosts.base.Host`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from spf_plugin.prompt import Target
+from spf_plugin.core.prompt import Target
 from spf_plugin.text import Conds
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceHost:
-    """A running reference trainer, as `spf_plugin.host.Host`."""
+    """A running reference trainer, as `spf_plugin.hosts.base.Host`."""
 
     def __init__(self, trainer: Trainer):
         self.trainer: Any = trainer

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spf_plugin.core.prompt import parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile.inspect import AnyBase, Contents, describe, network_args
 from spf_plugin.lorafile.writer import replacing
-from spf_plugin.prompt import parse_targets
 
 # A1111's spelling of base models in the card; "Unknown" is never hidden.
 SD_VERSION: dict[AnyBase, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "flux": "Flux"}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spf_plugin.core.prompt import Target, split
 from spf_plugin.errors import SPFError
-from spf_plugin.prompt import Target, split
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _REPEATS = re.compile(r"^(\d+)_")

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spf_plugin import adapter, lora, quantised
+from spf_plugin import lora
+from spf_plugin.adapter import bypass as adapter
+from spf_plugin.adapter import quantised
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.text import Conds
-from spf_plugin.trainer import saving
+from spf_plugin.trainer import output
 from spf_plugin.trainer.cache import Cached, Progress, cache_data
 from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
 from spf_plugin.trainer.models import BaseModel, load
@@ -276,7 +278,7 @@ def train(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel, aloud
     inner = network_module(settings.network)
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it announces every network it makes
-    saving.check_output(settings.out)
+    output.check_output(settings.out)
     pictures = read_folder(settings.data)
     if settings.spf is not None:
         warning = check_targets(settings.spf.target, [picture.caption for picture in pictures])
@@ -313,14 +315,14 @@ def train(
         model.unet.to(accelerator.device)  # not before: `spf_base` has made it smaller
         network.to(accelerator.device).requires_grad_(True).train()
         dtype = DTYPES[settings.save_precision]
-        saving.check_space(settings.out, network, dtype)
+        output.check_space(settings.out, network, dtype)
         model.unet.train()
         if settings.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
 
         def write(path: Path, steps: int, card: bool = False) -> list[str]:
             metadata = _metadata(settings, path, model, resolution, steps, sum(cache.repeats))
-            return saving.save(path, network, metadata, dtype, card=card)
+            return output.save(path, network, metadata, dtype, card=card)
 
         def every(step: int) -> None:
             if settings.save_every and step % settings.save_every == 0 and step < settings.steps:
@@ -409,7 +411,7 @@ def _metadata(
 ) -> dict[str, str]:
     arguments: dict[str, str] = settings.full_network_args
     plain = settings.network == DEFAULT_NETWORK and arguments == PLAIN_LORA
-    return saving.kohya_metadata(
+    return output.kohya_metadata(
         out=path,
         model_name=settings.model,
         family=model.family,

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from spf_plugin import lora
+from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.hosts.kohya import SIZES, training_frame
-from spf_plugin.quantised import QuantisedBase
 
 
 def size(model: nn.Module) -> int:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spf_plugin.adapter.files import save_normalised
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
-from spf_plugin.saving import save_normalised
 from tests import tiny
 from tests.hosts.conftest import Host, Result
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from spf_plugin.quantised import linear_layers
+from spf_plugin.adapter.quantised import linear_layers
 from tests.hosts.conftest import Host
 from tests.hosts.test_failures import stops
 from tests.hosts.test_options import aligned

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spf_plugin.cli.lora import app
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import reader, sidecars, writer
+from spf_plugin.tools.cli.lora import app
 from tests.lorafile import helpers as h
 from tests.lorafile.test_lora_loaders import complete
 

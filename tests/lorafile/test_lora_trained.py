@@ -15,11 +15,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from spf_plugin import cli
 from spf_plugin.config import SPFConfig
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import sidecars
-from spf_plugin.prompt import Target
+from spf_plugin.tools import cli
 from spf_plugin.trainer.loop import Result, Settings, numbered, train
 from tests import tiny
 from tests.lorafile import helpers as h

@@ -21,7 +21,7 @@ from portraitlab.customisation import neutral_person
 from portraitlab.judge import Judge, save_judge
 from portraitlab.measure import score, shows, untouched_region
 from portraitlab.portraits import counterfactual
-from spf_plugin import cli
+from spf_plugin.tools import cli
 from tests.portraitlab.test_report import check_page
 
 

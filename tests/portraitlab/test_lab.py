@@ -24,7 +24,7 @@ from portraitlab.lab.rows import ROWS, Row
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import JUDGE_FILE
 from portraitlab.portraits import render, sample_person
-from spf_plugin import losses
+from spf_plugin.core import losses
 
 
 @pytest.fixture

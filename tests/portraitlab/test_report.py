@@ -17,8 +17,8 @@ from PIL import Image
 from portraitlab.report import TEMPLATE
 from portraitlab.report.figures import drift_curves, trade_off
 from portraitlab.report.maps import separation
-from spf_plugin.prompt import Target
-from spf_plugin.report import figures, maps, page
+from spf_plugin.core.prompt import Target
+from spf_plugin.tools.report import figures, maps, page
 from spf_plugin.trainer.loop import Settings, train
 from tests import tiny
 

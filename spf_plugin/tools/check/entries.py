@@ -1,0 +1,191 @@
+"""Reads the images and captions of a data set, by the host's rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from spf_plugin.tools.check import subsets
+from spf_plugin.tools.check.dataset import Data, Entry, Subset
+from spf_plugin.tools.check.findings import some
+from spf_plugin.tools.check.source import HostArgs
+from spf_plugin.tools.check.subsets import IMAGE_ENDINGS, images
+
+#: Images that the host reads only with further packages, or not at all.
+OTHER_IMAGES = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jxl")
+
+
+def read_data(args: HostArgs, *, loose_images: bool = False) -> Data:
+    """The data set that these arguments name.
+
+    Args:
+        args: the host's arguments.
+        loose_images: take images that lie directly in `train_data_dir` too, as `spf train` does and the host does not.
+
+    Raises:
+        SPFError: the dataset TOML cannot be read.
+    """
+    data = Data()
+    if args.dataset_config:
+        data.subsets = list(subsets.from_config(Path(args.dataset_config), args, data))
+        ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if args.given.get(name)]
+        if ignored:
+            data.add("warning", "ignored-option", f"{some(ignored)}: sd-scripts ignores them beside a dataset_config")
+    elif args.in_json:
+        data.subsets = [subsets.make(args, image_dir=args.train_data_dir, metadata_file=args.in_json)]
+    else:
+        data.subsets = [
+            *subsets.from_folder(args.train_data_dir, args, data, loose_images=loose_images),
+            *subsets.from_folder(args.reg_data_dir, args, data, is_reg=True),
+        ]
+    for subset in data.subsets:
+        if subset.num_repeats < 1:
+            data.add("warning", "no-repeats", f"{subset.label}: num_repeats is below 1, so sd-scripts leaves it out")
+        else:
+            data.entries += from_metadata(subset, data) if subset.metadata_file else from_folder(subset, data)
+    trained = [entry for entry in data.entries if not entry.subset.is_reg]
+    if not trained and not any(f.level == "error" for f in data.findings):
+        data.add(
+            "error",
+            "no-images",
+            "there are no training images" + ("" if data.subsets else ", and no train_data_dir or dataset_config"),
+            f"sd-scripts takes {', '.join(IMAGE_ENDINGS)} from folders named by repeats, such as "
+            "train_data_dir/10_name, or from the image_dir of a dataset_config.",
+        )
+    return data
+
+
+def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
+    """The images of one folder; what is wrong with their files goes to `data`."""
+    folder = Path(subset.image_dir or "")
+    if not folder.is_dir():
+        data.add("error", "no-folder", f"image_dir {folder}: there is no such folder (from {Path.cwd()})")
+        return
+    found = list(images(folder))
+    problems: dict[str, list[str]] = {}
+    used: set[Path] = set()
+    without = []
+    for path in found:
+        caption, where, problem = _caption_file(path, subset)
+        used.add(where)
+        if problem:
+            problems.setdefault(problem, []).append(path.name)
+        source = "file"
+        if caption is None:
+            without.append(path)
+            caption, source = (subset.class_tokens, "class") if subset.class_tokens is not None else ("", "nothing")
+        yield Entry(path, f"{folder.name}/{path.name}", caption, source, subset)
+    for problem, names in problems.items():
+        code, fix = _PROBLEMS[problem]
+        level = "error" if code in ("empty-caption-file", "not-utf8") else "warning"
+        data.add(level, code, f"{folder.name}: {some(names)}: {problem}", fix, [f"{folder.name}/{n}" for n in names])
+    instead = [p for p in without if p.with_suffix(".txt").is_file() and subset.caption_extension != ".txt"]
+    if instead:
+        data.add(
+            "error" if len(instead) == len(found) else "warning",
+            "caption-extension",
+            f"{folder.name}: {len(instead)} captions end in .txt, but sd-scripts would look for "
+            f"{subset.caption_extension}",
+            'Set caption_extension = ".txt".',
+            [f"{folder.name}/{p.name}" for p in instead],
+        )
+    _other_files(folder, subset, found, used, data)
+
+
+_PROBLEMS = {
+    "the caption file is empty, and sd-scripts stops there": ("empty-caption-file", "Write a caption, or delete it."),
+    "the caption file is not UTF-8 text, and sd-scripts stops there": ("not-utf8", "Save it as UTF-8."),
+    "the caption begins with a byte order mark, which the text encoder reads": ("bom", "Save as UTF-8 without BOM."),
+    "only the first line of the caption is used": ("more-lines", "Write the caption in one line."),
+}
+_EMPTY, _NOT_UTF8, _BOM, _LINES = _PROBLEMS
+
+
+def _caption_file(image: Path, subset: Subset) -> tuple[str | None, Path, str]:
+    """`(caption or None, the file it is in or would be in, what is wrong with it)`."""
+    stem = os.path.splitext(str(image))[0]
+    parts = stem.split("_")
+    without_face = "_".join(parts[:-4]) if len(parts) >= 5 else stem  # the host's rule for cut-out faces
+    for candidate in (stem + subset.caption_extension, without_face + subset.caption_extension):
+        path = Path(candidate)
+        if not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return "", path, _NOT_UTF8
+        if not text:
+            return "", path, _EMPTY
+        lines = text.split("\n")
+        if subset.enable_wildcard:
+            return "\n".join(line.strip() for line in lines if line.strip()), path, ""
+        caption = lines[0].strip()
+        if caption.startswith("\ufeff"):
+            return caption, path, _BOM
+        return caption, path, _LINES if any(line.strip() for line in lines[1:]) else ""
+    return None, Path(stem + subset.caption_extension), ""
+
+
+def _other_files(folder: Path, subset: Subset, found: Sequence[Path], used: set[Path], data: Data) -> None:
+    """Captions without image, images that are not read, and names that clash."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    orphans = [p.name for p in files if p.name.endswith(subset.caption_extension) and p not in used]
+    if orphans:
+        fix = "Name it as its image, or remove it."
+        data.add("warning", "caption-without-image", f"{folder.name}: captions without image: {some(orphans)}", fix)
+    others = [p.name for p in files if p.suffix.lower() in OTHER_IMAGES]
+    if others:
+        fix = "Save them as PNG, JPEG or WebP."
+        data.add("warning", "image-not-read", f"{folder.name}: sd-scripts does not read {some(others)}", fix)
+    nested = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(images(p))]
+    if nested and not all(re.match(r"\d", name) for name in nested):
+        data.add("warning", "nested-folder", f"{folder.name}: images in subfolders are not read: {some(nested)}")
+    stems: dict[str, list[str]] = {}
+    for path in found:
+        stems.setdefault(path.stem, []).append(path.name)
+    clashes = [" and ".join(names) for names in stems.values() if len(names) > 1]
+    if clashes:
+        data.add("warning", "shared-caption", f"{folder.name}: {some(clashes)} share one caption file", "Rename one.")
+
+
+def from_metadata(subset: Subset, data: Data) -> Iterator[Entry]:
+    """The images that an `in_json` names (JSON or JSON lines)."""
+    path = Path(subset.metadata_file or "")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            metadata = {line["image_path"]: line for line in lines}
+        else:
+            metadata = json.loads(text)
+        rows = [(str(key), dict(value)) for key, value in metadata.items()]
+    except OSError as error:
+        data.add("error", "metadata", f"metadata {path} cannot be read: {error.strerror or error}")
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        data.add("error", "metadata", f"metadata {path} is not the JSON that sd-scripts writes: {error}")
+        return
+    missing = []
+    for key, row in rows:
+        image = _metadata_image(key, subset)
+        if image is None:
+            missing.append(key)
+            continue
+        caption, tags = str(row.get("caption") or ""), row.get("tags")
+        if tags:
+            caption = f"{caption}{subset.caption_separator}{tags}" if caption else str(tags)
+        yield Entry(image, f"{image.parent.name}/{image.name}", caption, "metadata", subset)
+    if missing:
+        fix = "Paths are relative to image_dir (train_data_dir)."
+        data.add(
+            "error", "image-missing", f"{path.name} names images that are not there: {some(missing)}", fix, missing
+        )
+
+
+def _metadata_image(key: str, subset: Subset) -> Path | None:
+    base = Path(key) if os.path.isabs(key) else Path(subset.image_dir or "") / key
+    candidates = [base, *(base.with_name(base.name + ending) for ending in IMAGE_ENDINGS)]
+    return next((c for c in candidates if c.is_file()), None)

@@ -1,0 +1,83 @@
+"""The image files themselves: can they be read, is one of them there twice, and do they share a background?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from spf_plugin.tools.check import borders
+from spf_plugin.tools.check.captions import Described
+from spf_plugin.tools.check.dataset import Entry
+from spf_plugin.tools.check.findings import Finding, of, some
+
+
+def _border(path: Path) -> tuple[borders.Colour | None, str]:
+    """`borders.border` of an image, and why it cannot be read (empty where it can)."""
+    from PIL import Image
+
+    try:
+        if not path.stat().st_size:
+            return None, "the file is empty"
+        with Image.open(path) as image:
+            return borders.border(image), ""
+    except Exception as error:  # Pillow lets many kinds through, depending on the format
+        reason = (str(error) or type(error).__name__).replace(repr(str(path)), "").strip()
+        return None, reason or "not an image"
+
+
+def look_at(
+    entries: Sequence[Entry],
+    rows: Sequence[Described],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Finding]:
+    """Unreadable images, duplicates and one background in most of them; decodes every image once.
+
+    Args:
+        entries: the images.
+        rows: the training prompts, without regularisation images.
+        progress: called with images done, images in all.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        return [Finding("note", "images-not-read", "Pillow is not installed, so the images were not opened")]
+    broken: dict[str, str] = {}
+    digests: dict[str, list[Entry]] = {}
+    seen: dict[str, borders.Colour | None] = {}
+    for done, entry in enumerate(entries):
+        progress(done, len(entries))
+        colour, reason = _border(entry.path)
+        if reason:
+            broken[entry.name] = reason
+        else:
+            seen[entry.name] = colour
+            digests.setdefault(hashlib.sha256(entry.path.read_bytes()).hexdigest(), []).append(entry)
+    progress(len(entries), len(entries))
+    found = []
+    if broken:
+        shown = some([f"{name} ({reason})" for name, reason in broken.items()])
+        found.append(
+            Finding(
+                "error",
+                "unreadable",
+                f"{of(len(broken), len(entries))} cannot be read: {shown}",
+                "Replace or remove them.",
+                tuple(broken),
+            )
+        )
+    same = [group for group in digests.values() if len(group) > 1]
+    other = [group for group in same if len({entry.caption for entry in group}) > 1]
+    if same:
+        names = [" = ".join(entry.name for entry in group) for group in same]
+        found.append(
+            Finding(
+                "warning",
+                "duplicate-images",
+                f"the same image is there more than once: {some(names)}"
+                + ("; with different captions" if other else ""),
+                "Keep one; a larger number of repeats shows all images more often.",
+                tuple(entry.name for group in same for entry in group),
+            )
+        )
+    return found + borders.look(rows, seen)

@@ -1,0 +1,143 @@
+"""Everything at once: what a planned run is, image by image, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spf_plugin.config import SPFConfig
+from spf_plugin.core.prompt import Target
+from spf_plugin.tools.check import captions, entries, family, pictures, sets, settings, source, tokens
+from spf_plugin.tools.check.captions import Described
+from spf_plugin.tools.check.dataset import Data
+from spf_plugin.tools.check.findings import Finding, of, ordered
+
+
+@dataclass
+class Report:
+    """What `check` found.
+
+    Attributes:
+        config: SPF's settings, or None where they are wrong.
+        targets: the run's targets; subsets may have their own.
+        data: the data set.
+        rows: every training prompt, split.
+        tokenizer: where the tokenizer came from; empty where tokens are estimated.
+        limit: tokens that the text encoder takes.
+        findings: errors first.
+    """
+
+    config: SPFConfig | None
+    targets: tuple[Target, ...]
+    data: Data
+    rows: list[Described]
+    tokenizer: str
+    limit: int
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        return sum(not entry.subset.is_reg for entry in self.data.entries)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Images of an epoch, repeats included."""
+        return sum(entry.subset.num_repeats for entry in self.data.entries if not entry.subset.is_reg)
+
+    @property
+    def failed(self) -> bool:
+        return any(finding.level == "error" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "settings": self.config.to_metadata() if self.config else None,
+            "images": self.images,
+            "images_per_epoch": self.steps_per_epoch,
+            "tokenizer": self.tokenizer or None,
+            "tokens_estimated": not self.tokenizer,
+            "token_limit": self.limit,
+            "findings": [finding.as_json() for finding in self.findings],
+            "captions": [_row(row) for row in self.rows],
+            "together": [
+                dict(zip(("saying", "count", "of", "count_without", "of_without"), found, strict=True))
+                for found in sets.together(self.rows)
+            ],
+        }
+
+
+def _row(row: Described) -> dict[str, Any]:
+    return {
+        "image": row.name,
+        "caption": row.prompt.full,
+        "base": row.prompt.base,
+        "target": row.prompt.target,
+        "target_tokens": list(row.full.target),
+        "phrases": [
+            {"text": text, "tokens": list(full), "tokens_in_base": list(base)}
+            for text, full, base in zip(row.prompt.phrases, row.full.phrases, row.base.phrases, strict=True)
+        ],
+        "tokens": row.tokens,
+        "cut": row.cut,
+        "repeats": row.entry.subset.num_repeats,
+    }
+
+
+def check(
+    path: Path | None,
+    words: Mapping[str, Any],
+    *,
+    target: str | None = None,
+    tokenizer: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Look at a run before it starts.
+
+    Args:
+        path: a `--config_file`, a `--dataset_config`, a data folder, or None where the words say everything.
+        words: options of the host (`source.parse_words`); they win over the file.
+        target: what the LoRA shall learn, in place of `spf_target`.
+        tokenizer: folder of CLIP's tokenizer.
+        progress: called while images are read, with images done and in all.
+
+    Raises:
+        SPFError: a file that says what the run is cannot be read.
+    """
+    folder = path is not None and path.is_dir()
+    only_data = folder or (path is not None and "datasets" in source.load_toml(path))
+    if folder:
+        words = {"train_data_dir": str(path), "caption_extension": ".txt", **words}
+    elif only_data:
+        words = {"dataset_config": str(path), **words}
+    args, findings = source.read(None if only_data else path, words)
+    data = entries.read_data(args, loose_images=folder)
+    near = [args.train_data_dir, Path(args.dataset_config).parent if args.dataset_config else None]
+    config, targets, problems = settings.parse_settings(args, target, [Path(), *(Path(f) for f in near if f)])
+    model = family.find(args.given, None if only_data else path)
+    findings += [*problems, *data.findings, *settings.look(args, config, data, model, for_host=not only_data)]
+
+    candidates = (
+        iter([tokenizer]) if tokenizer else tokens.folders(args.pretrained_model_name_or_path, args.tokenizer_cache_dir)
+    )
+    loaded = tokens.find(candidates, weighted=bool(args.weighted_captions))
+    limit = args.max_token_length if args.max_token_length in (150, 225) else None
+    length = tokens.sequence_length(limit)
+    described = captions.describe(data.entries, settings.targets_of(targets, data), loaded, length)
+    rows = [row for row in described if not row.entry.subset.is_reg]
+    if any(row.targets for row in rows):
+        findings += [*captions.look(rows, weighted=bool(args.weighted_captions)), *sets.look_together(rows)]
+    regular = [row for row in described if row.entry.subset.is_reg and row.prompt.has_target]
+    if regular:
+        findings.append(
+            Finding(
+                "warning",
+                "target-in-regularisation",
+                f"{of(captions.count_of(regular), len(data.entries))} are regularisation images whose caption says "
+                "the target",
+                "Take the target out of their captions: they shall show what stays as it is.",
+                captions.names(regular),
+            )
+        )
+    findings += pictures.look_at(data.entries, rows, progress)
+    return Report(config, targets, data, rows, loaded.source, length - 2, ordered(findings))

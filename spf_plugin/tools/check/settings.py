@@ -1,0 +1,233 @@
+"""SPF's settings and the host's options: what would stop the run, and what would make it something else."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_network_args
+from spf_plugin.core.prompt import Target, parse_targets
+from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya import CUSTOM_TARGET, SUPPORTED, KohyaHost, shuffled
+from spf_plugin.tools.check.dataset import Data
+from spf_plugin.tools.check.family import Family
+from spf_plugin.tools.check.findings import Finding, of
+from spf_plugin.tools.check.host_options import SDXL_ONLY, TEXT_CACHES
+from spf_plugin.tools.check.source import HostArgs
+
+NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")
+MUCH_DROPOUT = 0.3
+_OTHER_MODELS = ("t5xxl", "ae", "clip_l", "clip_g", "qwen3", "gemma2")
+
+
+class PlannedHost(KohyaHost):
+    """The host as `spf_plugin.hosts.kohya` knows it, before it runs: its checks of options and targets are these."""
+
+    running = False
+
+    def __init__(self, args: HostArgs, data: Data, model: Family):
+        self._model = model
+        infos = {
+            i: SimpleNamespace(caption=entry.caption, is_reg=entry.subset.is_reg, absolute_path=str(entry.path))
+            for i, entry in enumerate(data.entries)
+        }
+        subsets = {i: entry.subset for i, entry in enumerate(data.entries)}
+        group = SimpleNamespace(datasets=[SimpleNamespace(image_data=infos, image_to_subset=subsets)])
+        super().__init__({"self": None, "args": args, "train_dataset_group": group}, [])
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Unless it is certainly not: what would be wrong with SDXL is worth saying of a guess too."""
+        return self._model.certain in ("", "sdxl")
+
+    def stops(self, config: SPFConfig | None) -> list[str]:
+        """Why the run would stop. What training only warns about is found, with more detail, by `captions`."""
+        logger = logging.getLogger(KohyaHost.__module__)
+        was, logger.disabled = logger.disabled, True
+        try:
+            return self.problems(config)
+        finally:
+            logger.disabled = was
+
+
+def parse_settings(
+    args: HostArgs, target: str | None, folders: Sequence[Path]
+) -> tuple[SPFConfig | None, tuple[Target, ...], list[Finding]]:
+    """SPF's settings, as training would parse them from `network_args`, or None with the reasons; and the targets,
+    also where another setting is wrong.
+
+    Args:
+        args: the host's arguments.
+        target: from `--target`; wins.
+        folders: where a relative `spf_config` is looked for.
+    """
+    given = args.network_args or []
+    if isinstance(given, str):
+        fix = f"Write a list: network_args = [{given!r}]"
+        return None, (), [Finding("error", "network-args", "network_args is a text, and sd-scripts takes a list", fix)]
+    words = [str(word) for word in given]
+    problems = check_words(words)
+    if problems:
+        return None, (), [Finding("error", "network-args", problem) for problem in problems]
+    ours, _ = split_network_args(dict(word.split("=", 1) for word in words))
+    if target:
+        ours[PREFIX + "target"] = target
+    try:
+        config = parse(ours, folders)
+    except SPFError as error:
+        findings = [Finding("error", "setting", problem) for problem in error.problems]
+        try:
+            return None, parse({k: v for k, v in ours.items() if k == PREFIX + "target"}).target, findings
+        except SPFError:
+            return None, (), findings
+    return config, config.target, []
+
+
+def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Target, ...]]:
+    """Per `id(subset)` its targets: its own in place of the run's (`targets`)."""
+    out = {}
+    for subset in data.subsets:
+        own = subset.custom_attributes.get(CUSTOM_TARGET)
+        try:
+            out[id(subset)] = parse_targets(own) if own else targets
+        except ValueError:  # PlannedHost.stops says what is wrong with it
+            out[id(subset)] = ()
+    return out
+
+
+def look(args: HostArgs, config: SPFConfig | None, data: Data, model: Family, *, for_host: bool) -> list[Finding]:
+    """Mistakes in the settings and options.
+
+    Args:
+        args: the host's arguments.
+        config: SPF's settings, or None if they are wrong.
+        data: the data set.
+        model: what kind of base model it is.
+        for_host: a run of sd-scripts is known, and not only its data.
+    """
+    host = PlannedHost(args, data, model)
+    found = [Finding("error", "stops", problem) for problem in host.stops(config)]
+    if for_host:
+        found += [*_module(args), *_options(args, data, sdxl=host.is_sdxl)]
+    if config is not None:
+        found += _together(args, config)
+    for subset in data.subsets:
+        rate = subset.caption_dropout_rate
+        if rate >= MUCH_DROPOUT:
+            found.append(
+                Finding(
+                    "warning",
+                    "caption-dropout",
+                    f"{subset.label}: caption_dropout_rate drops {rate:.0%} of the captions; those steps are plain "
+                    "training, without SPF",
+                    "0.1 or less is usual.",
+                )
+            )
+    return found
+
+
+def _module(args: HostArgs) -> list[Finding]:
+    module = args.network_module
+    if module is None:
+        fix = "Add --network_module spf_plugin.lora to the launch line."
+        return [Finding("warning", "no-module", "the config names no network_module", fix)]
+    if module not in NETWORK_MODULES:
+        return [
+            Finding(
+                "error",
+                "other-module",
+                f"network_module is {module!r}: SPF would not run, and its settings would be ignored",
+                'Set network_module = "spf_plugin.lora"; the other module may be named by spf_network.',
+            )
+        ]
+    return []
+
+
+def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
+    found = []
+    other = [name for name in _OTHER_MODELS if args.given.get(name)]
+    if other:
+        found.append(Finding("error", "other-model", f"{other[0]} is for another kind of model. {SUPPORTED}"))
+    length = args.max_token_length
+    if length not in (None, 150, 225):
+        found.append(
+            Finding("error", "max-token-length", f"max_token_length is {length}", "It must be 150 or 225, or left out.")
+        )
+    rates = args.text_encoder_lr
+    if isinstance(rates, list) and len(rates) > 1:
+        message = f"text_encoder_lr = {rates}: one for each text encoder, and sd-scripts up to v0.9.1 takes only one"
+        found.append(Finding("note", "newer", message, "Use a later release, or give one."))
+    ignored = [name for name in SDXL_ONLY if args.given.get(name) and not sdxl]
+    if ignored:
+        message = f"{', '.join(ignored)}: only sdxl_train_network.py has it, and this model is none of SDXL"
+        found.append(Finding("warning", "sdxl-only", message, "Leave it out: train_network.py ignores it."))
+    elif any(args.given.get(name) for name in TEXT_CACHES):
+        names = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
+        used = [name for name in names if any(getattr(subset, name) for subset in data.subsets)]
+        if used:
+            found.append(
+                Finding(
+                    "error",
+                    "cached-text",
+                    f"cache_text_encoder_outputs cannot go with {', '.join(used)}: sd-scripts stops",
+                    "Leave one of them out.",
+                )
+            )
+        if not args.network_train_unet_only:
+            fix = "Add network_train_unet_only = true."
+            found.append(
+                Finding("error", "cached-text", "cached text encoder outputs allow no training of text encoders", fix)
+            )
+    if args.resolution is None and not args.dataset_config:
+        found.append(Finding("error", "no-resolution", "resolution is missing", 'For example resolution = "512,512"'))
+    for subset in data.subsets:
+        separator = subset.keep_tokens_separator
+        mine = [entry for entry in data.entries if entry.subset is subset]
+        if separator and not shuffled(subset) and any(separator in entry.caption for entry in mine):
+            found.append(
+                Finding(
+                    "warning",
+                    "separator-stays",
+                    f"{subset.label}: without shuffle_caption the keep_tokens_separator {separator!r} stays in the "
+                    "captions, and the text encoder reads it",
+                )
+            )
+    classes = [entry for entry in data.entries if entry.source == "class" and not entry.subset.is_reg]
+    nothing = [entry for entry in data.entries if entry.source == "nothing" and not entry.subset.is_reg]
+    trained = sum(not entry.subset.is_reg for entry in data.entries)
+    for mine, code, what in (
+        (classes, "class-caption", f"have no caption file and get the class {classes[0].caption!r}" if classes else ""),
+        (nothing, "no-caption", "have no caption at all"),
+    ):
+        if mine:
+            fix = f"Write a {mine[0].subset.caption_extension} file of the same name beside each."
+            images = tuple(entry.name for entry in mine)
+            found.append(Finding("warning", code, f"{of(len(mine), trained)} {what}", fix, images))
+    return found
+
+
+def _together(args: HostArgs, config: SPFConfig) -> list[Finding]:
+    """SPF's settings beside the host's."""
+    found = []
+    if not args.max_train_epochs and config.active:
+        start, steps = config.stage2_step(args.max_train_steps), args.max_train_steps
+        if start >= steps:
+            found.append(
+                Finding(
+                    "error",
+                    "never-aligned",
+                    f"alignment would start at step {start}, and the run ends at step {steps}: a plain LoRA",
+                    "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step.",
+                )
+            )
+    if not config.active:
+        found.append(Finding("note", "measures-only", "all weights are 0: the LoRA will be plain, SPF only measures"))
+    package = config.network.split(".")[0]
+    if package and package != "networks" and importlib.util.find_spec(package) is None:
+        fix = "pip install --no-deps lycoris-lora" if package == "lycoris" else ""
+        message = f"spf_network={config.network}: there is no {package} in this Python environment"
+        found.append(Finding("warning", "no-network", message, fix))
+    return found

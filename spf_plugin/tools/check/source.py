@@ -1,0 +1,198 @@
+"""What the host would be told: its `--config_file`, with the words of the command line over it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import toml
+
+from spf_plugin.config import PREFIX
+from spf_plugin.errors import SPFError, nearest
+from spf_plugin.tools.check.findings import Finding
+from spf_plugin.tools.check.host_options import CHOICES, LISTS, NUMBERS, OPTIONS, SWITCHES, TYPES
+
+#: The host's own defaults of what is read here.
+DEFAULTS: dict[str, Any] = {
+    "caption_extension": ".caption",
+    "caption_separator": ",",
+    "caption_dropout_rate": 0.0,
+    "caption_tag_dropout_rate": 0.0,
+    "dataset_repeats": 1,
+    "keep_tokens": 0,
+    "max_train_steps": 1600,
+    "save_model_as": "safetensors",
+    "train_batch_size": 1,
+}
+OWN_OPTIONS = ("target", "tokenizer", "images", "json")  # of the command line itself
+#: Where one value may stand for a list: `settings` looks at network_args, and the host takes a number for the other.
+_SAID_ELSEWHERE = ("network_args", "text_encoder_lr")
+_SLASHES = "Write paths with forward slashes, C:/data/photos: in TOML a backslash begins an escape."
+
+
+class HostArgs:
+    """The host's arguments as attributes; what is not given is the host's default, or None."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.given = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "given":
+            raise AttributeError(name)
+        return self.given.get(name, DEFAULTS.get(name))
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """A TOML file, as the host reads it.
+
+    Raises:
+        SPFError: it cannot be read, or is no TOML.
+    """
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise SPFError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
+    except OSError as error:
+        raise SPFError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (toml.TomlDecodeError, IndexError, ValueError) as error:  # the toml library leaks a few of its own
+        hint = f" {_SLASHES}" if "\\" in path.read_text(encoding="utf-8") else ""
+        raise SPFError(f"{path} is not valid TOML: {error}.{hint}") from None
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's rule: section names are free, one level is unfolded."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(value) if isinstance(value, dict) else flat.update({key: value})
+    return flat
+
+
+class _HostParser(argparse.ArgumentParser):
+    """The host's parser of the command line, made from what is known of it."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__(add_help=False, argument_default=argparse.SUPPRESS)
+        self.problems = problems
+        for name in sorted(OPTIONS):
+            if name in SWITCHES:
+                self.add_argument(f"--{name}", action="store_true")
+            else:
+                many = "*" if name in LISTS else None
+                self.add_argument(f"--{name}", type=_reader(name, problems), nargs=many)
+
+    def error(self, message: str) -> NoReturn:
+        raise SPFError([*self.problems, f"sd-scripts would not take these options: {message}."])
+
+
+def _reader(name: str, problems: list[str]) -> Callable[[str], Any]:
+    """What makes a value of a word; it never fails, so that all mistakes are found."""
+
+    def value_of(text: str) -> Any:
+        try:
+            value = TYPES[name](text)
+        except ValueError:
+            problems.append(f"--{name} takes {'a whole number' if TYPES[name] is int else 'a number'}, not {text!r}")
+            return text
+        if name in CHOICES and value not in CHOICES[name]:
+            problems.append(f"--{name} takes one of {', '.join(map(str, CHOICES[name]))}, not {text!r}")
+        return value
+
+    return value_of
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Any]:
+    """The options on a command line of the host, by the rules of its parser (argparse, as the host's is).
+
+    Raises:
+        SPFError: a word that belongs to no option, an option that the host does not have, or a value that it refuses.
+    """
+    problems: list[str] = []
+    values, others = _HostParser(problems).parse_known_args(words)
+    unknown = False
+    for word in others:
+        if word.startswith("-"):
+            unknown = True  # what follows are its values
+            name = word.lstrip("-").partition("=")[0]
+            known = nearest(name.replace("-", "_"), [*OPTIONS, *OWN_OPTIONS])
+            problems.append(f"{word.partition('=')[0]} is no option of sd-scripts or of spf check{known}")
+        elif not unknown:
+            problems.append(f"stray word {word!r}: no option takes it. Quote a text that has spaces")
+    if problems:
+        raise SPFError(problems)
+    return vars(values)
+
+
+def read(config: Path | None, words: Mapping[str, Any]) -> tuple[HostArgs, list[Finding]]:
+    """The host's arguments, and what is wrong with how they are written.
+
+    Args:
+        config: the `--config_file`, or None.
+        words: options of the command line (`parse_words`); they win.
+
+    Raises:
+        SPFError: the file cannot be read.
+    """
+    from_file = _flat(load_toml(config)) if config else {}
+    findings = [*_written_wrongly(config, from_file)] if config else []
+    values = {**{k: v for k, v in from_file.items() if not k.startswith(PREFIX)}, **words}
+    values = {k: v for k, v in values.items() if not (k in NUMBERS and isinstance(v, str))}
+    if values.get("caption_extention") is not None:  # the host's own old misspelling
+        values["caption_extension"] = values.pop("caption_extention")
+    return HostArgs(values), findings
+
+
+def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
+    findings = []
+    for key, value in values.items():
+        if key.startswith(PREFIX):
+            findings.append(
+                Finding(
+                    "error",
+                    "spf-outside-network-args",
+                    f"{path.name}: {key} stands by itself, where sd-scripts ignores it",
+                    f'Write network_args = ["{key}=..."], or put it into a file that spf_config names.',
+                )
+            )
+        elif key not in OPTIONS:
+            findings.append(
+                Finding(
+                    "warning",
+                    "unknown-option",
+                    f"{path.name}: sd-scripts has no option {key!r} and ignores it silently{nearest(key, OPTIONS)}",
+                )
+            )
+        elif key in NUMBERS and isinstance(value, str):
+            findings.append(
+                Finding(
+                    "error",
+                    "quoted-number",
+                    f'{path.name}: {key} = "{value}" is a text, and sd-scripts does not make a number of it',
+                    "Write the number without quotes.",
+                )
+            )
+        elif key in LISTS and not isinstance(value, list) and value not in ("", 0) and key not in _SAID_ELSEWHERE:
+            findings.append(
+                Finding(
+                    "error",
+                    "no-list",
+                    f"{path.name}: {key} = {value!r} is no list, and sd-scripts goes through it piece by piece",
+                    f"Write {key} = [{toml.dumps({'v': value})[4:].strip()}]",
+                )
+            )
+        elif isinstance(value, str) and value.lower() in ("true", "false"):
+            findings.append(
+                Finding(
+                    "warning",
+                    "quoted-boolean",
+                    f'{path.name}: {key} = "{value}" is a text, and every text counts as true',
+                    f"Write {key} = {value.lower()} without quotes.",
+                )
+            )
+        if isinstance(value, str) and re.search(r"[\x00-\x08\x0a-\x1f]", value):
+            findings.append(
+                Finding("error", "backslash", f"{path.name}: {key} holds a control character: {value!r}", _SLASHES)
+            )
+    return findings

@@ -1,0 +1,103 @@
+"""CLIP's tokenizer, if one lies on this machine; else an estimate. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from spf_plugin.core.prompt import CHUNK, strip_weights
+
+_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
+_LETTERS_PER_TOKEN = 7  # long words are several tokens
+_HUB_MODELS = ("openai/clip-vit-large-patch14",)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to tokens.
+
+    Attributes:
+        tokenize: text -> token ids without BOS and EOS.
+        source: the folder it came from; empty for an estimate.
+    """
+
+    tokenize: Callable[[str], Sequence[int]]
+    source: str = ""
+
+    @property
+    def estimated(self) -> bool:
+        return not self.source
+
+
+def estimate(text: str) -> list[int]:
+    """Roughly as many tokens as CLIP would make: one a word, more for long words, one a letter for other scripts."""
+    ids: list[int] = []
+    for piece in _PIECES.findall(text):
+        count = -(-len(piece) // _LETTERS_PER_TOKEN) if piece.isascii() else 2 * len(piece)
+        ids += [0] * count
+    return ids
+
+
+def hub_snapshots(name: str) -> list[Path]:
+    """Where the hub's cache holds a model of this name."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
+
+
+def folders(model: str | None = None, cache: str | None = None) -> Iterator[Path]:
+    """Where a CLIP tokenizer may lie: beside the model, in the host's cache, in the hub's, in this repository.
+
+    Args:
+        model: `pretrained_model_name_or_path`.
+        cache: `tokenizer_cache_dir`.
+    """
+    if model and Path(model).is_dir():
+        yield from (Path(model) / "tokenizer", Path(model))
+    if cache:
+        yield from sorted(Path(cache).glob("*"))
+    for name in [*([model] if model and "/" in model and not Path(model).exists() else []), *_HUB_MODELS]:
+        for snapshot in hub_snapshots(name):
+            yield from (snapshot / "tokenizer", snapshot)
+    yield Path(__file__).parents[3] / "portraitlab" / "model" / "tokenizer"
+
+
+@cache
+def _load(folder: Path) -> Callable[[str], Sequence[int]]:
+    from transformers import CLIPTokenizer
+
+    loaded = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def tokenize(text: str) -> Sequence[int]:
+        return loaded(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    return tokenize
+
+
+def find(candidates: Iterator[Path], *, weighted: bool) -> Tokenizer:
+    """The first tokenizer of these folders, or an estimate.
+
+    Args:
+        candidates: see `folders`.
+        weighted: the host reads attention weights, `(hair:1.2)`, so their signs are no tokens.
+    """
+    tokenize: Callable[[str], Sequence[int]] = estimate
+    source = ""
+    folder = next((f for f in candidates if (f / "vocab.json").is_file() and (f / "merges.txt").is_file()), None)
+    if folder is not None:
+        try:
+            tokenize, source = _load(folder), str(folder)
+        except Exception:  # a broken transformers must not keep the rest of the check from running
+            tokenize, source = estimate, ""
+    if not weighted:
+        return Tokenizer(tokenize, source)
+    return Tokenizer(lambda text: tokenize(strip_weights(text)), source)
+
+
+def sequence_length(max_token_length: int | None) -> int:
+    """T of the text encoder's output for the host's `max_token_length`."""
+    return (max_token_length or CHUNK) + 2

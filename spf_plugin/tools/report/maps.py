@@ -1,0 +1,191 @@
+"""What a trained LoRA does to one image: the control map at several noise levels, where each phrase looks, drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spf_plugin.core import sfcm
+from spf_plugin.core.losses import relative_drift
+from spf_plugin.core.objective import Path
+from spf_plugin.core.prompt import Target
+from spf_plugin.families.unet import capture, find_layers
+from spf_plugin.text import Conds, TextSide, map_conds
+from spf_plugin.trainer.models import BaseModel, from_pipeline
+
+Map = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far predictions of the noise at one timestep are from the base model's for the base prompt, relative to it.
+
+    See `spf_plugin.core.losses.relative_drift`; not a number where the region is empty.
+
+    Attributes:
+        base_prompt: with the LoRA, base prompt: what it changes unasked.
+        inside: with the LoRA, full prompt, inside the control map.
+        outside: likewise, outside the map.
+        full_prompt: likewise, everywhere.
+        words: without the LoRA, full prompt: what the words do to the base model.
+        map_mean: mean of the map, the share of the image that may change.
+    """
+
+    base_prompt: float
+    inside: float
+    outside: float
+    full_prompt: float
+    words: float
+    map_mean: float
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Maps on the latent grid, `[h, w]` in [0, 1].
+
+    Attributes:
+        control: kind of map -> timestep -> the control map.
+        phrases: phrase -> its share of the attention, at the middle timestep; the target is the last.
+        distances: base phrase -> its semantic distance to the target.
+        drift: timestep -> the drift there, in and outside the first kind of map; mean over the draws.
+    """
+
+    control: Mapping[str, Mapping[int, Map]]
+    phrases: Mapping[str, Map]
+    distances: Mapping[str, float]
+    drift: Mapping[int, Drift]
+
+
+class _Text:
+    """The text side of a pipeline, as `spf_plugin.text.TextHost`."""
+
+    def __init__(self, model: BaseModel):
+        self.model = model
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        return self.model.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Any:
+        return self.model.encode(prompts)
+
+
+@contextmanager
+def _without_lora(pipeline: Any) -> Iterator[None]:
+    pipeline.disable_lora()
+    try:
+        yield
+    finally:
+        pipeline.enable_lora()
+
+
+@torch.no_grad()
+def explain(
+    pipeline: Any,
+    image: NDArray[np.uint8],
+    caption: str,
+    target: Target,
+    *,
+    timesteps: Sequence[int] = (100, 300, 500, 700, 900),
+    kinds: Sequence[str] = ("soft", "difference", "paper"),
+    gain: float = 3.0,
+    layers: str = "last",
+    draws: int = 4,
+    seed: int = 0,
+) -> Maps:
+    """Run both paths on a noised image, as training does, and keep the maps.
+
+    Args:
+        pipeline: an SD1.x, SD2.x or SDXL pipeline with one LoRA loaded (not fused).
+        image: uint8 `[H, W, 3]`, without the target.
+        caption: the image's description, with the target's phrase.
+        target: the target.
+        timesteps: noise levels, 0 to 999.
+        kinds: maps to make, see `spf_plugin.core.sfcm.control_map`.
+        gain: brightness of the map.
+        layers: cross-attention layers, see `spf_plugin.families.unet.find_layers`.
+        draws: noise samples per timestep; the maps are their mean.
+        seed: of the noise.
+    """
+    model = from_pipeline(pipeline)
+    unet, device = pipeline.unet, pipeline.device
+    probed = find_layers(unet, layers)
+    side = TextSide(_Text(model), (target,), lambda: _without_lora(pipeline))
+    conds = model.encode([caption])
+    text = side.for_batch([caption], conds)
+    with _without_lora(pipeline):  # the text encoder may have been trained too
+        reference_conds, words_conds = model.encode(text.base), model.encode(text.full)
+    base_conds = model.encode(text.base)
+    weights = side.distances(text)
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+    latents = model.to_latents(pixels, random)[None].expand(draws, -1, -1, -1)
+    noise = torch.randn(latents.shape, generator=random)
+
+    def predict(step: int, conditioning: Conds) -> torch.Tensor:
+        alpha_bar = model.alphas_cumprod[step]
+        noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device, unet.dtype)
+        conditioning = map_conds(lambda c: c.expand(draws, *c.shape[1:]), conditioning)
+        if model.family != "sdxl":
+            return unet(noisy, step, encoder_hidden_states=conditioning).sample
+        hidden, pooled = conditioning
+        sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]], device=device, dtype=unet.dtype)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(draws, -1)}
+        return unet(noisy, step, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
+
+    def path(step: int, conditioning: Conds, groups: torch.Tensor) -> Path:
+        with capture(probed) as seen:
+            eps = predict(step, conditioning)
+        return Path.of(eps, seen, probed, groups.expand(draws, -1, -1))
+
+    control: dict[str, dict[int, Map]] = {kind: {} for kind in kinds}
+    drift: dict[int, Drift] = {}
+    phrase_maps: Map | None = None
+    middle = timesteps[len(timesteps) // 2]
+    for step in timesteps:
+        with _without_lora(pipeline):
+            reference = path(step, reference_conds, text.base_groups)
+            words = predict(step, words_conds)
+        response = path(step, conds, text.full_groups)
+        size = (response.eps.shape[-2], response.eps.shape[-1])
+        attention = sfcm.mean_maps(response.attention, size)
+        count = text.present.shape[1] - 1
+        for kind in kinds:
+            m = sfcm.control_map(
+                kind,
+                eps_res=response.eps,
+                eps_ref=reference.eps,
+                phrase_maps=attention[:, :count],
+                target_map=attention[:, -1:],
+                weights=weights.expand(draws, -1),
+                gain=gain,
+            )
+            control[kind][step] = m.mean(dim=(0, 1)).cpu().numpy()
+            if kind == kinds[0]:
+                everywhere = torch.ones_like(m)
+                pairs = (
+                    (predict(step, base_conds), everywhere), (response.eps, m), (response.eps, 1 - m),
+                    (response.eps, everywhere), (words, everywhere),
+                )  # fmt: skip
+                base, inside, outside, full, alone = [
+                    float(relative_drift(eps, reference.eps, region).nanmean()) for eps, region in pairs
+                ]
+                drift[step] = Drift(base, inside, outside, full, alone, float(m.mean()))
+        if step == middle:
+            # Each phrase's share of what all phrases receive: the end token takes most attention everywhere.
+            named = torch.cat([attention[:, :count], attention[:, -1:]], dim=1)
+            phrase_maps = sfcm.stretch(named / named.sum(dim=1, keepdim=True)).mean(dim=0).cpu().numpy()
+    assert phrase_maps is not None
+    prompt = text.prompts[0]
+    names = [*prompt.phrases, prompt.target]
+    return Maps(
+        control,
+        {name: phrase_maps[i] for i, name in enumerate(names)},
+        dict(zip(prompt.phrases, weights[0].tolist(), strict=True)),
+        drift,
+    )
