@@ -23,7 +23,8 @@ from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.enhancement import term as enhancement
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.base import Host
-from spf_plugin.hosts.kohya import DEFAULT_NETWORK, KohyaHost, raw_network_args
+from spf_plugin.hosts.kohya.frames import raw_network_args
+from spf_plugin.hosts.kohya.loop import DEFAULT_NETWORK, KohyaHost
 from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.shown.watch import Watch
 

@@ -14,7 +14,8 @@ GAP = "\0"
 MADE = {
     "config.py": set(),
     "core/prompt.py": {"parse_targets"},
-    "hosts/kohya.py": {"trainer_problem", "problems", "_cached_text_problems", "_base_problems", "_target_problems"},
+    "hosts/kohya/rules.py": {"trainer_problem"},
+    "hosts/kohya/loop.py": {"problems", "_cached_text_problems", "_base_problems", "_target_problems"},
     "adapter/quantised.py": {"problems", "device_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},

@@ -16,14 +16,9 @@ import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import (
-    KohyaHost,
-    local_variables,
-    raw_network_args,
-    trainer_problem,
-    training_frame,
-    unwritable,
-)
+from spf_plugin.hosts.kohya.frames import local_variables, raw_network_args, training_frame
+from spf_plugin.hosts.kohya.loop import KohyaHost
+from spf_plugin.hosts.kohya.rules import trainer_problem, unwritable
 from spf_plugin.lora import create_network
 from spf_plugin.pairs import State
 from tests.check_sets import everything

@@ -238,7 +238,7 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     if not (folder / "train_network.py").is_file():
         return "", {}, [f"{folder} is not a copy of sd-scripts: train_network.py is missing. Give its top folder."]
     try:
-        from spf_plugin.hosts.kohya import trainer_problem
+        from spf_plugin.hosts.kohya.rules import trainer_problem
     except Exception as error:  # torch is broken: that is said elsewhere
         return host_release(folder), {}, [f"the trainers were not looked at: {type(error).__name__}: {error}"]
     said, problems, refused = {}, [], []

@@ -18,7 +18,8 @@ from torch import nn
 
 from spf_plugin import lora
 from spf_plugin.adapter.quantised import QuantisedBase
-from spf_plugin.hosts.kohya import SIZES, training_frame
+from spf_plugin.hosts.kohya.frames import training_frame
+from spf_plugin.hosts.kohya.loop import SIZES
 
 
 def size(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spf_plugin.hosts.kohya import prompts
+from spf_plugin.hosts.kohya.captions import prompts
 from spf_plugin.tools.check.findings import Finding
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from spf_plugin.hosts.kohya import shuffled
+from spf_plugin.hosts.kohya.captions import shuffled
 from spf_plugin.tools.check.captions import LEADING, Described, count_of, names
 from spf_plugin.tools.check.findings import Finding, of
 

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_network_args
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import CUSTOM_TARGET, SUPPORTED, KohyaHost, shuffled
+from spf_plugin.hosts.kohya.captions import shuffled
+from spf_plugin.hosts.kohya.loop import CUSTOM_TARGET, KohyaHost
+from spf_plugin.hosts.kohya.rules import SUPPORTED
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
 from spf_plugin.tools.check.findings import Finding, of

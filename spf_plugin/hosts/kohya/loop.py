@@ -1,27 +1,20 @@
-"""kohya sd-scripts: the only module that knows it.
+"""The training loop of sd-scripts, as `spf_plugin.hosts.base.Host`.
 
 Supported loops: the monolithic one (v0.8.7 to v0.9.1) and `process_batch` (2025 branches, v0.10.x), for SD1.x, SD2.x
 and SDXL. In both, every training step passes `trainer.call_unet(...)` and `accelerator.backward(loss)`.
-
-`create_network` is given neither trainer nor accelerator: they are locals of the frame that calls it.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
 import os
-import re
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import product
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from spf_plugin import patching
@@ -29,6 +22,9 @@ from spf_plugin.adapter import quantised
 from spf_plugin.config import SPFConfig, split_network_args
 from spf_plugin.core.prompt import Target, parse_targets, split, strip_weights
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya.captions import prompts
+from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
+from spf_plugin.hosts.kohya.rules import SUPPORTED, trainer_problem, unwritable
 from spf_plugin.pairs import State
 from spf_plugin.text import Conds
 
@@ -41,165 +37,6 @@ SIZES = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
 HOST_STATE_FILE = "train_state.json"
 CUSTOM_TARGET = "spf_target"
 TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
-VARIANTS = 32  # wildcard choices looked at, per caption
-_WILDCARD = re.compile(r"\{([^{}]+)\}")
-SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.10.x"
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def local_variables(frame: FrameType, *names: str) -> dict[str, Any]:
-    """Those of a function's variables that are set; nothing of the others stays behind.
-
-    Up to Python 3.12 `f_locals` is a dictionary that the frame keeps: every variable as it was, here a step's tensors
-    and their graph, until somebody reads it again. So it is read only in a function that has such a variable, and
-    emptied. That writes nothing back, but for a debugger or profiler that is looking at this very frame; and whoever
-    called `locals()` there holds the same dictionary. Then it is left alone.
-    """
-    code = frame.f_code
-    if not code.co_flags & inspect.CO_OPTIMIZED:  # a module or class body: the dictionary is the variables themselves
-        return {}
-    if not set(names) & {*code.co_varnames, *code.co_cellvars, *code.co_freevars}:
-        return {}
-    variables = frame.f_locals
-    found = {name: variables[name] for name in names if name in variables}
-    watched = sys.gettrace() is not None or sys.getprofile() is not None
-    # Held by the frame, by us and by the call that counts; from 3.13 on it is a view, which keeps nothing.
-    if isinstance(variables, dict) and not watched and sys.getrefcount(variables) <= 3:
-        variables.clear()
-    return found
-
-
-def _callers_variable(name: str) -> Any:
-    """A variable of the nearest caller that has one of this name; None where there is none."""
-    return next((found[name] for frame in _frames() if (found := local_variables(frame, name))), None)
-
-
-def training_frame() -> FrameType | None:
-    """The frame of the host's training function, looked for among the callers."""
-    for frame in _frames():
-        found = local_variables(frame, "self", "args", "train_dataset_group")
-        if len(found) == 3 and found["self"] is not None:
-            return frame
-    return None
-
-
-def raw_network_args() -> Sequence[str]:
-    """The words of `--network_args` of the trainer that is calling us; empty where there is none. A text where a
-    configuration file gave one in place of a list."""
-    for frame in _frames():
-        args: Any = local_variables(frame, "args").get("args")
-        if hasattr(args, "network_module") and hasattr(args, "network_args"):
-            return args.network_args or []
-    return []
-
-
-def unwritable(folder: Path, *, trying: bool) -> str | None:
-    """Why nothing could be written into a folder, which need not be there yet; None where it could. Leaves nothing.
-
-    Args:
-        folder: the folder.
-        trying: make what is missing of it for a moment, under another name, and a file in it. Else only look at the
-            nearest folder that is there: its permissions, and on Windows not even all of these.
-    """
-    for there in (folder.absolute(), *folder.absolute().parents):
-        try:
-            os.lstat(there)
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
-            return getattr(error, "strerror", None) or str(error)
-    if not there.is_dir():
-        return "Not a directory"
-    if not trying:
-        return None if os.access(there, os.W_OK | os.X_OK) else "Permission denied"
-    try:
-        with tempfile.TemporaryDirectory(dir=there) as inside:
-            aside = Path(inside, folder.absolute().relative_to(there))
-            os.makedirs(aside, exist_ok=True)
-            with tempfile.TemporaryFile(dir=aside):
-                pass
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def shuffled(subset: Any) -> bool:
-    """Whether the host takes the captions of a subset apart."""
-    return bool(
-        getattr(subset, "shuffle_caption", False)
-        or getattr(subset, "token_warmup_step", 0) > 0
-        or getattr(subset, "caption_tag_dropout_rate", 0) > 0
-    )
-
-
-def prompts(caption: str, subset: Any) -> tuple[str, ...]:
-    """`process_caption` of the host, with every choice of a wildcard in place of a random one.
-
-    Args:
-        caption: the content of a caption file.
-        subset: the host's, or anything with (some of) its attributes.
-
-    Returns:
-        What the text encoder may be given, without shuffling and dropout; more than one only with wildcards.
-    """
-
-    def option(name: str) -> Any:
-        return getattr(subset, name, None)
-
-    if option("caption_prefix"):
-        caption = subset.caption_prefix + " " + caption
-    if option("caption_suffix"):
-        caption = caption + " " + subset.caption_suffix
-    if option("enable_wildcard"):
-        variants = [text for line in caption.split("\n") for text in _choices(line)][:VARIANTS]
-    else:
-        variants = [caption.split("\n")[0]]
-    separator = option("caption_separator") or ","
-    if option("secondary_separator"):
-        variants = [v.replace(subset.secondary_separator, separator) for v in variants]
-    if option("keep_tokens_separator") and shuffled(subset):
-        joined = f"{separator} "
-        variants = [joined.join(p.strip() for p in v.split(subset.keep_tokens_separator, 2)) for v in variants]
-    return tuple(dict.fromkeys(variants))
-
-
-def _choices(line: str) -> Iterator[str]:
-    parts = re.split(r"(\{\{|\}\}|\{[^{}]+\})", line)
-    options = [
-        [p[0]] if p in ("{{", "}}") else p[1:-1].split("|") if _WILDCARD.fullmatch(p) else [p] for p in parts if p
-    ]
-    for count, chosen in enumerate(product(*options)):
-        if count == VARIANTS:
-            return
-        yield "".join(chosen)
-
-
-def _overrides(cls: type, name: str) -> type | None:
-    """The most derived class that defines `name`."""
-    return next((c for c in cls.__mro__ if name in vars(c)), None)
-
-
-def trainer_problem(trainer: Any) -> str | None:
-    """Why this trainer cannot be used, or None. Every reason names the trainer."""
-    cls = type(trainer)
-    seam, prediction = _overrides(cls, "call_unet"), _overrides(cls, "get_noise_pred_and_target")
-    if seam is None:
-        return f"{cls.__name__} has no call_unet, the call that SPF wraps. {SUPPORTED}"
-    if prediction is not None and prediction is not seam and issubclass(prediction, seam):
-        return (
-            f"{cls.__name__} is not supported: it predicts without call_unet, so SPF could not see it (FLUX, SD3, "
-            f"Lumina, HunyuanImage and Anima trainers do). {SUPPORTED}"
-        )
-    if prediction is not None and not hasattr(cls, "process_batch"):
-        return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
-    return None
 
 
 class KohyaHost:
@@ -265,7 +102,7 @@ class KohyaHost:
         step, epoch = getattr(self.args, "initial_step", None), getattr(self.args, "initial_epoch", None)
         if step is not None or epoch is None:
             return step
-        loader = _callers_variable("train_dataloader")
+        loader = callers_variable("train_dataloader")
         if loader is None:
             raise SPFError(f"found no train_dataloader among the callers. {SUPPORTED}")
         accumulated = self.accelerator.num_processes * self.args.gradient_accumulation_steps
@@ -427,7 +264,7 @@ class KohyaHost:
     def alphas_cumprod(self) -> Any:
         """The noise schedule of the loop that is calling, zero-terminal-SNR changes included."""
         if self._scheduler is None:
-            self._scheduler = _callers_variable("noise_scheduler")
+            self._scheduler = callers_variable("noise_scheduler")
             if self._scheduler is None:
                 raise SPFError(f"found no noise_scheduler among the callers. {SUPPORTED}")
         return self._scheduler.alphas_cumprod
@@ -550,7 +387,7 @@ class KohyaHost:
         self._postfix = {name: round(value, 4) for name, value in values.items()}
         if not self._progress_bar_seen:
             self._progress_bar_seen = True
-            bar = _callers_variable("progress_bar")
+            bar = callers_variable("progress_bar")
             if bar is not None:
                 original = bar.set_postfix
 
