@@ -28,7 +28,8 @@ from spf_plugin.families import unet as probe
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.pairs import Partner
 from spf_plugin.text import Conds, map_conds
-from spf_plugin.trainer.loop import Settings, Trainer
+from spf_plugin.trainer.loop import Trainer
+from spf_plugin.trainer.settings import Settings
 
 CAPTION = "a woman in a brown jacket, curtain background, smiling, blonde hair"
 TARGET = "blonde hair"

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from spf_plugin.adapter import bypass as adapter
-from spf_plugin.trainer.loop import DEFAULT_NETWORK, PLAIN_LORA, network_module
+from spf_plugin.trainer.loop import network_module
 from spf_plugin.trainer.models import BaseModel
+from spf_plugin.trainer.settings import DEFAULT_NETWORK, PLAIN_LORA
 
 _SD = {
     "sample_size": 64,

@@ -30,7 +30,8 @@ from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
 from spf_plugin.tools.cli.progress import progress_bars
 from spf_plugin.tools.cli.train import key_values
-from spf_plugin.trainer.loop import Objective, Result, Settings, train
+from spf_plugin.trainer.loop import Objective, train
+from spf_plugin.trainer.settings import Result, Settings
 
 #: Without any weight SPF trains a plain LoRA, byte for byte, and reports its drift.
 ONLY_MEASURE = {

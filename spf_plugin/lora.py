@@ -22,6 +22,7 @@ from spf_plugin.attachment import Attachment
 from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
 from spf_plugin.enhancement import term as enhancement
 from spf_plugin.errors import SPFError
+from spf_plugin.families import known as families
 from spf_plugin.hosts.base import Host
 from spf_plugin.hosts.kohya.frames import raw_network_args
 from spf_plugin.hosts.kohya.loop import DEFAULT_NETWORK, KohyaHost
@@ -43,9 +44,11 @@ def _stop_on_stray_words() -> None:
 _stop_on_stray_words()
 
 
-def _prepare(text_encoder: Any, vae: Any, kwargs: dict[str, Any]) -> tuple[KohyaHost, SPFConfig, dict[str, Any]]:
+def _prepare(
+    text_encoder: Any, vae: Any, unet: nn.Module, kwargs: dict[str, Any]
+) -> tuple[KohyaHost, SPFConfig, dict[str, Any]]:
     """The host, the settings and the inner network's arguments; or one error that lists every mistake."""
-    host = KohyaHost.find(text_encoder, vae)
+    host = KohyaHost.find(text_encoder, vae, unet)
     ours, theirs = split_network_args(kwargs)
     config: SPFConfig | None = None
     problems: list[str] = []
@@ -87,12 +90,12 @@ def create_network(
     Raises:
         SPFError: with every mistake found, before anything is created.
     """
-    host, config, theirs = _prepare(text_encoder, vae, kwargs)
+    host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
     save_normalised(network, config)
     load_normalised(network)
-    return attach(network, host, config, unet)
+    return attach(network, host, config)
 
 
 def create_network_from_weights(
@@ -118,43 +121,45 @@ def create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
         )
         return network, fitted(weights, own_tensors(network))
-    host, config, theirs = _prepare(text_encoder, vae, kwargs)
+    host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
     inner = adapters.load_module(config.network or DEFAULT_NETWORK)
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
     )
     save_normalised(network, config)
     load_normalised(network)
-    return attach(network, host, config, unet), weights
+    return attach(network, host, config), weights
 
 
-def attach(network: nn.Module, host: Host, config: SPFConfig, unet: nn.Module) -> nn.Module:
+def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:
     """Attach SPF to a network that is created and not applied yet, and to the host that will train it.
 
     The attachment is at `network.spf`; `network.spf.close()` detaches it (the end of training does, too). With
-    `spf_base` the UNet is quantised when the network is applied, and stays so: dense weights may not fit on the card.
+    `spf_base` the denoiser is quantised when the network is applied, and stays so: dense weights may not fit in.
 
     Raises:
-        SPFError: `spf_train` or `spf_layers` matches nothing; the response term's models cannot be loaded.
+        SPFError: the denoiser is of no known family; `spf_train` or `spf_layers` matches nothing; the response term's
+            models cannot be loaded.
     """
     previous = getattr(host.trainer, "spf", None)
     if previous is not None:
         previous.close()  # an earlier run of the same trainer object that ended in an exception
-    adapters.select(network, config.train)
+    family = families.find(host.denoiser)
+    adapters.select(network, config.train, family.cross_attention)
     adapter = Adapter()
-    enhanced = enhancement.load(config, host) if config.enhances else None
-    watch = Watch(config, host) if host.accelerator.is_main_process else None
+    enhanced = enhancement.load(config, host, family.latents) if config.enhances else None
+    watch = Watch(config, host, family.latents) if host.accelerator.is_main_process else None
     attachment = Attachment(
-        host, config, unet, adapter, lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced, watch=watch
+        host, config, family, adapter, lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced, watch=watch
     )
 
     @contextmanager
     def applying(models: Sequence[nn.Module]) -> Iterator[None]:
         base = None
         if config.base != "off":  # first, so that what the adapter takes for the original is the quantised base
-            base = QuantisedBase(unet, config.base, host.accelerator.device)
+            base = QuantisedBase(family.linear_layers(), config.base, host.accelerator.device)
             logger.info(
-                f"SPF: {len(base)} linear layers of the UNet kept as {config.base}: {base.after / 2**20:.0f} MB in "
+                f"SPF: {len(base)} linear layers kept as {config.base}: {base.after / 2**20:.0f} MB in "
                 f"place of {base.before / 2**20:.0f} MB"
             )
         try:

@@ -7,16 +7,18 @@ contrast of DOP, without its third pass and at any batch size: only what the tar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spf_plugin.text import Conds
+from spf_plugin.families.base import Text
+from spf_plugin.seam import Call
 
-_CONDS = "conds."
+_EPS_REF, _WHICH = "eps_ref", "which"
 
 
 @dataclass(frozen=True)
@@ -37,65 +39,55 @@ class Partner:
     """The second half of a pair, while it waits for its step. Nothing here has a graph.
 
     Attributes:
-        noisy_latents: `z_t`, `[B, C, h, w]`.
-        timesteps: `[B]`.
-        eps_ref: the reference path's prediction for the base prompts, `[B, C, h, w]`.
+        call: the first step's, with the base prompts' text: noisy latents, timesteps and sizes are in it.
+        eps_ref: the reference path's prediction for it, `[B, C, h, w]`.
         which: `[B]` bool, the samples with a target; the others have shown their base prompt already.
-        sizes: what else the host's call reads of its batch (SDXL's size conditioning), each `[B, ...]`.
-        conds: conditioning of the base prompts; None where the text encoder is trained and encodes them anew.
+        encoded: whether the text in `call` is final; else the text encoder is trained and encodes `base` anew.
         base: the base prompts,
         full: and the full prompts, beside which the host pads them.
     """
 
-    noisy_latents: Tensor
-    timesteps: Tensor
+    call: Call
     eps_ref: Tensor
     which: Tensor
-    sizes: Mapping[str, Tensor]
-    conds: Conds | None
+    encoded: bool
     base: tuple[str, ...]
     full: tuple[str, ...]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything but the prompts, on the CPU, as a safetensors file takes it."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        found |= {f"sizes.{name}": value for name, value in self.sizes.items()}
-        if isinstance(self.conds, Tensor):
-            found["conds"] = self.conds
-        else:
-            found |= {f"{_CONDS}{i}": part for i, part in enumerate(self.conds or ())}
-        return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
-
-    def prompts(self) -> dict[str, list[str]]:
-        """The prompts, as JSON takes them."""
-        return {"base": list(self.base), "full": list(self.full)}
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What JSON takes of it, and its tensors on the CPU, as a safetensors file takes them. None where the call has
+        something in it that is neither."""
+        structure, tensors = self.call.flatten()
+        try:
+            json.dumps(structure)
+        except TypeError:
+            return None
+        tensors |= {_EPS_REF: self.eps_ref, _WHICH: self.which}
+        kept = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        return {"call": structure, "encoded": self.encoded, "base": list(self.base), "full": list(self.full)}, kept
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], prompts: Mapping[str, Any]) -> Partner:
-        """What `tensors` and `prompts` gave, read back.
+    def of(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Partner:
+        """What `state` gave, read back.
 
         Raises:
             KeyError: something is missing.
         """
-        parts = sorted((name for name in tensors if name.startswith(_CONDS)), key=lambda n: int(n[len(_CONDS) :]))
-        conds: Conds | None = tensors.get("conds")
-        if parts:
-            conds = [tensors[name] for name in parts]
         return cls(
-            **{name: tensors[name] for name in ("noisy_latents", "timesteps", "eps_ref", "which")},
-            sizes={name[6:]: value for name, value in tensors.items() if name.startswith("sizes.")},
-            conds=conds,
-            base=tuple(prompts["base"]),
-            full=tuple(prompts["full"]),
+            Call.unflatten(values["call"], tensors),
+            tensors[_EPS_REF],
+            tensors[_WHICH],
+            bool(values["encoded"]),
+            tuple(values["base"]),
+            tuple(values["full"]),
         )
 
 
-def linked(conds: Conds) -> Tensor | None:
+def linked(text: Text) -> Tensor | None:
     """A zero that depends on every tensor of a conditioning with a graph; None where none has one.
 
     A step that shows other prompts does not use the host's conditioning. Several processes would wait for each other
     for ever where one has no gradient for a text encoder that the others have one for.
     """
-    parts = [conds] if isinstance(conds, Tensor) else list(conds)
-    zeros = [torch.zeros_like(part).mul(part).sum() for part in parts if part is not None and part.requires_grad]
+    zeros = [torch.zeros_like(part).mul(part).sum() for part in text.values() if part.requires_grad]
     return torch.stack([zero.float() for zero in zeros]).sum() if zeros else None

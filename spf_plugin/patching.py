@@ -6,7 +6,7 @@ until it is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,12 +48,28 @@ def patched(obj: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(hooks: Mapping[nn.Module, Callable[[nn.Module, Any, Any], None]]) -> Iterator[None]:
-    """Register one forward hook per module for the duration of the block."""
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, Any, Any], None]]]) -> Iterator[None]:
+    """Register forward hooks for the duration of the block."""
     handles = []
     try:
-        for module, hook in hooks.items():
+        for module, hook in hooks:
             handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def calls_hooked(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """Register a forward pre-hook and a forward hook, both with keyword arguments, for the duration of the block.
+
+    `after` is also called, with None for an output, when the forward raises an `Exception`.
+    """
+    handles = []
+    try:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         yield
     finally:
         for handle in handles:

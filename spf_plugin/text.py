@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from spf_plugin.core import sfcm
-from spf_plugin.core.prompt import Prompt, Spans, Target, spans, split
+from spf_plugin.core.prompt import Prompt, Spans, Target, split
+from spf_plugin.families.base import Family, Text
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ ANCHORS = (
 CACHED_SPLITS = CACHED_PHRASES = 2**18  # captions and phrases, a few hundred bytes to a few kilobytes each
 CACHED_BYTES = 2 * 2**30  # of encoded base prompts, in main memory: 9,000 of SD1.5 or 3,300 of SDXL in half precision
 
-Conds = Any  # what the host's call_unet takes: a tensor, or a list or tuple of tensors, each with the batch first
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -45,8 +45,9 @@ class TextHost(Protocol):
         """Token ids as the host would make them, without BOS, EOS and padding."""
         ...
 
-    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
-        """Conditioning for these prompts; `beside` shares the batch where the host pads to the longest."""
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        """Conditioning for these prompts, by the names that the model's family has for it; `beside` shares the batch
+        where the host pads to the longest."""
         ...
 
 
@@ -80,38 +81,25 @@ class Cache(dict[K, V]):
         return value
 
 
-def size_in_bytes(conds: Conds) -> int:
+def size_in_bytes(text: Text) -> int:
     """Of all tensors of a conditioning."""
-    return conds.nbytes if isinstance(conds, Tensor) else sum(size_in_bytes(part) for part in conds)
+    return sum(part.nbytes for part in text.values())
 
 
-def map_conds(function: Callable[..., Tensor], *conds: Conds) -> Conds:
-    """Apply `function` to the corresponding tensors of several conditionings; the structure of the first is kept."""
-    first = conds[0]
-    if isinstance(first, Tensor):
-        return function(*conds)
-    return type(first)(map_conds(function, *parts) for parts in zip(*conds, strict=True))
+def map_text(function: Callable[..., Tensor], *texts: Text) -> Text:
+    """Apply `function` to the tensors of several conditionings that have the same name; the names are the first's."""
+    return {name: function(*(text[name] for text in texts)) for name in texts[0]}
 
 
-def _row(i: int, conds: Tensor) -> Tensor:
-    return conds[i : i + 1].detach()
+def _row(i: int, part: Tensor) -> Tensor:
+    return part[i : i + 1].detach()
 
 
-def as_type(conds: Conds, like: Conds) -> Conds:
-    """`conds` as the container (list or tuple) that `like` is."""
-    return conds if isinstance(like, Tensor) else type(like)(conds)
-
-
-def hidden_states(conds: Conds) -> Tensor:
-    """The token sequence `[B, T, E]` of a conditioning (SDXL has two of the same T, and a pooled vector)."""
-    return conds if isinstance(conds, Tensor) else conds[0]
-
-
-def pooled(conds: Conds, ends: Sequence[int]) -> Tensor:
+def vectors(text: Text, ends: Sequence[int]) -> Tensor:
     """One vector per prompt, `[B, E]`: the pooled output if there is one, else the state at EOS, position `ends[b]`."""
-    if not isinstance(conds, Tensor) and conds[-1].dim() == 2:
-        return conds[-1]
-    hidden = hidden_states(conds)
+    if "pooled" in text:
+        return text["pooled"]
+    hidden = text["hidden"]
     last = hidden.shape[1] - 1
     return torch.stack([hidden[b, min(end, last)] for b, end in enumerate(ends)])
 
@@ -158,35 +146,36 @@ class TextSide:
 
     Args:
         host: tokenizer and text encoder; called with the adapter bypassed for the reference.
+        family: of the denoiser: where phrases lie in its text sequence.
         targets: the target phrases.
         bypassed: a context manager factory that switches the adapter off.
     """
 
-    def __init__(self, host: TextHost, targets: Sequence[Target], bypassed: Callable[[], Any]):
-        self.host = host
+    def __init__(self, host: TextHost, family: Family, targets: Sequence[Target], bypassed: Callable[[], Any]):
+        self.host, self.family = host, family
         self.targets = tuple(targets)
         self.bypassed = bypassed
         self._splits: Cache[tuple[str, tuple[Target, ...], int], tuple[Prompt, Spans, Spans]] = Cache(CACHED_SPLITS)
-        self._conds: Cache[tuple[str, int], Conds] = Cache(CACHED_BYTES, size_in_bytes, self._too_many)  # on the CPU
+        self._encoded: Cache[tuple[str, int], Text] = Cache(CACHED_BYTES, size_in_bytes, self._too_many)  # on the CPU
         self._vectors: Cache[str, Tensor] = Cache(CACHED_PHRASES)
 
     def _too_many(self) -> None:
         logger.warning(
-            f"SPF: {len(self._conds)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB; further ones are encoded "
-            "again each time they come. Shuffled captions and tag dropout make that many"
+            f"SPF: {len(self._encoded)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB; further ones are "
+            "encoded again each time they come. Shuffled captions and tag dropout make that many"
         )
 
     def for_batch(
-        self, captions: Sequence[str], conds: Conds, overrides: Sequence[Sequence[Target] | None] = ()
+        self, captions: Sequence[str], text: Text, overrides: Sequence[Sequence[Target] | None] = ()
     ) -> BatchText:
         """Split a batch of captions.
 
         Args:
             captions: as the host encoded them (after shuffling and dropout).
-            conds: the host's conditioning for them; gives T and the device.
+            text: the host's conditioning for them; gives T and the device.
             overrides: per sample the targets that replace the run's, or None.
         """
-        hidden = hidden_states(conds)
+        hidden = text["hidden"]
         length = hidden.shape[1]
         rows = []
         for i, caption in enumerate(captions):
@@ -219,37 +208,33 @@ class TextSide:
     def _split(self, caption: str, targets: tuple[Target, ...], length: int) -> tuple[Prompt, Spans, Spans]:
         def make() -> tuple[Prompt, Spans, Spans]:
             prompt = split(caption, targets)
-            tokenize = self.host.tokenize
-            return (
-                prompt,
-                spans(prompt, tokenize, length, full=False),
-                spans(prompt, tokenize, length, full=True),
-            )
+            find, tokenize = self.family.spans, self.host.tokenize
+            return prompt, find(prompt, tokenize, length, full=False), find(prompt, tokenize, length, full=True)
 
         return self._splits.get_or((caption, targets, length), make)
 
     @torch.no_grad()
-    def reference_conds(self, text: BatchText, like: Conds, *, text_encoder_trained: bool) -> Conds:
-        """The base prompts encoded by the untrained text encoder, in the structure, type and device of `like`.
+    def base_text(self, text: BatchText, like: Text, *, text_encoder_trained: bool) -> Text:
+        """The base prompts encoded by the untrained text encoder, in the type and on the device of `like`.
 
         Args:
             text: the batch.
             like: the host's conditioning for the full prompts.
             text_encoder_trained: if not, a caption without target needs no second encoding: its row of `like` is it.
         """
-        length = hidden_states(like).shape[1]
+        length = like["hidden"].shape[1]
         rows = []
         for i, (base, full) in enumerate(zip(text.base, text.full, strict=True)):
             if base == full and not text_encoder_trained:
-                rows.append(map_conds(partial(_row, i), like))
+                rows.append(map_text(partial(_row, i), like))
             else:
-                rows.append(self._conds.get_or((base, length), partial(self._encode, base, text.full)))
-        stacked = [map_conds(lambda c, to: c.to(to.device, to.dtype), as_type(row, like), like) for row in rows]
-        return map_conds(lambda *parts: torch.cat(parts), *stacked)
+                rows.append(self._encoded.get_or((base, length), partial(self._encode, base, text.full)))
+        cast = [map_text(lambda part, to: part.to(to.device, to.dtype), row, like) for row in rows]
+        return map_text(lambda *parts: torch.cat(parts), *cast)
 
-    def _encode(self, base: str, beside: Sequence[str]) -> Conds:
+    def _encode(self, base: str, beside: Sequence[str]) -> Text:
         with self.bypassed():
-            return map_conds(lambda c: c.detach().cpu(), self.host.encode([base], beside=beside))
+            return map_text(lambda part: part.detach().cpu(), self.host.encode([base], beside=beside))
 
     @torch.no_grad()
     def distances(self, text: BatchText) -> Tensor:
@@ -268,7 +253,7 @@ class TextSide:
 
         def make() -> Tensor:
             with self.bypassed():
-                conds = self.host.encode([phrase])
-            return pooled(conds, [1 + len(self.host.tokenize(phrase))])[0].float().cpu()
+                text = self.host.encode([phrase])
+            return vectors(text, [1 + len(self.host.tokenize(phrase))])[0].float().cpu()
 
         return self._vectors.get_or(phrase, make)

@@ -29,7 +29,8 @@ from spf_plugin.lorafile import writer
 from spf_plugin.tools import cli
 from spf_plugin.trainer import data as folders
 from spf_plugin.trainer import loop, models
-from spf_plugin.trainer.loop import Settings, train
+from spf_plugin.trainer.loop import train
+from spf_plugin.trainer.settings import Settings
 from tests import tiny
 
 HAIR = (Target("blonde hair"),)

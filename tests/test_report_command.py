@@ -27,7 +27,8 @@ from spf_plugin.errors import SPFError
 from spf_plugin.tools import cli
 from spf_plugin.tools.report import maps, metrics, models, page, prompts
 from spf_plugin.tools.report.measures import pixel_change
-from spf_plugin.trainer.loop import Settings, train
+from spf_plugin.trainer.loop import train
+from spf_plugin.trainer.settings import Settings
 from tests import onnx_files, single_file, tiny
 from tests.portraitlab.test_report import Elements
 

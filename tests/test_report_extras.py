@@ -17,7 +17,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.tools.report import extras, metrics
 from spf_plugin.tools.report.faces import Faces, likeness
 from spf_plugin.tools.report.prompts import Question
-from spf_plugin.tools.report.results import Settings, Variant
+from spf_plugin.tools.report.results import Request, Variant
 from spf_plugin.tools.report.segmentation import Segmenter, consistency, mean_iou, target_classes
 from tests import onnx_files, tiny
 
@@ -272,20 +272,20 @@ def test_lpips_by_its_formula(tmp_path: Path) -> None:
 
 
 def test_what_was_not_asked_for_is_said(tmp_path: Path) -> None:
-    found = extras.load(Settings("m", (), tmp_path), [HAIR], pytest.fail)
+    found = extras.load(Request("m", (), tmp_path), [HAIR], pytest.fail)
     assert set(found.missing) == {
         "CLIP-I, CLIP-T, KID, FID", "LPIPS", "face identity", "segmentation consistency"
     }  # fmt: skip
     assert found.missing["face identity"] == "no identity model was given (--faces)"
     with pytest.raises(SPFError, match="Give the model with --segmentation"):
-        extras.load(Settings("m", (), tmp_path, target_class="hair"), [HAIR], pytest.fail)
+        extras.load(Request("m", (), tmp_path, target_class="hair"), [HAIR], pytest.fail)
 
 
 def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cv2", "torchmetrics", "torchmetrics.image.fid", "lpips"):
         monkeypatch.setitem(sys.modules, name, None)
     said: list[str] = []
-    settings = Settings(
+    settings = Request(
         "m", (), tmp_path, seeds=tuple(range(metrics.SET_IMAGES)), clip=str(tiny.clip(tmp_path / "clip")),
         lpips="alex", faces=str(tmp_path),
     )  # fmt: skip
@@ -297,7 +297,7 @@ def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_few_images_make_no_distribution(tmp_path: Path) -> None:
-    settings = Settings("m", (), tmp_path, clip=str(tiny.clip(tmp_path / "clip")))
+    settings = Request("m", (), tmp_path, clip=str(tiny.clip(tmp_path / "clip")))
     missing = extras.load(settings, [HAIR], pytest.fail).missing
     assert missing["KID, FID"] == "2 images; they need 50 or more (prompts times seeds)"
     assert json.dumps(missing)

@@ -11,7 +11,7 @@ from portraitlab.lab import peers
 from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
 from spf_plugin import patching
-from spf_plugin.trainer.loop import Settings
+from spf_plugin.trainer.settings import Settings
 
 RANK, MIN_SNR_GAMMA = 8, 5.0
 

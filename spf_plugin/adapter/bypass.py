@@ -18,8 +18,6 @@ from torch import nn
 from spf_plugin import patching
 from spf_plugin.errors import SPFError, nearest
 
-CROSS_ATTENTION = r"_attn2_"
-
 
 def load_module(name: str) -> ModuleType:
     """Import an inner network module.
@@ -46,12 +44,13 @@ def module_for_weights(keys: Sequence[str], default: str) -> str:
     return "lycoris.kohya" if any(lycoris.search(key) for key in keys) else default
 
 
-def select(network: nn.Module, which: str) -> None:
+def select(network: nn.Module, which: str, cross_attention: str = "") -> None:
     """Keep only the chosen modules of a network that is not applied yet.
 
     Args:
         network: what the inner module's `create_network` returned.
         which: `all`, `cross_attention`, or a regular expression that is searched in the LoRA names.
+        cross_attention: the expression that `cross_attention` stands for.
 
     Raises:
         SPFError: nothing matches (with the nearest names), or the network does not list its modules.
@@ -63,7 +62,7 @@ def select(network: nn.Module, which: str) -> None:
     ]
     if "unet_loras" not in lists:
         raise SPFError(f"spf_train={which!r}: {type(network).__name__} does not list its modules; use spf_train=all")
-    pattern = re.compile(CROSS_ATTENTION if which == "cross_attention" else which)
+    pattern = re.compile(cross_attention if which == "cross_attention" else which)
     names = [lora.lora_name for name in lists for lora in getattr(network, name)]
     if not any(pattern.search(name) for name in names):
         hint = nearest(which, names, n=3) or f"; the first is {names[0]}" if names else ""

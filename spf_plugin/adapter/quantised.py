@@ -1,13 +1,13 @@
-"""The frozen UNet's linear weights in 8 or 4 bit (`spf_base`): a base that reference and response share.
+"""The frozen denoiser's linear weights in 8 or 4 bit (`spf_base`): a base that reference and response share.
 
-Only the transformers' linear layers, which are most of a large UNet: convolutions and embeddings stay as they are. A
+Only the transformers' linear layers, which are most of a large model: convolutions and embeddings stay as they are. A
 weight is made dense where it is used, in forward and again in backward, and never kept. Scales are held as bytes: a
-host casts every floating-point tensor of the UNet to its own precision, and rounded scales would be another base.
+host casts every floating-point tensor of the model to its own precision, and rounded scales would be another base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from spf_plugin.errors import SPFError
 from spf_plugin.patching import Exchange
 
-TRANSFORMER = "Transformer2DModel"  # its name in sd-scripts' UNets and in diffusers'
 NAME = "spf_weight"
 BLOCK = 64  # nf4: weights that share a scale
 # Adapters of LyCORIS that, in bypass mode, only add to the layer's output.
@@ -154,39 +153,32 @@ def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     return _Linear.apply(input, getattr(layer, NAME), layer.bias)
 
 
-def linear_layers(unet: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers of a UNet's transformers: the same that networks.lora adapts."""
-    for transformer in unet.modules():
-        if type(transformer).__name__ == TRANSFORMER:
-            yield from (module for module in transformer.modules() if type(module) is nn.Linear)
-
-
 class QuantisedBase:
-    """A UNet whose transformers' linear weights are quantised, in place; the original weights are given up.
+    """A denoiser whose linear weights are quantised, in place; the original weights are given up.
 
-    Works on whatever device a weight is on; codes move with the UNet. Must come before an adapter is applied, so that
+    Works on whatever device a weight is on; codes move with the model. Must come before an adapter is applied, so that
     what the adapter takes for the original `forward` is the quantised one.
 
     Args:
-        unet: sd-scripts' UNet or diffusers'.
+        layers: the linear layers to quantise (`Family.linear_layers`).
         kind: `int8` or `nf4`.
         device: where to quantise, one weight at a time: a GPU is faster, and older bitsandbytes needs one.
 
     Raises:
-        SPFError: the UNet has no such layers.
+        SPFError: there are none.
     """
 
-    def __init__(self, unet: nn.Module, kind: str, device: torch.device):
+    def __init__(self, layers: Iterable[nn.Linear], kind: str, device: torch.device):
         self.before = self.after = 0  # bytes
         self._exchanges: list[tuple[Exchange, QuantisedWeight]] = []
         try:
-            for layer in linear_layers(unet):
+            for layer in list(layers):
                 self._take(layer, kind, device)
         except BaseException:
             self.remove()
             raise
         if not self._exchanges:
-            raise SPFError(f"spf_base={kind}: this UNet has no linear layers in a {TRANSFORMER}; leave spf_base out.")
+            raise SPFError(f"spf_base={kind}: this model has no linear layers in a transformer; leave spf_base out.")
 
     def _take(self, layer: nn.Linear, kind: str, device: torch.device) -> None:
         weight = layer.weight

@@ -12,20 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spf_plugin.core.sfcm import layer_grid
-
 MAX_NOISE_WEIGHT = 10.0
 _EPS = 1e-8
 
 
-def _layer_weight(weight: Tensor, positions: int) -> Tensor:
-    """`W` [B, 1, h, w] on a layer's grid, as `[B, N, 1]`."""
-    size = (weight.shape[-2], weight.shape[-1])
-    resized = F.interpolate(weight, size=layer_grid(positions, size), mode="area")
+def _layer_weight(weight: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`W` [B, 1, h, w] on a layer's grid of `N` positions, as `[B, N, 1]`."""
+    resized = F.interpolate(weight, size=grid, mode="area")
     return resized.flatten(2).transpose(1, 2)
 
 
-def text_consistent(a_res: Sequence[Tensor], a_ref: Sequence[Tensor], weight: Tensor, present: Tensor) -> Tensor:
+def text_consistent(
+    a_res: Sequence[Tensor], a_ref: Sequence[Tensor], weight: Tensor, present: Tensor, grids: Sequence[tuple[int, int]]
+) -> Tensor:
     """Text-consistent loss: attention on the base phrases stays what it was, where the target does not respond.
 
     Mean over layers, positions and groups of `W (A_res - A_ref)^2`, divided per layer by the mean of `A_ref^2`.
@@ -35,37 +34,41 @@ def text_consistent(a_res: Sequence[Tensor], a_ref: Sequence[Tensor], weight: Te
         a_ref: per layer `[B, N_l, G]`; group g is the same phrase in both.
         weight: `W`, `[B, 1, h, w]`.
         present: `[B, G]`, 1 where the sample has that group.
+        grids: per layer its grid of `N_l` positions.
 
     Returns:
         `[B]`, float32.
     """
     groups = present.float().sum(dim=1).clamp_min(1)  # [B]
     total = weight.new_zeros(weight.shape[0], dtype=torch.float32)
-    for res, ref in zip(a_res, a_ref, strict=True):
+    for res, ref, grid in zip(a_res, a_ref, grids, strict=True):
         ref = ref.detach().float()
         mask = present.float()[:, None]  # [B, 1, G]
         count = groups * ref.shape[1]
         scale = (ref.square() * mask).sum(dim=(1, 2)) / count
-        error = (_layer_weight(weight, ref.shape[1]) * (res.float() - ref).square() * mask).sum(dim=(1, 2)) / count
+        error = (_layer_weight(weight, grid) * (res.float() - ref).square() * mask).sum(dim=(1, 2)) / count
         total = total + error / scale.clamp_min(_EPS)
     return total / max(len(a_ref), 1)
 
 
-def fine_grained(q_res: Sequence[Tensor], q_ref: Sequence[Tensor], weight: Tensor) -> Tensor:
+def fine_grained(
+    q_res: Sequence[Tensor], q_ref: Sequence[Tensor], weight: Tensor, grids: Sequence[tuple[int, int]]
+) -> Tensor:
     """Fine-grained loss: mean over layers of `W |Q_res - Q_ref|^2 / mean |Q_ref|^2`.
 
     Args:
         q_res: per layer `[B, N_l, C_l]`, with graph.
         q_ref: per layer `[B, N_l, C_l]`.
         weight: `W`, `[B, 1, h, w]`.
+        grids: per layer its grid of `N_l` positions.
 
     Returns:
         `[B]`, float32.
     """
     total = weight.new_zeros(weight.shape[0], dtype=torch.float32)
-    for res, ref in zip(q_res, q_ref, strict=True):
+    for res, ref, grid in zip(q_res, q_ref, grids, strict=True):
         ref = ref.detach().float()
-        error = (_layer_weight(weight, ref.shape[1]) * (res.float() - ref).square()).mean(dim=(1, 2))
+        error = (_layer_weight(weight, grid) * (res.float() - ref).square()).mean(dim=(1, 2))
         total = total + error / ref.square().mean(dim=(1, 2)).clamp_min(_EPS)
     return total / max(len(q_ref), 1)
 
@@ -106,7 +109,7 @@ def noise_weight(abar: Tensor, prediction_type: str) -> Tensor:
     """How much `output` and `base_preservation` count at a noise level: `min(max((1 - abar) / abar, 1), 10)` for noise.
 
     An error of the predicted noise is one of `(1 - abar) / abar` times its square in the clean image that it stands for
-    (`response.one_step_prediction`): what the picture becomes is decided where the noise is high, and a loss on the
+    (`schedule.one_step_prediction`): what the picture becomes is decided where the noise is high, and a loss on the
     noise alone is blind there. A velocity's error counts `1 - abar` there, which needs no weight.
 
     Args:

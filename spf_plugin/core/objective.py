@@ -1,4 +1,4 @@
-"""One step of the dual-path objective, from two captured passes to losses, map and drift. No host and no state."""
+"""One step of the dual-path objective, from two passes to losses, map and drift. No host and no state."""
 
 from __future__ import annotations
 
@@ -9,30 +9,27 @@ import torch
 from torch import Tensor
 
 from spf_plugin.core import losses, sfcm
-from spf_plugin.families.unet import Capture, Layer, group_attention
 
 
 @dataclass(frozen=True)
-class Path:
-    """What one path gave: its prediction `[B, C, h, w]`, per layer its queries `[B, N_l, C_l]` and group attention."""
+class Pass:
+    """What one pass of the denoiser gave.
+
+    Attributes:
+        eps: the prediction, `[B, C, h, w]`.
+        queries: per compared layer, `[B, N_l, C_l]`.
+        attention: per layer, on the groups of tokens, `[B, N_l, G]`.
+        grids: per layer, its grid of `N_l` positions.
+    """
 
     eps: Tensor
-    queries: list[Tensor]
-    attention: list[Tensor]
-
-    @classmethod
-    def of(cls, eps: Tensor, captured: Capture, layers: Sequence[Layer], groups: Tensor) -> Path:
-        """Group attention `[B, N_l, G]` from the captured queries and keys, for the token groups `[B, T, G]`."""
-        queries = [captured.queries[layer.name] for layer in layers]
-        attention = [
-            group_attention(q, captured.keys[layer.name], layer.heads, groups)
-            for q, layer in zip(queries, layers, strict=True)
-        ]
-        return cls(eps, queries, attention)
+    queries: Sequence[Tensor]
+    attention: Sequence[Tensor]
+    grids: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Objective:
+class Alignment:
     """The result of a step.
 
     Attributes:
@@ -53,8 +50,8 @@ class Objective:
 
 
 def dual_path(
-    reference: Path,
-    response: Path,
+    reference: Pass,
+    response: Pass,
     *,
     present: Tensor,
     weights: Tensor,
@@ -65,7 +62,7 @@ def dual_path(
     multipliers: Mapping[str, float],
     preserve_multiplier: float,
     noise_weight: Tensor,
-) -> Objective:
+) -> Alignment:
     """Compare the paths.
 
     Args:
@@ -83,7 +80,7 @@ def dual_path(
     """
     size = (response.eps.shape[-2], response.eps.shape[-1])
     with torch.no_grad():
-        maps = sfcm.mean_maps([a.detach() for a in response.attention], size)
+        maps = sfcm.mean_maps([a.detach() for a in response.attention], response.grids, size)
     m = sfcm.control_map(
         target_map_kind,
         eps_res=response.eps.detach(),
@@ -99,9 +96,11 @@ def dual_path(
     per_sample: dict[str, Tensor] = {}
     if multipliers["text_consistent"]:
         base_attention = [a[..., :-1] for a in response.attention]
-        per_sample["text_consistent"] = losses.text_consistent(base_attention, reference.attention, w, present)
+        per_sample["text_consistent"] = losses.text_consistent(
+            base_attention, reference.attention, w, present, response.grids
+        )
     if multipliers["fine_grained"]:
-        per_sample["fine_grained"] = losses.fine_grained(response.queries, reference.queries, w)
+        per_sample["fine_grained"] = losses.fine_grained(response.queries, reference.queries, w, response.grids)
     if multipliers["output"] or preserve_multiplier:
         per_sample["output"] = losses.output(response.eps, reference.eps, w)
 
@@ -123,7 +122,7 @@ def dual_path(
         counts = aligned & ~value.isnan()
         return torch.where(counts, value, torch.zeros_like(value)).sum() / counts.sum()
 
-    return Objective(
+    return Alignment(
         loss=total,
         terms={name: mean(value) for name, value in per_sample.items()},
         map=m,

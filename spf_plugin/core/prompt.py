@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 LONG_PHRASE_WORDS = 8
-CHUNK = 75  # tokens of text in one pass of CLIP's text encoder
 _CONNECTIVES = "with|wearing|wears|has|having|in|and|plus"
 _ARTICLES = "a|an|the|her|his|their|its"
 _LEAD = re.compile(rf"(?:(?:\s+|^)(?:{_CONNECTIVES}))?(?:(?:\s+|^)(?:{_ARTICLES}))?\s*$", re.IGNORECASE)
@@ -268,7 +267,7 @@ def strip_weights(text: str) -> str:
 
 @dataclass(frozen=True)
 class Spans:
-    """Token positions of one prompt, counted from 0 = BOS in the sequence that the UNet sees.
+    """Token positions of one prompt, counted from 0 in the sequence that the denoiser sees.
 
     Attributes:
         phrases: for every base phrase, its positions (the same number of phrases in base and full prompt).
@@ -281,7 +280,14 @@ class Spans:
     end: int
 
 
-def spans(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
+def spans(
+    prompt: Prompt,
+    tokenize: Callable[[str], Sequence[int]],
+    limit: int,
+    position: Callable[[int], int] = lambda token: token,
+    *,
+    full: bool,
+) -> Spans:
     """Where each phrase lies among the tokens.
 
     A piece ends where the tokenized text up to its end has that many tokens. CLIP's tokenizer cuts at spaces, and
@@ -289,18 +295,11 @@ def spans(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int,
 
     Args:
         prompt: a split caption.
-        tokenize: text -> token ids without BOS, EOS and padding.
-        length: T, the length of the sequence that the UNet sees. 77, or several 75-token chunks joined to
-            BOS + 75 n + EOS, or (sd-scripts' weighted captions up to v0.9.1) n chunks of 77 with BOS and EOS each.
-            What does not fit is cut off, as the host cuts it.
+        tokenize: text -> its token ids, without begin, end and padding.
+        limit: tokens of text that fit; the rest is cut off.
+        position: where the n-th token of the text lies in the sequence that the denoiser sees.
         full: positions in the full prompt, else in the base prompt.
     """
-    separate = length > CHUNK + 2 and length % (CHUNK + 2) == 0
-    fits = length // (CHUNK + 2) * CHUNK if separate else length - 2
-
-    def position(token: int) -> int:
-        return 1 + token + (2 * (token // CHUNK) if separate else 0)
-
     count = 1 + max((p.phrase for p in prompt.pieces), default=-1)
     phrases: list[list[int]] = [[] for _ in range(count)]
     target: list[int] = []
@@ -309,7 +308,7 @@ def spans(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int,
         if not (piece.in_full if full else piece.in_base):
             continue
         text += piece.text
-        end = min(len(tokenize(text)), fits)
+        end = min(len(tokenize(text)), limit)
         positions = [position(token) for token in range(begin, end)]
         if piece.kind is Kind.TARGET:
             target.extend(positions)

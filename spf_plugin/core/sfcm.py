@@ -45,25 +45,10 @@ def to_image(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     )
 
 
-def layer_grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid of a layer with `positions` positions in a UNet whose input is `size` latents.
-
-    Each downsampling halves with rounding up (a stride-2 convolution with padding 1); buckets need not be square.
-
-    Raises:
-        ValueError: no number of halvings gives that many positions.
-    """
-    h, w = size
-    while h * w > positions:
-        h, w = (h + 1) // 2, (w + 1) // 2
-    if h * w != positions:
-        raise ValueError(f"a cross-attention layer has {positions} positions, which no halving of {size} gives")
-    return h, w
-
-
-def mean_maps(attentions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Average the layers' group attention on the latent grid: list of `[B, N_l, G]` -> `[B, G, h, w]`."""
-    maps = [to_image(a, layer_grid(a.shape[1], size), size) for a in attentions]
+def mean_maps(attentions: Sequence[Tensor], grids: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
+    """Average the layers' group attention on the latent grid: list of `[B, N_l, G]`, each on its grid of `N_l`
+    positions, -> `[B, G, h, w]`."""
+    maps = [to_image(a, grid, size) for a, grid in zip(attentions, grids, strict=True)]
     return torch.stack(maps).mean(dim=0)
 
 

@@ -16,32 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spf_plugin.errors import SPFError
+from spf_plugin.families.latents import LatentSpace
 
-# Fitted by the ComfyUI project (comfy/latent_formats.py) for its previews: latents [4] to red, green, blue in [-1, 1].
-LINEAR = {
-    "sd": (
-        [[0.3512, 0.2297, 0.3227], [0.3250, 0.4974, 0.2350], [-0.2829, 0.1762, 0.2721], [-0.2120, -0.2616, -0.7177]],
-        [0.0, 0.0, 0.0],
-    ),
-    "sdxl": (
-        [[0.3651, 0.4232, 0.4341], [-0.2533, -0.0042, 0.1068], [0.1076, 0.1111, -0.0362], [-0.3165, -0.2492, -0.2188]],
-        [0.1084, -0.0175, -0.0011],
-    ),
-}
-TINY = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 WEIGHT, BIAS = "weight", "bias"  # tensors of a fitted linear decoder's file
-
-
-def has_known_latents(vae: Any) -> bool:
-    """Whether a VAE is, as far as its shape tells, that of SD1.x, SD2.x or SDXL, whose matrices are above."""
-    return tuple(getattr(getattr(vae, "config", None), "block_out_channels", ())) == (128, 256, 512, 512)
 
 
 class LinearDecoder(nn.Module):
     """One colour per latent: `latents @ weight + bias`, `scale` 1.
 
     Args:
-        weight: `[4, 3]`.
+        weight: `[C, 3]`.
         bias: `[3]`.
     """
 
@@ -53,6 +37,11 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.float())
         self.register_buffer("bias", bias.float())
+
+    @classmethod
+    def of(cls, space: LatentSpace) -> LinearDecoder:
+        """The published matrix of a latent space."""
+        return cls(torch.tensor(space.weight), torch.tensor(space.bias))
 
     def forward(self, latents: Tensor) -> Tensor:
         return F.conv2d(latents.float(), self.weight.t()[:, :, None, None], self.bias)
@@ -161,33 +150,39 @@ def load_tiny(name: str) -> TinyDecoder:
         ) from error
 
 
-def load(name: str, *, family: str, known_latents: bool, vae: Callable[[], VaeDecoder]) -> Decoder:
+def load(name: str, space: LatentSpace | None, vae: Any, own: Callable[[], VaeDecoder]) -> Decoder:
     """The decoder of a run.
 
     Args:
         name: `linear`, `tiny`, `vae`, `auto`, the path of a fitted matrix (.safetensors), or the folder or hub name of
             an `AutoencoderTiny`. `auto` is `linear` where the model's latents are the family's own, else `vae`: both
             are there without a download.
-        family: `sd` or `sdxl`.
-        known_latents: whether the run's VAE is (as far as its shape tells) the family's own.
-        vae: makes the decoder of the run's own VAE.
+        space: the latents of the model's family.
+        vae: the run's; if it is not that of `space`, no colours of its latents are known.
+        own: makes the decoder of the run's own VAE.
 
     Raises:
         SPFError: it cannot be loaded.
     """
+    known = space is not None and space.is_of(vae)
     if name == "auto":
-        name = "linear" if known_latents else "vae"
+        name = "linear" if known else "vae"
     if name == "vae":
-        return vae()
+        return own()
     if name == "linear":
-        if not known_latents:
+        if space is None or not known:
             raise SPFError(
                 "spf_decoder=linear has matrices for the VAEs of SD1.x, SD2.x and SDXL, and this model has another "
                 "one. Use spf_decoder=vae, or fit one: spf decoder --model MODEL --data IMAGES --out FILE.safetensors"
             )
-        weight, bias = LINEAR[family]
-        return LinearDecoder(torch.tensor(weight), torch.tensor(bias))
+        return LinearDecoder.of(space)
     path = Path(os.path.expanduser(name))
     if path.suffix == ".safetensors":
         return load_linear(path)
-    return load_tiny(TINY[family] if name == "tiny" else name)
+    if name == "tiny":
+        if space is None:
+            raise SPFError(
+                "spf_decoder=tiny knows none for this model. Name an AutoencoderTiny, or use spf_decoder=vae."
+            )
+        name = space.tiny
+    return load_tiny(name)

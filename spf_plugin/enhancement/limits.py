@@ -1,7 +1,7 @@
 """Response enhancement (method, section 4): the target shall show in what the trained model would draw.
 
-Pure functions. Symbols: `z_t` noisy latents, `abar` cumulative signal level of a timestep, `x0` the clean latents that
-one prediction stands for, `I` and `T` CLIP's image and text embeddings.
+Pure functions. Symbols: `x0` the clean latents that one prediction stands for, `I` and `T` CLIP's image and text
+embeddings.
 """
 
 from __future__ import annotations
@@ -10,37 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TIMESTEP = 600  # from here on, what one prediction shows is mostly noise
+MAX_LEVEL = 0.6  # of the noise: from here on, what one prediction shows is mostly noise
 MAX_RATIO = 0.3  # of the term's gradient to the diffusion loss's, at the prediction: one-step supervision is noisy
-MIN_SIGNAL = 1e-3  # a zero-terminal-SNR schedule ends at 0; the weight of such a sample is 0, this keeps it finite
 _EPS = 1e-6
-
-
-def one_step_prediction(noisy_latents: Tensor, prediction: Tensor, abar: Tensor, prediction_type: str) -> Tensor:
-    """`x0` from one prediction.
-
-    `epsilon`: `(z_t - sqrt(1 - abar) eps) / sqrt(abar)`; `v_prediction`: `sqrt(abar) z_t - sqrt(1 - abar) v`.
-
-    Args:
-        noisy_latents: `z_t`, `[B, C, h, w]`.
-        prediction: the UNet's output, same shape.
-        abar: `[B]`.
-        prediction_type: `epsilon` or `v_prediction`.
-
-    Returns:
-        `[B, C, h, w]`, float32.
-
-    Raises:
-        ValueError: another prediction type.
-    """
-    signal = abar.float().view(-1, 1, 1, 1)
-    z, p = noisy_latents.float(), prediction.float()
-    if prediction_type == "epsilon":
-        signal = signal.clamp_min(MIN_SIGNAL)
-        return (z - (1 - signal).sqrt() * p) / signal.sqrt()
-    if prediction_type == "v_prediction":
-        return signal.sqrt() * z - (1 - signal).sqrt() * p
-    raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spf_plugin.config import SPFConfig
-from spf_plugin.enhancement import decoders
-from spf_plugin.enhancement import limits as response
+from spf_plugin.enhancement import decoders, limits
 from spf_plugin.enhancement.clip import ClipEncoder
 from spf_plugin.enhancement.clip import load as load_clip
 from spf_plugin.enhancement.decoders import Decoder, VaeDecoder
 from spf_plugin.errors import SPFError
-from spf_plugin.text import BatchText, Cache
+from spf_plugin.families.latents import LatentSpace
+from spf_plugin.step import Step
+from spf_plugin.text import Cache
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +42,6 @@ class ImageHost(Protocol):
 
     @property
     def vae_scaling_factor(self) -> float: ...
-
-    @property
-    def family(self) -> str:
-        """`sd` or `sdxl`: whose latents."""
-        ...
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """`[1000]`; asked for during steps only."""
-        ...
-
-    @property
-    def prediction_type(self) -> str:
-        """`epsilon` or `v_prediction`."""
-        ...
 
     def clean_images(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         """`(latents [B, 4, h, w] as the UNet sees them, pixels [B, 3, H, W] in [-1, 1])`; one of them may be None."""
@@ -75,8 +61,13 @@ class Response:
     loss: Tensor
 
 
-def load(config: SPFConfig, host: ImageHost) -> Enhancement:
+def load(config: SPFConfig, host: ImageHost, space: LatentSpace | None) -> Enhancement:
     """Load what the response term needs, before training starts.
+
+    Args:
+        config: the settings.
+        host: images and VAE.
+        space: the latents of the model's family.
 
     Raises:
         SPFError: the CLIP model or the decoder is missing or broken.
@@ -84,12 +75,7 @@ def load(config: SPFConfig, host: ImageHost) -> Enhancement:
     vae = host.vae
     with torch.random.fork_rng(devices=[]):  # libraries draw initial weights before they load the real ones
         encoder = load_clip(config.clip)
-        decoder = decoders.load(
-            config.decoder,
-            family=host.family,
-            known_latents=decoders.has_known_latents(vae),
-            vae=lambda: VaeDecoder(vae, host.vae_scaling_factor),
-        )
+        decoder = decoders.load(config.decoder, space, vae, lambda: VaeDecoder(vae, host.vae_scaling_factor))
     logger.info(f"SPF: response term {config.response!r} with {encoder.name} and the {type(decoder).__name__}")
     return Enhancement(config, host, encoder, decoder)
 
@@ -99,7 +85,7 @@ class Enhancement:
 
     Args:
         config: the settings.
-        host: images, schedule and VAE.
+        host: images and VAE.
         encoder: CLIP, frozen.
         decoder: latents to pixels.
     """
@@ -110,66 +96,43 @@ class Enhancement:
         self._texts: Cache[str, Tensor] = Cache(CACHED_TEXTS)
         self._images: Cache[bytes, Tensor] = Cache(CACHED_IMAGES)
 
-    def candidates(self, timesteps: Tensor) -> Tensor:
-        """Which samples are clear enough to be looked at, `[B]` bool."""
-        return timesteps < response.MAX_TIMESTEP
-
-    def __call__(
-        self,
-        *,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        prediction: Tensor,
-        reference: Tensor,
-        text: BatchText,
-        which: Tensor,
-        control_map: Tensor,
-        batch: Any,
-    ) -> Response | None:
+    def __call__(self, step: Step, batch: Any) -> Response | None:
         """The term of a batch, or None if no sample has it or it is not finite.
 
         Args:
-            noisy_latents: `z_t`, `[B, 4, h, w]`.
-            timesteps: `[B]`.
-            prediction: of the response path, `[B, 4, h, w]`; its graph is left alone.
-            reference: of the reference path.
-            text: the batch's captions.
-            which: `[B]` bool, the samples that have the term.
-            control_map: `M`, `[B, 1, h, w]`.
+            step: both passes; the response's graph is left alone.
             batch: the host's batch.
         """
+        # The others are too noisy to be looked at.
+        which = step.shown & (step.schedule.level(step.timesteps) < limits.MAX_LEVEL).to(step.shown.device)
         chosen = which.nonzero().flatten()
         if not len(chosen):
             return None
-        device = prediction.device
-        self._move(device)
-        return self._compute(noisy_latents, timesteps, prediction, reference, text, chosen, control_map, batch)
+        self._move(step.response.eps.device)
+        return self._compute(step, chosen, batch)
 
-    def _compute(
-        self, noisy_latents: Tensor, timesteps: Tensor, prediction: Tensor, reference: Tensor, text: BatchText,
-        chosen: Tensor, control_map: Tensor, batch: Any,
-    ) -> Response | None:  # fmt: skip
-        config, kind = self.config, self.host.prediction_type
-        abar = self.host.alphas_cumprod.to(prediction.device)[timesteps.to(prediction.device)[chosen]].float()
-        z = noisy_latents[chosen]
-        prompts = [text.prompts[i] for i in chosen.tolist()]
+    def _compute(self, step: Step, chosen: Tensor, batch: Any) -> Response | None:
+        config, prediction = self.config, step.response.eps
+        timesteps = step.timesteps.to(prediction.device)[chosen]
+        abar, z = step.schedule.signal(timesteps), step.noisy_latents[chosen]
+        prompts = [step.text.prompts[i] for i in chosen.tolist()]
         with torch.enable_grad():
             leaf = prediction.detach().float().requires_grad_()
-            embedded = self._image(response.one_step_prediction(z, leaf[chosen], abar, kind))
+            embedded = self._image(step.schedule.clean(z, leaf[chosen], timesteps))
             if config.response == "anchor":
                 target = self._text([prompt.target for prompt in prompts]).to(embedded.device)
-                per_sample = response.anchor(embedded, self._data(batch, chosen).to(embedded.device), target)
+                per_sample = limits.anchor(embedded, self._data(batch, chosen).to(embedded.device), target)
             else:
                 with torch.no_grad():
-                    before = self._image(response.one_step_prediction(z, reference[chosen], abar, kind))
+                    before = self._image(step.schedule.clean(z, step.reference.eps[chosen], timesteps))
                 full, base = (
                     self._text([p.full for p in prompts]).to(embedded.device),
                     self._text([p.base for p in prompts]).to(embedded.device),
                 )
-                per_sample = response.directional(embedded, before, full, base)
+                per_sample = limits.directional(embedded, before, full, base)
             # A one-step prediction is the blurrier the noisier its input: weight it by its signal level.
             (gradient,) = torch.autograd.grad((abar * per_sample).sum() / len(prediction), leaf)
-        gradient = gradient * control_map  # it cannot pull the background along
+        gradient = gradient * step.result.map  # it cannot pull the background along
         if not torch.isfinite(gradient).all():
             self.skipped += 1
             if self.skipped == 1:

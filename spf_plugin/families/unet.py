@@ -1,128 +1,167 @@
-"""Cross-attention layers: find them, keep references to their queries and keys, turn those into maps per phrase.
+"""The UNets of SD1.x, SD2.x and SDXL: sd-scripts' own and diffusers'.
 
-The only module that knows attention modules. Works on sd-scripts' own UNets and on diffusers' UNets: both call
-`attn2.to_q` and `attn2.to_k` as modules on every attention backend (plain, sdpa, xformers, memory-efficient), so
-forward hooks on those see what the layer uses, an adapter's contribution included.
-
-Hooks only keep references. Maths inside a hook would run again when gradient checkpointing recomputes the block.
+Both call `attn2.to_q` and `attn2.to_k` as modules on every attention backend (plain, sdpa, xformers, memory-efficient),
+so hooks on those see what the layer uses, an adapter's contribution included. Both are called with noisy latents,
+timesteps and text; SDXL's pooled text is a part of `y` (sd-scripts) or `added_cond_kwargs` (diffusers).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from spf_plugin.core.prompt import Prompt, Spans
+from spf_plugin.core.schedule import Discrete, Schedule
 from spf_plugin.errors import SPFError, nearest
-from spf_plugin.patching import hooked
+from spf_plugin.families import clip_tokens, latents
+from spf_plugin.families.base import Layer, Text
+from spf_plugin.families.latents import LatentSpace
+from spf_plugin.seam import Call
+
+TRANSFORMER = "Transformer2DModel"  # its name in sd-scripts' UNets and in diffusers'
+SIZES = 6 * 256  # of sd-scripts' `y`: six numbers (sizes, crop), 256 features each, behind the pooled text
+_NOISY, _TIMESTEPS = ("sample", "x"), ("timestep", "timesteps")
+_HIDDEN, _VECTOR = ("encoder_hidden_states", "context"), ("y",)
+_ADDED, _POOLED = "added_cond_kwargs", "text_embeds"
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One cross-attention layer: its name in the UNet, its module, and how many heads it has."""
-
-    name: str
-    module: nn.Module
-    heads: int
+def _part(call: Call, position: int, names: Sequence[str]) -> Any:
+    """An argument of a call, by position or under one of its names; None where it is missing."""
+    if len(call.args) > position:
+        return call.args[position]
+    return next((call.kwargs[name] for name in names if name in call.kwargs), None)
 
 
-@dataclass
-class Capture:
-    """Queries and keys of one forward pass, by layer name: `[B, N, C]` and `[B, T, C]`, with the pass's graph."""
-
-    queries: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, Tensor] = field(default_factory=dict)
-
-
-def find_layers(unet: nn.Module, which: str) -> list[Layer]:
-    """The cross-attention layers to compare.
-
-    Args:
-        unet: sd-scripts' SD/SDXL UNet or diffusers' `UNet2DConditionModel`.
-        which: `all`; `last`, the last block of each transformer; or a regular expression that is searched in the names.
-
-    Raises:
-        SPFError: no layer at all, or none that the expression matches (with the nearest names).
-    """
-    layers = [
-        Layer(name, module, int(getattr(module, "heads", 0)))
-        for name, module in unet.named_modules()
-        if name.split(".")[-1] == "attn2" and hasattr(module, "to_q") and hasattr(module, "to_k")
-    ]
-    layers = [layer for layer in layers if layer.heads > 0]
-    if not layers:
-        raise SPFError(
-            "found no cross-attention layers (attn2 with to_q and to_k) in this UNet; SPF needs SD1.x, SD2.x or SDXL"
-        )
-    if which == "all":
-        return layers
-    if which == "last":
-        last: dict[str, Layer] = {}
-        for layer in layers:  # "...attentions.0.transformer_blocks.9.attn2": one entry per transformer, the last wins
-            last[layer.name.split(".transformer_blocks.")[0]] = layer
-        return list(last.values())
-    chosen = [layer for layer in layers if re.search(which, layer.name)]
-    if not chosen:
-        names = [layer.name for layer in layers]
-        hint = nearest(which, names, n=3) or f"; the first is {names[0]}"
-        raise SPFError(f"spf_layers={which!r} matches none of the {len(names)} cross-attention layers{hint}")
-    return chosen
+def _with_part(call: Call, position: int, names: Sequence[str], value: Any) -> Call:
+    if len(call.args) > position:
+        return Call((*call.args[:position], value, *call.args[position + 1 :]), call.kwargs)
+    name = next(name for name in names if name in call.kwargs)
+    return Call(call.args, {**call.kwargs, name: value})
 
 
-@contextmanager
-def capture(layers: Sequence[Layer]) -> Iterator[Capture]:
-    """Collect each layer's queries and keys while a forward pass runs in the block.
-
-    A recomputation during backward happens after the block, so it cannot touch what was collected.
-    """
-    found = Capture()
-
-    def keep(store: dict[str, Tensor], name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            store[name] = output
-
-        return hook
-
-    hooks: dict[nn.Module, Any] = {}
-    for layer in layers:
-        hooks[layer.module.to_q] = keep(found.queries, layer.name)  # type: ignore[index]
-        hooks[layer.module.to_k] = keep(found.keys, layer.name)  # type: ignore[index]
-    with hooked(hooks):
-        yield found
-
-
-def group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
-    """Attention probability that each position gives to each group of tokens, averaged over the heads.
-
-    Only the result is kept for backward; the probabilities `[B, heads, N, T]`, in float32 four times as large as a
-    half-precision query in SD1.5, are computed again there (docs/cost.md).
+class UNet:
+    """`spf_plugin.families.base.Family`.
 
     Args:
-        query: `[B, N, C]`.
-        key: `[B, T, C]`.
-        heads: number of heads; C is split into `heads` parts.
-        groups: `[B, T, G]`, 1 where token t belongs to group g, else 0.
-
-    Returns:
-        `[B, N, G]`, float32.
+        denoiser: the unwrapped UNet.
     """
-    if not torch.is_grad_enabled():
-        return _group_attention(query, key, heads, groups)
-    return checkpoint(_group_attention, query, key, heads, groups, use_reentrant=False, preserve_rng_state=False)
+
+    cross_attention = r"_attn2_"
+
+    def __init__(self, denoiser: nn.Module):
+        self.denoiser = denoiser
+
+    @classmethod
+    def fits(cls, denoiser: nn.Module) -> bool:
+        """Whether a model has cross-attention as these UNets have it."""
+        return next(_attention(denoiser), None) is not None
+
+    @property
+    def latents(self) -> LatentSpace:
+        added = getattr(getattr(self.denoiser, "config", None), "addition_embed_type", None)
+        return latents.SDXL if hasattr(self.denoiser, "label_emb") or added == "text_time" else latents.SD
+
+    # -- attention ------------------------------------------------------------------------------------------------
+
+    def layers(self, which: str) -> list[Layer]:
+        layers = list(_attention(self.denoiser))
+        if which == "all":
+            return layers
+        if which == "last":
+            last: dict[str, Layer] = {}
+            for layer in layers:  # "...attentions.0.transformer_blocks.9.attn2": one a transformer, the last wins
+                last[layer.name.split(".transformer_blocks.")[0]] = layer
+            return list(last.values())
+        chosen = [layer for layer in layers if re.search(which, layer.name)]
+        if not chosen:
+            names = [layer.name for layer in layers]
+            hint = nearest(which, names, n=3) or f"; the first is {names[0]}"
+            raise SPFError(f"spf_layers={which!r} matches none of the {len(names)} cross-attention layers{hint}")
+        return chosen
+
+    def tokens(self, layer: Layer, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return query, key
+
+    def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Each downsampling halves, rounding up (a stride-2 convolution with padding 1); buckets need not be square.
+
+        Raises:
+            ValueError: no number of halvings gives that many positions.
+        """
+        h, w = size
+        while h * w > positions:
+            h, w = (h + 1) // 2, (w + 1) // 2
+        if h * w != positions:
+            raise ValueError(f"a cross-attention layer has {positions} positions, which no halving of {size} gives")
+        return h, w
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def noisy_latents(self, call: Call) -> Tensor:
+        return _part(call, 0, _NOISY)
+
+    def timesteps(self, call: Call) -> Tensor:
+        return _part(call, 1, _TIMESTEPS)
+
+    def schedule(self, of_loop: Discrete | None) -> Schedule:
+        if of_loop is None:
+            raise SPFError("the training loop gives no noise schedule, and a UNet has none of its own")
+        return of_loop
+
+    def text(self, call: Call) -> Text:
+        hidden, vector = _part(call, 2, _HIDDEN), _part(call, 3, _VECTOR)
+        if isinstance(vector, Tensor):
+            return {"hidden": hidden, "pooled": vector[:, :-SIZES]}
+        added = call.kwargs.get(_ADDED) or {}
+        return {"hidden": hidden, "pooled": added[_POOLED]} if _POOLED in added else {"hidden": hidden}
+
+    def with_text(self, call: Call, text: Text) -> Call:
+        hidden, vector = _part(call, 2, _HIDDEN), _part(call, 3, _VECTOR)
+        call = _with_part(call, 2, _HIDDEN, text["hidden"].to(hidden.device, hidden.dtype))
+        if "pooled" not in text:
+            return call
+        if isinstance(vector, Tensor):
+            pooled = text["pooled"].to(vector.device, vector.dtype)
+            return _with_part(call, 3, _VECTOR, torch.cat([pooled, vector[:, pooled.shape[1] :]], dim=1))
+        added = call.kwargs[_ADDED]
+        pooled = text["pooled"].to(added[_POOLED].device, added[_POOLED].dtype)
+        return Call(call.args, {**call.kwargs, _ADDED: {**added, _POOLED: pooled}})
+
+    def prediction(self, output: Any) -> Tensor:
+        if isinstance(output, Tensor):
+            return output
+        return output[0] if isinstance(output, tuple) else output.sample
+
+    def output(self, like: Any, prediction: Tensor) -> Any:
+        if isinstance(like, Tensor):
+            return prediction
+        if isinstance(like, tuple):
+            return (prediction, *like[1:])
+        return type(like)(sample=prediction)
+
+    # -- the rest -------------------------------------------------------------------------------------------------
+
+    def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
+        return clip_tokens.spans(prompt, tokenize, length, full=full)
+
+    def before_pass(self) -> None:
+        """Nothing: no loop swaps the blocks of a UNet."""
+
+    def linear_layers(self) -> Iterator[nn.Linear]:
+        """Of the transformers: the same that networks.lora adapts, and most of a large UNet."""
+        for transformer in self.denoiser.modules():
+            if type(transformer).__name__ == TRANSFORMER:
+                yield from (module for module in transformer.modules() if type(module) is nn.Linear)
 
 
-def _group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
-    b, n, c = query.shape
-    d = c // heads
-    q = query.reshape(b, n, heads, d).transpose(1, 2)  # [B, heads, N, d]
-    k = key.reshape(b, key.shape[1], heads, d).transpose(1, 2)  # [B, heads, T, d]
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * d**-0.5  # [B, heads, N, T]
-        probability = scores.softmax(dim=-1).mean(dim=1)  # [B, N, T]
-        return torch.matmul(probability, groups.float())
+def _attention(denoiser: nn.Module) -> Iterator[Layer]:
+    """All cross-attention layers, in the model's order."""
+    for name, module in denoiser.named_modules():
+        query, key = getattr(module, "to_q", None), getattr(module, "to_k", None)
+        heads = int(getattr(module, "heads", 0))
+        if name.split(".")[-1] == "attn2" and query is not None and key is not None and heads > 0:
+            yield Layer(name, heads, query, key)

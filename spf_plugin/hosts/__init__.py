@@ -1,1 +1,1 @@
-"""Training loops that SPF can attach to: one module per host."""
+"""Training loops. `base` says what one is; the others are one loop each, and the only ones that know it."""

@@ -1,4 +1,4 @@
-"""What SPF needs of a training loop. `hosts/` has the loops that it knows."""
+"""What SPF needs of a training loop."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import nn
 
 from spf_plugin.core.prompt import Target
+from spf_plugin.core.schedule import Discrete
 from spf_plugin.enhancement.term import ImageHost
 from spf_plugin.pairs import State
 from spf_plugin.shown.watch import WatchedHost
@@ -16,12 +17,16 @@ from spf_plugin.text import TextHost
 
 
 class Host(TextHost, ImageHost, WatchedHost, Protocol):
-    """What SPF needs of a training loop. A new host is one new class with these members."""
+    """A training loop. A new one is one new class with these members; it knows nothing of its model's inside."""
 
-    trainer: (
-        Any  # has call_unet(args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype, **kw)
-    )
+    trainer: Any  # where a run's attachment is kept, as `spf`; its `generate_step_logs`, if any, gets SPF's numbers
     accelerator: Any  # has backward(loss), sync_gradients, num_processes, end_training()
+    denoiser: nn.Module  # unwrapped
+    batch: Any  # of the training step that calls the denoiser now; None in sampling and validation
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """While it is open, `batch` is kept."""
+        ...
 
     @property
     def text_encoder_trained(self) -> bool: ...
@@ -34,16 +39,17 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
         """The step at which the user lets the loop begin, whatever was resumed; None: 0, or the resumed one."""
         ...
 
+    @property
+    def noise_schedule(self) -> Discrete | None:
+        """The loop's, where its model has one to choose; asked for during steps only."""
+        ...
+
     def captions(self, batch: Any) -> list[str]:
         """The captions of a batch as they were encoded, `[B]`."""
         ...
 
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         """Per-sample targets that replace the run's, or None; may be empty."""
-        ...
-
-    def sizes(self, batch: Any) -> dict[str, Tensor]:
-        """What `call_unet` reads of a batch beside the noisy latents, each `[B, ...]`: SDXL's size conditioning."""
         ...
 
     def recomputable(self) -> AbstractContextManager[None]:

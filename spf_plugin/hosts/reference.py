@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from spf_plugin.core.prompt import Target
-from spf_plugin.text import Conds
+from spf_plugin.core.schedule import Discrete
+from spf_plugin.families.base import Text
 
 if TYPE_CHECKING:
     from spf_plugin.trainer.loop import Trainer
@@ -23,6 +25,14 @@ class ReferenceHost:
         self.trainer: Any = trainer
         self.accelerator = trainer.accelerator
         self._model = trainer.model
+        self.denoiser = trainer.model.unet
+
+    @property
+    def batch(self) -> Any:
+        return self.trainer.batch
+
+    def stepping(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the trainer keeps its batch anyway
 
     @property
     def output(self) -> Path:
@@ -55,16 +65,8 @@ class ReferenceHost:
         return float(self._model.vae.config.scaling_factor)
 
     @property
-    def family(self) -> str:
-        return "sdxl" if self._model.family == "sdxl" else "sd"
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        return self._model.alphas_cumprod
-
-    @property
-    def prediction_type(self) -> str:
-        return self._model.prediction
+    def noise_schedule(self) -> Discrete:
+        return Discrete(self._model.alphas_cumprod, self._model.prediction)
 
     def clean_images(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         return batch["latents"], None
@@ -72,11 +74,9 @@ class ReferenceHost:
     def tokenize(self, text: str) -> Sequence[int]:
         return self._model.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
-    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
-        return self._model.encode(prompts)
-
-    def sizes(self, batch: Any) -> dict[str, Tensor]:
-        return {"sizes": batch["sizes"]}
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        with torch.autocast(self.accelerator.device.type, enabled=False):  # as the captions were
+            return self._model.encode(prompts)
 
     def recomputable(self) -> AbstractContextManager[None]:
         return nullcontext()  # diffusers' gradient checkpointing is the non-reentrant kind

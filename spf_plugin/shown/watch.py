@@ -19,17 +19,15 @@ from torch import Tensor
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.core import losses, sfcm
-from spf_plugin.core.objective import Objective
-from spf_plugin.core.objective import Path as Pass
-from spf_plugin.enhancement.decoders import LINEAR, LinearDecoder, has_known_latents, load_linear
-from spf_plugin.enhancement.limits import one_step_prediction
+from spf_plugin.enhancement.decoders import LinearDecoder, load_linear
+from spf_plugin.families.latents import LatentSpace
 from spf_plugin.shown import preview
-from spf_plugin.text import BatchText
+from spf_plugin.step import Step
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 4  # shown again and again, the first that come
-CLEAR, NOISY = 250, 750  # timesteps of the pictures: below there is little to change, above little to see
+CLEAR, NOISY = 0.25, 0.75  # noise levels of the pictures: below there is little to change, above little to see
 HISTORY = 50  # logged steps that a warning looks back on
 EMPTY, FULL = 0.01, 0.9  # mean of the map where there is a target
 GROWTH = 1.5  # of the drift outside, from the older half of the history to the newer
@@ -49,15 +47,6 @@ class WatchedHost(Protocol):
 
     @property
     def vae(self) -> Any: ...
-
-    @property
-    def family(self) -> str: ...
-
-    @property
-    def alphas_cumprod(self) -> Tensor: ...
-
-    @property
-    def prediction_type(self) -> str: ...
 
 
 def concerns(history: Sequence[Row]) -> dict[str, str]:
@@ -107,11 +96,12 @@ class Watch:
 
     Args:
         config: the settings.
-        host: where the run writes, and what turns its latents into colours.
+        host: where the run writes.
+        space: the latents of the model's family, for colours.
     """
 
-    def __init__(self, config: SPFConfig, host: WatchedHost):
-        self.config, self.host = config, host
+    def __init__(self, config: SPFConfig, host: WatchedHost, space: LatentSpace | None):
+        self.config, self.host, self._space = config, host, space
         self._history: deque[Row] = deque(maxlen=HISTORY)
         self._warned: set[str] = set()
         self._due: dict[frozenset[str], int] = {}  # a shown caption's parts (they may be shuffled) -> its next step
@@ -135,76 +125,62 @@ class Watch:
 
     # -- pictures -------------------------------------------------------------------------------------------------
 
-    def show(
-        self, step: int, text: BatchText, which: Tensor, timesteps: Tensor, noisy_latents: Tensor, reference: Pass,
-        response: Pass, result: Objective,
-    ) -> None:  # fmt: skip
-        """Draw the samples of a step whose turn it is, if any.
-
-        Args:
-            step: finished optimiser steps.
-            text: the batch's captions.
-            which: `[B]` bool, the samples with a target in the response prompt.
-            timesteps: `[B]`.
-            noisy_latents: `[B, 4, h, w]`.
-            reference: the two passes,
-            response: and
-            result: what came of them.
-        """
+    def show(self, step: Step) -> None:
+        """Draw the samples of a step whose turn it is, if any."""
         if not self._drawing:
             return
         try:
-            for i, key in self._turns(step, text, which, timesteps):
-                image = preview.render(
-                    self._sample(i, step, text, timesteps, noisy_latents, reference, response, result)
-                )
-                self._due[key] = step + self.config.preview_every
+            for i, key in self._turns(step):
+                image = preview.render(self._sample(i, step))
+                self._due[key] = step.number + self.config.preview_every
                 number = list(self._due).index(key) + 1
-                self._write(f"sample{number}-step{step:08d}.png", image)
-                self._to_trackers(f"spf/sample{number}", image, step)
+                self._write(f"sample{number}-step{step.number:08d}.png", image)
+                self._to_trackers(f"spf/sample{number}", image, step.number)
         except Exception as error:  # a picture is never worth a run
             self._drawing = False
             logger.warning(f"SPF: no more pictures of this run: {type(error).__name__}: {error}")
 
-    def _turns(self, step: int, text: BatchText, which: Tensor, timesteps: Tensor) -> list[tuple[int, frozenset[str]]]:
+    def _turns(self, step: Step) -> list[tuple[int, frozenset[str]]]:
         """Samples to draw now, `(index, key)`, each caption once. Only the middle half of the noise levels: before it
         there is little to see, behind it little to change."""
         found: dict[frozenset[str], int] = {}
-        for i, prompt in enumerate(text.prompts):
+        for i, prompt in enumerate(step.text.prompts):
             key = frozenset(part.strip() for part in prompt.full.split(","))
             new = key not in self._due and len(self._due) + len(found) < SAMPLES
-            if prompt.has_target and key not in found and (new or self._due.get(key, step + 1) <= step):
+            if prompt.has_target and key not in found and (new or self._due.get(key, step.number + 1) <= step.number):
                 found[key] = i
         if not found:
             return []
-        right = (which & ((timesteps >= CLEAR) & (timesteps < NOISY)).to(which.device)).tolist()
+        level = step.schedule.level(step.timesteps)
+        right = (step.shown & ((level >= CLEAR) & (level < NOISY)).to(step.shown.device)).tolist()
         return [(i, key) for key, i in found.items() if right[i]]
 
     @torch.no_grad()
-    def _sample(
-        self, i: int, step: int, text: BatchText, timesteps: Tensor, noisy_latents: Tensor, reference: Pass,
-        response: Pass, result: Objective,
-    ) -> preview.Sample:  # fmt: skip
-        prompt, t = text.prompts[i], int(timesteps[i])
+    def _sample(self, i: int, step: Step) -> preview.Sample:
+        prompt, t = step.text.prompts[i], step.timesteps[i : i + 1].cpu()
 
         def small(tensor: Tensor) -> Tensor:
             return tensor[i : i + 1].detach().float().cpu()
 
-        z, m = small(noisy_latents), small(result.map)
-        predicted, expected = small(response.eps), small(reference.eps)
-        attention = sfcm.mean_maps([small(a) for a in response.attention], (z.shape[-2], z.shape[-1]))[0]
+        z, m = small(step.noisy_latents), small(step.result.map)
+        predicted, expected = small(step.response.eps), small(step.reference.eps)
+        attention = sfcm.mean_maps(
+            [small(a) for a in step.response.attention], step.response.grids, (z.shape[-2], z.shape[-1])
+        )[0]
         count, groups = len(prompt.phrases), attention.shape[0]
         words = attention[[groups - 1, *range(count)]]  # between them: EOS and padding, which take most everywhere
         maps = sfcm.stretch((words / words.sum(dim=0).clamp_min(1e-8))[None])[0]
-        abar = self.host.alphas_cumprod[t].float().cpu().view(1)
 
         def colours(eps: Tensor) -> Tensor:
-            return self._colours(one_step_prediction(z, eps, abar, self.host.prediction_type))
+            return self._colours(step.schedule.clean(z, eps, t))
 
         drift = [float(losses.relative_drift(predicted, expected, weight)) for weight in (m, 1 - m)]
         return preview.Sample(
             caption=prompt.full,
-            facts=f"step {step}, noise level {t} of 1000, drift inside {drift[0]:.3f}, outside {drift[1]:.3f}",
+            facts=(
+                f"step {step.number}, noise level {1000 * float(step.schedule.level(t)):.0f} of 1000, "
+                f"drift inside {drift[0]:.3f}, outside {drift[1]:.3f}"
+            ),
             base=colours(expected),
             trained=colours(predicted),
             control=m[0, 0],
@@ -218,9 +194,8 @@ class Watch:
             self._decoder_sought = True
             if self.config.decoder.endswith(".safetensors"):
                 self._decoder = load_linear(Path(self.config.decoder).expanduser())
-            elif has_known_latents(self.host.vae):
-                weight, bias = LINEAR[self.host.family]
-                self._decoder = LinearDecoder(torch.tensor(weight), torch.tensor(bias))
+            elif self._space is not None and self._space.is_of(self.host.vae):
+                self._decoder = LinearDecoder.of(self._space)
         if self._decoder is not None:
             return (self._decoder(latents)[0] / 2 + 0.5).clamp(0, 1)
         grey = latents[0].mean(dim=0, keepdim=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from spf_plugin.errors import SPFError
-from spf_plugin.text import Conds, map_conds
+from spf_plugin.families.base import Text
+from spf_plugin.text import map_text
 from spf_plugin.trainer.data import Picture, load_image
 from spf_plugin.trainer.models import BaseModel
 
@@ -26,18 +27,18 @@ class Cached:
     repeats: list[int]
     latents: Tensor
     sizes: Tensor
-    conds: dict[str, Conds]
+    text: dict[str, Text]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """`captions`, `indices`, `latents [B, 4, h, w]`, `sizes [B, 6]` and `conds` of a step."""
+        """`captions`, `indices`, `latents [B, 4, h, w]`, `sizes [B, 6]` and `text` of a step."""
         captions = [self.captions[i] for i in indices]
-        conds = map_conds(lambda *rows: torch.cat(rows).to(device), *(self.conds[caption] for caption in captions))
+        text = map_text(lambda *rows: torch.cat(rows).to(device), *(self.text[caption] for caption in captions))
         return {
             "captions": captions,
             "indices": list(indices),
             "latents": self.latents[list(indices)].to(device),
             "sizes": self.sizes[list(indices)],
-            "conds": conds,
+            "text": text,
         }
 
 
@@ -49,7 +50,7 @@ def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, s
     """
     random = torch.Generator().manual_seed(seed)
     latents, sizes, broken = [], [], []
-    conds: dict[str, Conds] = {}
+    text: dict[str, Text] = {}
     for i, picture in enumerate(pictures, 1):
         try:
             cropped = load_image(picture.path, resolution)
@@ -59,8 +60,8 @@ def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, s
         if not broken:
             latents.append(model.to_latents(cropped.pixels, random))
             sizes.append(cropped.sizes)
-            if picture.caption not in conds:
-                conds[picture.caption] = map_conds(lambda c: c.cpu(), model.encode([picture.caption]))
+            if picture.caption not in text:
+                text[picture.caption] = map_text(lambda part: part.cpu(), model.encode([picture.caption]))
         progress("encoding images", i, len(pictures), {})
     if broken:
         shown = "\n  ".join(broken[:10])
@@ -70,5 +71,5 @@ def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, s
         [p.repeats for p in pictures],
         torch.stack(latents),
         torch.tensor(sizes),
-        conds,
+        text,
     )

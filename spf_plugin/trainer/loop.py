@@ -1,4 +1,4 @@
-"""The training loop. Every step passes `Trainer.call_unet` and `accelerator.backward`, as in sd-scripts."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,133 +19,38 @@ from torch import Tensor, nn
 from spf_plugin import lora
 from spf_plugin.adapter import bypass as adapter
 from spf_plugin.adapter import quantised
-from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.reference import ReferenceHost
-from spf_plugin.text import Conds
 from spf_plugin.trainer import output
 from spf_plugin.trainer.cache import Cached, Progress, cache_data
 from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
 from spf_plugin.trainer.models import BaseModel, load
+from spf_plugin.trainer.settings import DEFAULT_NETWORK, DTYPES, PLAIN_LORA, Result, Settings
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NETWORK = "lycoris.kohya"
-# The linear layers of every transformer, as networks.lora has them. `bypass_mode` adds the low-rank path to the layer's
-# output, as networks.lora does, instead of rebuilding its weight.
-PLAIN_LORA = {"algo": "lora", "preset": "attn-mlp", "bypass_mode": "True"}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A training run. `spf=None` trains a plain LoRA; everything else is then the same, random numbers included.
-
-    Attributes:
-        model: diffusers folder, hub name or single .safetensors file.
-        data: folder of images with captions (`data.read_folder`).
-        out: the .safetensors file to write.
-        spf: SPF's settings, or None.
-        steps: optimiser steps.
-        rank: LoRA rank.
-        alpha: LoRA alpha; the rank if None.
-        learning_rate: peak of the cosine schedule (AdamW).
-        batch_size: images per step.
-        resolution: side length in pixels; the model's own if None.
-        seed: everything random follows from it.
-        mixed_precision: `no`, `fp16` or `bf16`.
-        save_precision: `fp16`, `bf16` or `fp32`.
-        gradient_checkpointing: less memory, more time.
-        min_snr_gamma: min-SNR loss weighting; 0 is off.
-        network: inner network module with kohya's `create_network`.
-        network_args: its arguments; for the default module, they change a plain LoRA.
-        save_every: also save every so many steps; 0 does not.
-        log_dir: folder for TensorBoard, or None.
-        device: `cpu`, `cuda`, or None for the best there is.
-    """
-
-    model: str
-    data: Path
-    out: Path
-    spf: SPFConfig | None = None
-    steps: int = 1000
-    rank: int = 16
-    alpha: float | None = None
-    learning_rate: float = 1e-4
-    batch_size: int = 1
-    resolution: int | None = None
-    seed: int = 0
-    mixed_precision: str = "no"
-    save_precision: str = "fp16"
-    gradient_checkpointing: bool = False
-    min_snr_gamma: float = 0.0
-    network: str = DEFAULT_NETWORK
-    network_args: Mapping[str, str] = field(default_factory=dict)
-    save_every: int = 0
-    log_dir: Path | None = None
-    device: str | None = None
-
-    @property
-    def full_network_args(self) -> dict[str, str]:
-        """The inner network's arguments with the defaults that make it a plain LoRA."""
-        return {**(PLAIN_LORA if self.network == DEFAULT_NETWORK else {}), **self.network_args}
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Attributes:
-        path: the LoRA file.
-        steps: optimiser steps that were made; fewer than planned after Ctrl-C.
-        history: one row of numbers every few steps (`step`, `loss`, `lr`, and SPF's).
-        notes: what a loader may stumble over in the file.
-    """
-
-    path: Path
-    steps: int
-    history: list[dict[str, float]]
-    notes: list[str]
-
 
 class Trainer:
-    """The two calls that a host offers, and the steps between them.
+    """The steps of a run.
 
     Args:
         settings: the run.
         model: the base model, on its device.
         accelerator: accelerate's.
-        show: where SPF puts its numbers.
     """
 
     def __init__(self, settings: Settings, model: BaseModel, accelerator: Any):
         self.settings, self.model, self.accelerator = settings, model, accelerator
         self.shown: dict[str, float] = {}
+        self.batch: Mapping[str, Any] | None = None
         self.weight_dtype = DTYPES[settings.mixed_precision]
 
-    def call_unet(
-        self,
-        args: Settings,
-        accelerator: Any,
-        unet: nn.Module,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        text_conds: Conds,
-        batch: Mapping[str, Any],
-        weight_dtype: torch.dtype,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The UNet's prediction, `[B, 4, h, w]`."""
-        extra = {}
-        hidden = text_conds
-        if not isinstance(text_conds, Tensor):
-            hidden, pooled = text_conds
-            extra["added_cond_kwargs"] = {
-                "text_embeds": pooled,
-                "time_ids": batch["sizes"].to(pooled.device, torch.float32),
-            }
-        with accelerator.autocast():
-            return unet(noisy_latents.to(weight_dtype), timesteps, encoder_hidden_states=hidden, **extra).sample
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The UNet's prediction for the present batch, `[B, 4, h, w]`."""
+        assert self.batch is not None
+        call = self.model.call(noisy_latents.to(self.weight_dtype), timesteps, self.batch["text"], self.batch["sizes"])
+        with self.accelerator.autocast():
+            return call.on(self.model.unet).sample
 
     def generate_step_logs(self, loss: float, learning_rate: float) -> dict[str, float]:
         """The numbers of a step."""
@@ -175,7 +79,7 @@ class Trainer:
         """All steps, or as many as were made until `stopped()`. Returns their number and the history."""
         from diffusers.optimization import get_cosine_schedule_with_warmup
 
-        settings, accelerator, unet = self.settings, self.accelerator, self.model.unet
+        settings, accelerator = self.settings, self.accelerator
         parameters = [p for p in network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
         optimizer = accelerator.prepare(optimizer)
@@ -195,9 +99,8 @@ class Trainer:
             alpha_bar = alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
             noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
-            prediction = self.call_unet(
-                settings, accelerator, unet, noisy, timesteps, batch["conds"], batch, self.weight_dtype
-            )
+            self.batch = batch
+            prediction = self.predict(noisy, timesteps)
             loss = self.loss(prediction, latents, noise, timesteps)
             accelerator.backward(loss)
             value = float(loss.detach())  # after SPF, whose second step of a pair has no loss of its own to show
@@ -250,7 +153,7 @@ def _silent(*_: Any) -> None:
     pass
 
 
-Objective = Callable[[nn.Module, Trainer], Callable[[], None]]
+Attach = Callable[[nn.Module, Trainer], Callable[[], None]]
 """Attaches to a network that is created and not applied yet, and to its trainer; returns what detaches it."""
 
 
@@ -258,7 +161,7 @@ def train(
     settings: Settings,
     progress: Progress = _silent,
     warn: Callable[[str], None] = logger.warning,
-    objective: Objective | None = None,
+    attach: Attach | None = None,
 ) -> Result:
     """Train a LoRA and save it.
 
@@ -268,7 +171,7 @@ def train(
         settings: the run.
         progress: called while images are encoded and after every step.
         warn: receives what the user should know and nothing stops for.
-        objective: another objective, through the same two calls; with `settings.spf` too, around SPF's.
+        attach: another objective, at the same seam; with `settings.spf` too, around SPF's.
 
     Raises:
         SPFError: bad input, found before training where it can be; existing files are left alone.
@@ -308,9 +211,9 @@ def train(
     attached = contextlib.ExitStack()
     try:
         if settings.spf is not None:
-            attached.callback(lora.attach(network, ReferenceHost(trainer), settings.spf, model.unet).spf.close)  # type: ignore
-        if objective is not None:
-            attached.callback(objective(network, trainer))
+            attached.callback(lora.attach(network, ReferenceHost(trainer), settings.spf).spf.close)  # type: ignore
+        if attach is not None:
+            attached.callback(attach(network, trainer))
         network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
         model.unet.to(accelerator.device)  # not before: `spf_base` has made it smaller
         network.to(accelerator.device).requires_grad_(True).train()
@@ -336,7 +239,7 @@ def train(
             if steps < settings.steps and path.exists():
                 path = numbered(path, steps)
             notes = write(path, steps, card=True)
-        attached.close()  # the last one first; SPF's own end would take its patches away from below the objective's
+        attached.close()  # the last one first; SPF's own end would take its patches away from below the other's
         accelerator.end_training()
     except torch.cuda.OutOfMemoryError as error:
         raise SPFError(

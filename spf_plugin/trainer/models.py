@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spf_plugin.errors import SPFError
-from spf_plugin.text import Conds
+from spf_plugin.families.base import Text
+from spf_plugin.seam import Call
 
 FAMILIES = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
 SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL"
@@ -53,8 +54,8 @@ class BaseModel:
         return int(self.unet.config.sample_size) * self.latent_scale
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conds:
-        """What the UNet's cross-attention gets: `[B, 77, E]`; for SDXL `[that, pooled [B, E2]]`."""
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """What the UNet's cross-attention gets: `hidden` `[B, 77, E]`; for SDXL also `pooled` `[B, E2]`."""
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
@@ -67,8 +68,24 @@ class BaseModel:
             else:
                 hidden.append(encoder(ids)[0])
         if pooled is None:
-            return hidden[0]
-        return [torch.cat(hidden, dim=-1), pooled]
+            return {"hidden": hidden[0]}
+        return {"hidden": torch.cat(hidden, dim=-1), "pooled": pooled}
+
+    def call(self, noisy_latents: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Call:
+        """A call of the UNet.
+
+        Args:
+            noisy_latents: `[B, 4, h, w]`.
+            timesteps: `[B]`.
+            text: as `encode` gives it.
+            sizes: SDXL's size conditioning, `[B, 6]`: original height and width, crop top and left, target height and
+                width.
+        """
+        kwargs: dict[str, Any] = {"encoder_hidden_states": text["hidden"]}
+        if "pooled" in text:
+            pooled = text["pooled"]
+            kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.to(pooled.device, torch.float32)}
+        return Call((noisy_latents, timesteps), kwargs)
 
     @torch.no_grad()
     def to_latents(self, pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -38,25 +38,24 @@ def create_network(
     if name == "kill_resuming":
         frame.f_locals["accelerator"].register_load_state_pre_hook(_killed)
 
-    predict = trainer.call_unet
+    def before(_: nn.Module, call: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        counted["steps"] += 1
+        if counted["steps"] == at:
+            if name == "kill_step":
+                _killed()
+            elif name == "nan":
+                return (call[0] * float("nan"), *call[1:])
+            elif name == "spoil_image":
+                for image in Path(args.train_data_dir).rglob("*.png"):
+                    image.write_bytes(b"no image any more")
+            elif name == "delete_captions":
+                for caption in Path(args.train_data_dir).rglob("*.txt"):
+                    caption.unlink()
+        return None
 
-    def call_unet(args_: Any, accelerator: Any, model: nn.Module, noisy: torch.Tensor, *rest: Any, **k: Any) -> Any:
-        if torch.is_grad_enabled():
-            counted["steps"] += 1
-            if counted["steps"] == at:
-                if name == "kill_step":
-                    _killed()
-                elif name == "nan":
-                    noisy = noisy * float("nan")
-                elif name == "spoil_image":
-                    for image in Path(args.train_data_dir).rglob("*.png"):
-                        image.write_bytes(b"no image any more")
-                elif name == "delete_captions":
-                    for caption in Path(args.train_data_dir).rglob("*.txt"):
-                        caption.unlink()
-        return predict(args_, accelerator, model, noisy, *rest, **k)
-
-    trainer.call_unet = call_unet  # below SPF, which wraps it when the network is applied
+    unet.register_forward_pre_hook(before)
 
     replace: Callable[..., None] = os.replace
 

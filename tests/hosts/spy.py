@@ -18,8 +18,9 @@ from torch import nn
 
 from spf_plugin import lora
 from spf_plugin.adapter.quantised import QuantisedBase
+from spf_plugin.families.known import find
+from spf_plugin.families.unet import SIZES
 from spf_plugin.hosts.kohya.frames import training_frame
-from spf_plugin.hosts.kohya.loop import SIZES
 
 
 def size(model: nn.Module) -> int:
@@ -33,35 +34,37 @@ def create_network(
     before = size(pristine)
     frame = training_frame()
     assert frame is not None
-    trainer, output = frame.f_locals["self"], Path(frame.f_locals["args"].output_dir)
+    output = Path(frame.f_locals["args"].output_dir)
     if kwargs.get("spf_base", "off") != "off":
-        QuantisedBase(pristine, kwargs["spf_base"], frame.f_locals["accelerator"].device)
-    original, seen = trainer.call_unet, []
-    is_sdxl = bool(getattr(trainer, "is_sdxl", False))
+        QuantisedBase(find(pristine).linear_layers(), kwargs["spf_base"], frame.f_locals["accelerator"].device)
     network = lora.create_network(multiplier, dim, alpha, vae, text_encoder, unet, **kwargs)
+    host, family = network.spf.host, network.spf.family  # type: ignore[union-attr]
+    seen: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
 
-    def call_unet(args: Any, accelerator: Any, model: nn.Module, *rest: Any, **kw: Any) -> torch.Tensor:
-        prediction = original(args, accelerator, model, *rest, **kw)
-        shown = [rest[0], rest[1], *(rest[3][name] for name in SIZES if is_sdxl)]
+    def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output_: Any) -> None:
+        if host.batch is None:
+            return
+        prediction = family.prediction(output_)
+        shown = [args[0], args[1], *(vector[:, -SIZES:] for vector in args[3:4] if isinstance(vector, torch.Tensor))]
         if torch.is_grad_enabled():
             if seen and "response" not in seen[-1]:
-                seen[-1]["response"] = float((prediction.detach() - call_unet.reference).abs().max())
-                seen[-1]["shape"] = list(rest[0].shape)
+                seen[-1]["response"] = float((prediction.detach() - last["reference"]).abs().max())
+                seen[-1]["shape"] = list(args[0].shape)
             elif seen:
-                seen[-1]["repeats"] = all(torch.equal(a, b) for a, b in zip(shown, call_unet.shown, strict=True))
-            call_unet.shown = [tensor.detach().clone() for tensor in shown]
+                seen[-1]["repeats"] = all(torch.equal(a, b) for a, b in zip(shown, last["shown"], strict=True))
+            last["shown"] = [tensor.detach().clone() for tensor in shown]
         else:
             like = next(model.parameters())
             pristine.train(model.training).to(like.device, like.dtype)
-            base = original(args, accelerator, pristine, *rest, **kw)
-            seen.append({"equal": bool(torch.equal(base, prediction))})
+            base = family.prediction(pristine(*args, **kwargs))
+            seen.append({"equal": bool(torch.equal(base.float(), prediction.float()))})
             if len(seen) == 1:
                 seen[0]["bytes"] = [before, size(model)]
-            call_unet.reference = prediction
+            last["reference"] = prediction
         (output / "spy.json").write_text(json.dumps(seen))
-        return prediction
 
-    trainer.call_unet = call_unet  # below SPF, which wraps it when the network is applied
+    unet.register_forward_hook(hook, with_kwargs=True)  # before SPF's, so of what the model itself gives
     return network
 
 

@@ -20,7 +20,8 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import sidecars
 from spf_plugin.tools import cli
-from spf_plugin.trainer.loop import Result, Settings, numbered, train
+from spf_plugin.trainer.loop import numbered, train
+from spf_plugin.trainer.settings import Result, Settings
 from tests import tiny
 from tests.lorafile import helpers as h
 
@@ -33,7 +34,8 @@ SCRIPT = (
 torch.set_num_threads(1)
 from pathlib import Path
 from spf_plugin.config import parse
-from spf_plugin.trainer.loop import Settings, train
+from spf_plugin.trainer.loop import train
+from spf_plugin.trainer.settings import Settings
 folder = Path(sys.argv[2])
 config = parse({"spf_target": "blonde hair", "spf_log_every": 1})
 result = train(Settings(str(folder / "model"), folder / "images", folder / "networks.lora.safetensors", config,

@@ -52,7 +52,8 @@ import logging, sys
 from pathlib import Path
 import lycoris.kohya
 from spf_plugin.config import parse
-from spf_plugin.trainer.loop import Settings, train
+from spf_plugin.trainer.loop import train
+from spf_plugin.trainer.settings import Settings
 from tests.lorafile import helpers as h
 logging.disable(logging.WARNING)
 folder = Path(sys.argv[1])

@@ -19,7 +19,8 @@ from portraitlab.report.figures import drift_curves, trade_off
 from portraitlab.report.maps import separation
 from spf_plugin.core.prompt import Target
 from spf_plugin.tools.report import figures, maps, page
-from spf_plugin.trainer.loop import Settings, train
+from spf_plugin.trainer.loop import train
+from spf_plugin.trainer.settings import Settings
 from tests import tiny
 
 CAPTION = "a woman, green shirt, street, blonde hair"

@@ -1,12 +1,11 @@
 """The training loop of sd-scripts, as `spf_plugin.hosts.base.Host`.
 
-Supported loops: the monolithic one (v0.8.7 to v0.9.1) and `process_batch` (2025 branches, v0.10.x), for SD1.x, SD2.x
-and SDXL. In both, every training step passes `trainer.call_unet(...)` and `accelerator.backward(loss)`.
+Supported loops: the monolithic one (v0.8.7 to v0.9.1), whose steps pass `trainer.call_unet(...)`, and `process_batch`
+(2025 branches, v0.10 on), for SD1.x, SD2.x and SDXL. Both end in `accelerator.backward(loss)`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,27 +13,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from spf_plugin import patching
 from spf_plugin.adapter import quantised
 from spf_plugin.config import SPFConfig, split_network_args
-from spf_plugin.core.prompt import Target, parse_targets, split, strip_weights
+from spf_plugin.core.prompt import Target, parse_targets, split
+from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
+from spf_plugin.families.base import Text
 from spf_plugin.hosts.kohya.captions import prompts
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
 from spf_plugin.hosts.kohya.rules import SUPPORTED, trainer_problem, unwritable
+from spf_plugin.hosts.kohya.state import register
+from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.pairs import State
-from spf_plugin.text import Conds
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NETWORK = "networks.lora"
-STATE_FILE = "spf_state.json"
-PAIR_FILE = "spf_pair.safetensors"  # beside it, where a pair waits for its second step
-SIZES = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
-HOST_STATE_FILE = "train_state.json"
 CUSTOM_TARGET = "spf_target"
 TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
 
@@ -49,22 +46,22 @@ class KohyaHost:
     running = True  # else the run is only looked at, and nothing may be touched
     WANTED = ("self", "args", "train_dataset_group", "accelerator", "tokenizers", "weight_dtype")
 
-    def __init__(self, names: Mapping[str, Any], text_encoders: Sequence[Any], vae: Any = None):
+    def __init__(self, names: Mapping[str, Any], text_encoders: Sequence[Any], vae: Any = None, denoiser: Any = None):
         """`names` are variables of the training function, of which `WANTED` are read; the first three must be there."""
-        self.vae = vae
+        self.vae, self.denoiser = vae, denoiser
+        self.batch: Any = None  # of the training step that is predicted now
         self.trainer = names["self"]
         self.args = names["args"]
         self.accelerator: Any = names.get("accelerator")
-        self.text_encoders = list(text_encoders)
         self._dataset = names["train_dataset_group"]
-        self._tokenizers = names.get("tokenizers")
         self._progress_bar_seen = False
         self._postfix: dict[str, float] = {}
-        self._scheduler: Any = None  # made after the network: looked for at the first step
-        self.weight_dtype = names.get("weight_dtype")
+        self._text = TextEncoding(
+            self.trainer, self.args, self.accelerator, text_encoders, names.get("tokenizers"), names.get("weight_dtype")
+        )
 
     @classmethod
-    def find(cls, text_encoder: Any, vae: Any = None) -> KohyaHost:
+    def find(cls, text_encoder: Any, vae: Any = None, denoiser: Any = None) -> KohyaHost:
         """The trainer that is calling `create_network` now."""
         frame = training_frame()
         if frame is None:
@@ -77,7 +74,7 @@ class KohyaHost:
         if problem:
             raise SPFError(problem)
         encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
-        host = cls(names, encoders, vae)
+        host = cls(names, encoders, vae, denoiser)
         if host.accelerator is None or not hasattr(host.accelerator, "register_save_state_pre_hook"):
             raise SPFError(f"{type(host.trainer).__name__} has no accelerator at this point. {SUPPORTED}")
         return host
@@ -249,125 +246,43 @@ class KohyaHost:
     # -- images ---------------------------------------------------------------------------------------------------
 
     @property
-    def family(self) -> str:
-        return "sdxl" if self.is_sdxl else "sd"
-
-    @property
     def vae_scaling_factor(self) -> float:
         return float(self.trainer.vae_scale_factor)
 
     @property
-    def prediction_type(self) -> str:
-        return "v_prediction" if self.args.v_parameterization else "epsilon"
-
-    @property
-    def alphas_cumprod(self) -> Any:
-        """The noise schedule of the loop that is calling, zero-terminal-SNR changes included."""
-        if self._scheduler is None:
-            self._scheduler = callers_variable("noise_scheduler")
-            if self._scheduler is None:
-                raise SPFError(f"found no noise_scheduler among the callers. {SUPPORTED}")
-        return self._scheduler.alphas_cumprod
+    def noise_schedule(self) -> Discrete:
+        """Of the loop that is calling, zero-terminal-SNR changes included."""
+        scheduler = callers_variable("noise_scheduler")  # made after the network
+        if scheduler is None:
+            raise SPFError(f"found no noise_scheduler among the callers. {SUPPORTED}")
+        return Discrete(scheduler.alphas_cumprod, "v_prediction" if self.args.v_parameterization else "epsilon")
 
     def clean_images(self, batch: Any) -> tuple[Any, Any]:
         latents, pixels = batch.get("latents"), batch.get("images")
         return (None if latents is None else latents * self.vae_scaling_factor), pixels
 
-    # -- text -----------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizers(self) -> list[Any]:
-        if self.is_new:
-            from library.strategy_base import TokenizeStrategy
-
-            return list(self.trainer.get_tokenizers(TokenizeStrategy.get_strategy()))
-        tokenizers = self._tokenizers
-        return list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
-
-    def tokenize(self, text: str) -> Sequence[int]:
-        if self.args.weighted_captions:
-            text = strip_weights(text)
-        return self.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-
-    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
-        with self._threads():
-            return self._encode(prompts, beside)
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Half of the machine's processors while text encoders compute on the CPU and everything else on a GPU.
-
-        The host leaves them there when their outputs are cached, and accelerate launch gives a process one thread.
-        """
-        import torch
-
-        waiting = self.accelerator.device.type != "cpu" and self.text_encoders[0].device.type == "cpu"
-        before = torch.get_num_threads()
-        if waiting:
-            torch.set_num_threads(max(before, (os.cpu_count() or 1) // (2 * self.accelerator.num_processes)))
-        try:
-            yield
-        finally:
-            if waiting:
-                torch.set_num_threads(before)
-
-    def _encode(self, prompts: Sequence[str], beside: Sequence[str]) -> Conds:
-        if self.is_new:
-            return self._encode_new(list(prompts))
-        if self.args.weighted_captions:
-            from library.custom_train_functions import get_weighted_text_embeddings
-
-            chunks = self.args.max_token_length // 75 if self.args.max_token_length else 1
-            everything = get_weighted_text_embeddings(
-                self.tokenizers[0],
-                self.text_encoders[0],
-                [*prompts, *beside],
-                self.text_encoders[0].device,
-                chunks,
-                clip_skip=self.args.clip_skip,
-            )
-            return everything[: len(prompts)]
-        return self._encode_old(list(prompts))
-
-    def _encode_new(self, prompts: list[str]) -> Conds:
-        from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
-
-        tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
-        models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, self.text_encoders)
-        if self.args.weighted_captions:
-            ids, weights = tokenizing.tokenize_with_weights(prompts)
-            return encoding.encode_tokens_with_weights(tokenizing, models, ids, weights)
-        return encoding.encode_tokens(tokenizing, models, tokenizing.tokenize(prompts))
-
-    def _encode_old(self, prompts: list[str]) -> Conds:
-        import torch
-        from library import train_util
-
-        # The data set's own method, without a data set: it uses nothing of it but this length.
-        length = self.args.max_token_length + 2 if self.args.max_token_length else self.tokenizers[0].model_max_length
-        maker = SimpleNamespace(tokenizer_max_length=length)
-        ids = [
-            torch.stack([train_util.BaseDataset.get_input_ids(maker, prompt, tokenizer) for prompt in prompts]).to(
-                encoder.device
-            )
-            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
-        ]
-        dtype = self.weight_dtype
-        if not self.is_sdxl:
-            return train_util.get_hidden_states(self.args, ids[0], self.tokenizers[0], self.text_encoders[0], dtype)
-        return train_util.get_hidden_states_sdxl(
-            self.args.max_token_length,
-            *ids,
-            *self.tokenizers,
-            *self.text_encoders,
-            dtype if self.args.full_fp16 else None,
-            accelerator=self.accelerator,
-        )
-
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def sizes(self, batch: Any) -> dict[str, Any]:
-        return {name: batch[name] for name in SIZES if batch.get(name) is not None} if self.is_sdxl else {}
+    def tokenize(self, text: str) -> Sequence[int]:
+        return self._text.tokenize(text)
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        return self._text.encode(prompts, beside)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        name, position = ("process_batch", 0) if self.is_new else ("call_unet", 6)
+        original = getattr(self.trainer, name)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.batch = args[position] if kwargs.get("is_train", True) else None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.batch = None
+
+        with patching.patched(self.trainer, name, step):
+            yield
 
     def recomputable(self) -> AbstractContextManager[None]:
         """Non-reentrant checkpointing for this pass: in a reentrant block, what a hook collects has no graph.
@@ -397,35 +312,4 @@ class KohyaHost:
                 bar.set_postfix = set_postfix  # the bar belongs to this run and ends with it: nothing to put back
 
     def on_save_state(self, state: Callable[[], State], load: Callable[[State], None]) -> None:
-        from safetensors import SafetensorError  # type: ignore[attr-defined]
-        from safetensors.torch import load_file, save_file
-
-        def save_hook(_models: Any, _weights: Any, output_dir: str) -> None:
-            if self.accelerator.is_main_process:
-                kept, folder = state(), Path(output_dir)
-                if kept.tensors:
-                    partial = folder / (PAIR_FILE + ".partial")
-                    save_file(dict(kept.tensors), partial)
-                    os.replace(partial, folder / PAIR_FILE)
-                partial = folder / (STATE_FILE + ".partial")
-                partial.write_text(json.dumps(kept.values), encoding="utf-8")
-                os.replace(partial, folder / STATE_FILE)
-
-        def load_hook(_models: Any, input_dir: str) -> None:
-            ours, theirs = Path(input_dir) / STATE_FILE, Path(input_dir) / HOST_STATE_FILE
-            if ours.is_file():
-                pair = Path(input_dir) / PAIR_FILE
-                try:
-                    values = json.loads(ours.read_text(encoding="utf-8"))
-                    # Every process goes on with the main one's pair: they alternate together.
-                    load(State(values, load_file(pair) if "pair" in values and pair.is_file() else {}))
-                except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-                    raise SPFError(
-                        f"{ours} is damaged ({type(error).__name__}: {error}). Delete it, and the run goes on from the "
-                        "host's own step."
-                    ) from error
-            elif theirs.is_file():  # saved by a run without SPF
-                load(State({"step": json.loads(theirs.read_text(encoding="utf-8"))["current_step"]}))
-
-        self.accelerator.register_save_state_pre_hook(save_hook)
-        self.accelerator.register_load_state_pre_hook(load_hook)
+        register(self.accelerator, state, load)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, spans, split
+from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, split
+from spf_plugin.families.clip_tokens import spans
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
 from spf_plugin.tools.check.spelling import near_misses

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from spf_plugin.core.prompt import CHUNK, strip_weights
+from spf_plugin.core.prompt import strip_weights
+from spf_plugin.families.clip_tokens import CHUNK
 
 _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
 _LETTERS_PER_TOKEN = 7  # long words are several tokens

@@ -108,11 +108,11 @@ def report(
         given = list(prompt or [])
         with console.status("starting"):
             from spf_plugin.tools.report.prompts import read_file
-            from spf_plugin.tools.report.results import Settings
+            from spf_plugin.tools.report.results import Request
             from spf_plugin.tools.report.run import run
         if prompts is not None:
             given += read_file(prompts.expanduser())
-        settings = Settings(
+        settings = Request(
             model=model,
             loras=tuple(path.expanduser() for path in (lora, lora2) if path is not None),
             out=(out or Path(f"report-{lora.stem}")).expanduser(),

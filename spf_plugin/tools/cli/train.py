@@ -114,8 +114,8 @@ def train(
         config = spf_settings(target, spf or [], plain, network, data)
         arguments = key_values(network_arg or [], "--network-arg")
         with console.status("starting"):
-            from spf_plugin.trainer.loop import Settings
             from spf_plugin.trainer.loop import train as run
+            from spf_plugin.trainer.settings import Settings
         settings = Settings(
             model=model,
             data=data.expanduser(),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spf_plugin.tools.report import figures, page
 from spf_plugin.tools.report.measures import drift_at
 from spf_plugin.tools.report.models import short
-from spf_plugin.tools.report.results import Result, Row, Settings, Variant
+from spf_plugin.tools.report.results import Request, Result, Row, Variant
 
 IN_HERO = 4  # columns
 MAPPED = 2  # prompts whose maps are shown
@@ -20,7 +20,7 @@ PHRASE_COLUMNS = 8
 MISSING = "–"
 
 
-def command_of(settings: Settings) -> str:
+def command_of(settings: Request) -> str:
     """The command that makes this page again."""
     words = ["spf", "report", "--model", settings.model]
     for option, lora in zip(("--lora", "--lora2"), settings.loras, strict=False):
@@ -30,7 +30,7 @@ def command_of(settings: Settings) -> str:
     words += ["--target", settings.target] if settings.target else []
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--out", settings.out.as_posix()]
-    defaults = Settings(settings.model, settings.loras, settings.out)
+    defaults = Request(settings.model, settings.loras, settings.out)
     given = ("size", "weight", "batch", "device", "dtype", "clip", "lpips", "faces", "segmentation", "target_class")
     for option in given:
         value = getattr(settings, option)
@@ -226,7 +226,7 @@ def drift_part(result: Result) -> tuple[dict[str, Any], bytes]:
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
-    """Settings, versions, seeds and hashes."""
+    """Request, versions, seeds and hashes."""
     hashes = [(f"sha256 of {name}", digest) for name, digest in result.hashes.items()]
     notes = [("note", note) for note in result.notes]
     return [*notes, ("prompts", result.source), *result.facts, *hashes]

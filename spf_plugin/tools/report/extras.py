@@ -11,7 +11,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.tools.report import metrics
 from spf_plugin.tools.report.faces import Faces
 from spf_plugin.tools.report.prompts import Question
-from spf_plugin.tools.report.results import Row, Settings, Variant
+from spf_plugin.tools.report.results import Request, Row, Variant
 from spf_plugin.tools.report.segmentation import Segmenter, target_classes
 
 Show = Callable[[str, int, int], None]
@@ -38,7 +38,7 @@ class Extras:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def load(settings: Settings, questions: list[Question], warn: Callable[[str], None]) -> Extras:
+def load(settings: Request, questions: list[Question], warn: Callable[[str], None]) -> Extras:
     """Everything that shall measure, on the CPU; before anything is drawn, so that a wrong path costs no time.
 
     A library that cannot be imported leaves its measure out, with a warning.

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from spf_plugin.core import sfcm
 from spf_plugin.core.losses import relative_drift
-from spf_plugin.core.objective import Path
+from spf_plugin.core.objective import Pass
 from spf_plugin.core.prompt import Target
-from spf_plugin.families.unet import capture, find_layers
-from spf_plugin.text import Conds, TextSide, map_conds
+from spf_plugin.families.base import Text
+from spf_plugin.families.known import find
+from spf_plugin.probe import capture, pass_of
+from spf_plugin.text import TextSide, map_text
 from spf_plugin.trainer.models import BaseModel, from_pipeline
 
 Map = NDArray[np.float32]
@@ -108,40 +110,38 @@ def explain(
         timesteps: noise levels, 0 to 999.
         kinds: maps to make, see `spf_plugin.core.sfcm.control_map`.
         gain: brightness of the map.
-        layers: cross-attention layers, see `spf_plugin.families.unet.find_layers`.
+        layers: cross-attention layers, see `spf_plugin.families.base.Family.layers`.
         draws: noise samples per timestep; the maps are their mean.
         seed: of the noise.
     """
     model = from_pipeline(pipeline)
     unet, device = pipeline.unet, pipeline.device
-    probed = find_layers(unet, layers)
-    side = TextSide(_Text(model), (target,), lambda: _without_lora(pipeline))
-    conds = model.encode([caption])
-    text = side.for_batch([caption], conds)
+    family = find(unet)
+    probed = family.layers(layers)
+    side = TextSide(_Text(model), family, (target,), lambda: _without_lora(pipeline))
+    trained_text = model.encode([caption])
+    text = side.for_batch([caption], trained_text)
     with _without_lora(pipeline):  # the text encoder may have been trained too
-        reference_conds, words_conds = model.encode(text.base), model.encode(text.full)
-    base_conds = model.encode(text.base)
+        reference_text, words_text = model.encode(text.base), model.encode(text.full)
+    base_text = model.encode(text.base)
     weights = side.distances(text)
     random = torch.Generator().manual_seed(seed)
     pixels = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
     latents = model.to_latents(pixels, random)[None].expand(draws, -1, -1, -1)
     noise = torch.randn(latents.shape, generator=random)
 
-    def predict(step: int, conditioning: Conds) -> torch.Tensor:
+    sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]]).expand(draws, -1)
+
+    def predict(step: int, conditioning: Text) -> Any:
         alpha_bar = model.alphas_cumprod[step]
         noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device, unet.dtype)
-        conditioning = map_conds(lambda c: c.expand(draws, *c.shape[1:]), conditioning)
-        if model.family != "sdxl":
-            return unet(noisy, step, encoder_hidden_states=conditioning).sample
-        hidden, pooled = conditioning
-        sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]], device=device, dtype=unet.dtype)
-        added = {"text_embeds": pooled, "time_ids": sizes.expand(draws, -1)}
-        return unet(noisy, step, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
+        conditioning = map_text(lambda part: part.expand(draws, *part.shape[1:]), conditioning)
+        return model.call(noisy, torch.full((draws,), step, device=device), conditioning, sizes).on(unet)
 
-    def path(step: int, conditioning: Conds, groups: torch.Tensor) -> Path:
+    def made(step: int, conditioning: Text, groups: torch.Tensor) -> Pass:
         with capture(probed) as seen:
-            eps = predict(step, conditioning)
-        return Path.of(eps, seen, probed, groups.expand(draws, -1, -1))
+            output = predict(step, conditioning)
+        return pass_of(family, probed, output, seen, groups.expand(draws, -1, -1))
 
     control: dict[str, dict[int, Map]] = {kind: {} for kind in kinds}
     drift: dict[int, Drift] = {}
@@ -149,11 +149,11 @@ def explain(
     middle = timesteps[len(timesteps) // 2]
     for step in timesteps:
         with _without_lora(pipeline):
-            reference = path(step, reference_conds, text.base_groups)
-            words = predict(step, words_conds)
-        response = path(step, conds, text.full_groups)
+            reference = made(step, reference_text, text.base_groups)
+            words = family.prediction(predict(step, words_text))
+        response = made(step, trained_text, text.full_groups)
         size = (response.eps.shape[-2], response.eps.shape[-1])
-        attention = sfcm.mean_maps(response.attention, size)
+        attention = sfcm.mean_maps(response.attention, response.grids, size)
         count = text.present.shape[1] - 1
         for kind in kinds:
             m = sfcm.control_map(
@@ -169,7 +169,7 @@ def explain(
             if kind == kinds[0]:
                 everywhere = torch.ones_like(m)
                 pairs = (
-                    (predict(step, base_conds), everywhere), (response.eps, m), (response.eps, 1 - m),
+                    (family.prediction(predict(step, base_text)), everywhere), (response.eps, m), (response.eps, 1 - m),
                     (response.eps, everywhere), (words, everywhere),
                 )  # fmt: skip
                 base, inside, outside, full, alone = [

@@ -16,7 +16,7 @@ Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Request:
     """One report; the options of `spf report`.
 
     Attributes:
@@ -126,7 +126,7 @@ class Result:
         notes: warnings, also on the page.
     """
 
-    settings: Settings
+    settings: Request
     questions: Sequence[Question]
     source: str
     variants: Sequence[Variant]

@@ -20,7 +20,7 @@ from spf_plugin.lorafile.names import BASE_LABEL
 from spf_plugin.tools.report import extras, maps, measures, models, page, prompts
 from spf_plugin.tools.report.content import build
 from spf_plugin.tools.report.prompts import Question
-from spf_plugin.tools.report.results import Result, Settings, Variant
+from spf_plugin.tools.report.results import Request, Result, Variant
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 DRAWS = 2
@@ -44,7 +44,7 @@ Show = Callable[[str, int, int, Mapping[str, float]], None]
 Note = Callable[[str], None]
 
 
-def run(settings: Settings, show: Show, note: Note) -> Path:
+def run(settings: Request, show: Show, note: Note) -> Path:
     """Make the report.
 
     Args:
@@ -121,7 +121,7 @@ def run(settings: Settings, show: Show, note: Note) -> Path:
     return path
 
 
-def _texts(settings: Settings, metadata: Mapping[str, str], found: Any) -> tuple[list[str], str]:
+def _texts(settings: Request, metadata: Mapping[str, str], found: Any) -> tuple[list[str], str]:
     if settings.prompts:
         return list(settings.prompts), "given"
     counts = prompts.tag_counts(metadata)
@@ -142,7 +142,7 @@ def _check_out(out: Path) -> None:
         raise SPFError(f"--out {out}: the report cannot be written there: {error.strerror or error}.") from error
 
 
-def _device(settings: Settings) -> tuple[torch.device, torch.dtype]:
+def _device(settings: Request) -> tuple[torch.device, torch.dtype]:
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise SPFError("--device cuda: this PyTorch sees no CUDA GPU. Leave the option out to draw on the CPU.")
@@ -152,7 +152,7 @@ def _device(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), _DTYPES[chosen]
 
 
-def _hashes(settings: Settings, show: Show) -> dict[str, str]:
+def _hashes(settings: Request, show: Show) -> dict[str, str]:
     show("hashing", 0, 1, {})
     hashes = models.model_hashes(settings.model)
     for path in settings.loras:
@@ -162,7 +162,7 @@ def _hashes(settings: Settings, show: Show) -> dict[str, str]:
 
 
 def _variant(
-    pipeline: Any, settings: Settings, questions: list[Question], size: int, index: int | None, base: Variant | None,
+    pipeline: Any, settings: Request, questions: list[Question], size: int, index: int | None, base: Variant | None,
     hashes: Mapping[str, str], show: Show, metadata: Mapping[str, str] | None = None,
 ) -> Variant:  # fmt: skip
     """Draw and probe the pipeline as it is; `index` is None for the base model, else the LoRA's."""
@@ -207,7 +207,7 @@ def _variant(
 
 
 def _facts(
-    settings: Settings, parts: Any, pipeline: Any, size: int, device: torch.device, dtype: torch.dtype, seconds: float
+    settings: Request, parts: Any, pipeline: Any, size: int, device: torch.device, dtype: torch.dtype, seconds: float
 ) -> list[tuple[str, str]]:
     versions = [f"spf-plugin {__version__}", f"Python {platform.python_version()}"]
     for package in PACKAGES:

@@ -1,0 +1,111 @@
+"""What SPF needs to know of a kind of denoiser. `families/` has the kinds that it knows, one module each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from spf_plugin.core.prompt import Prompt, Spans
+from spf_plugin.core.schedule import Discrete, Schedule
+from spf_plugin.families.latents import LatentSpace
+from spf_plugin.seam import Call
+
+Text = Mapping[str, Tensor]
+"""The conditioning of prompts by name, each tensor with the batch first: `hidden` `[B, T, E]`, the sequence that the
+layers attend to, and whatever else the family takes (`pooled` `[B, E2]`). Hosts make it, families put it into calls."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer between image and text.
+
+    Attributes:
+        name: in the denoiser.
+        heads: number of heads; the channels are split into so many parts.
+        query: the module whose output holds the image's queries.
+        key: the module whose output holds the text's keys.
+    """
+
+    name: str
+    heads: int
+    query: nn.Module
+    key: nn.Module
+
+
+class Family(Protocol):
+    """A kind of denoiser, and this one of it. A new family is one new class with these members; it keeps nothing of a
+    call, and knows no host."""
+
+    denoiser: nn.Module
+
+    @property
+    def latents(self) -> LatentSpace | None:
+        """Whose latents it predicts, for pictures and the response term; None where no colours are known."""
+        ...
+
+    @property
+    def cross_attention(self) -> str:
+        """Regular expression for the LoRA names of the modules between image and text: `spf_train=cross_attention`."""
+        ...
+
+    def layers(self, which: str) -> list[Layer]:
+        """The layers to compare.
+
+        Args:
+            which: `all`; `last`, the last block of each stack; or a regular expression that is searched in the names.
+
+        Raises:
+            SPFError: none matches (with the nearest names).
+        """
+        ...
+
+    def tokens(self, layer: Layer, query: Any, key: Any) -> tuple[Tensor, Tensor]:
+        """Image queries `[B, N, C]` and text keys `[B, T, C]` from what the layer's two modules gave."""
+        ...
+
+    def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of a layer with `positions` image positions, for predictions of `size`."""
+        ...
+
+    def noisy_latents(self, call: Call) -> Tensor:
+        """`z_t` of a call, as `prediction` has it, `[B, C, h, w]`."""
+        ...
+
+    def timesteps(self, call: Call) -> Tensor:
+        """`[B]`, in the schedule's own units."""
+        ...
+
+    def schedule(self, of_loop: Discrete | None) -> Schedule:
+        """The noise schedule; `of_loop` is the training loop's, where there is one to choose."""
+        ...
+
+    def text(self, call: Call) -> Text:
+        """The text part of a call, with its graph."""
+        ...
+
+    def with_text(self, call: Call, text: Text) -> Call:
+        """The same call with another text, cast to the type and device of the present one."""
+        ...
+
+    def prediction(self, output: Any) -> Tensor:
+        """`[B, C, h, w]` from what the denoiser returns, with its graph."""
+        ...
+
+    def output(self, like: Any, prediction: Tensor) -> Any:
+        """What the denoiser would return with this prediction `[B, C, h, w]`, in the shape of `like`."""
+        ...
+
+    def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
+        """Where each phrase lies in a text sequence of `length` positions; see `spf_plugin.core.prompt.spans`."""
+        ...
+
+    def before_pass(self) -> None:
+        """Called before each pass that the loop does not make itself (block swap puts its blocks back)."""
+        ...
+
+    def linear_layers(self) -> Iterator[nn.Linear]:
+        """The layers that `spf_base` may quantise."""
+        ...

@@ -1,0 +1,26 @@
+"""Which family a denoiser is of."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from spf_plugin.errors import SPFError
+from spf_plugin.families.base import Family
+from spf_plugin.families.unet import UNet
+
+FAMILIES = (UNet,)
+
+
+def find(denoiser: nn.Module) -> Family:
+    """The family of a denoiser.
+
+    Raises:
+        SPFError: it is of none that SPF knows.
+    """
+    for family in FAMILIES:
+        if family.fits(denoiser):
+            return family(denoiser)
+    raise SPFError(
+        f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
+        "SD1.x, SD2.x or SDXL"
+    )

@@ -1,0 +1,139 @@
+"""Tokens and conditioning as sd-scripts makes them, by the releases' own code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from spf_plugin.core.prompt import strip_weights
+from spf_plugin.families.base import Text
+
+
+class TextEncoding:
+    """Tokenizers and text encoders of a running trainer.
+
+    Args:
+        trainer: the host's.
+        args: its arguments.
+        accelerator: accelerate's.
+        text_encoders: as `create_network` was given them.
+        tokenizers: the training function's variable of this name, where it has one.
+        weight_dtype: of the loop's mixed precision.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        args: Any,
+        accelerator: Any,
+        text_encoders: Sequence[Any],
+        tokenizers: Any,
+        weight_dtype: Any,
+    ):
+        self.trainer, self.args, self.accelerator = trainer, args, accelerator
+        self.text_encoders, self._tokenizers, self.weight_dtype = list(text_encoders), tokenizers, weight_dtype
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the loop has strategies for tokenizing and encoding."""
+        return hasattr(self.trainer, "process_batch")
+
+    @property
+    def is_sdxl(self) -> bool:
+        return bool(getattr(self.trainer, "is_sdxl", False))
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        if self.is_new:
+            from library.strategy_base import TokenizeStrategy
+
+            return list(self.trainer.get_tokenizers(TokenizeStrategy.get_strategy()))
+        tokenizers = self._tokenizers
+        return list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        if self.args.weighted_captions:
+            text = strip_weights(text)
+        return self.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        with self._threads():
+            conds = self._encode(prompts, beside)
+        if not isinstance(conds, list | tuple):
+            return {"hidden": conds}
+        if len(conds) == 1:
+            return {"hidden": conds[0]}
+        return {"hidden": torch.cat(list(conds[:2]), dim=-1), "pooled": conds[2]}  # SDXL: two encoders, one pooled
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Half of the machine's processors while text encoders compute on the CPU and everything else on a GPU.
+
+        The host leaves them there when their outputs are cached, and accelerate launch gives a process one thread.
+        """
+        waiting = self.accelerator.device.type != "cpu" and self.text_encoders[0].device.type == "cpu"
+        before = torch.get_num_threads()
+        if waiting:
+            torch.set_num_threads(max(before, (os.cpu_count() or 1) // (2 * self.accelerator.num_processes)))
+        try:
+            yield
+        finally:
+            if waiting:
+                torch.set_num_threads(before)
+
+    def _encode(self, prompts: Sequence[str], beside: Sequence[str]) -> Any:
+        if self.is_new:
+            return self._encode_new(list(prompts))
+        if self.args.weighted_captions:
+            from library.custom_train_functions import get_weighted_text_embeddings
+
+            chunks = self.args.max_token_length // 75 if self.args.max_token_length else 1
+            everything = get_weighted_text_embeddings(
+                self.tokenizers[0],
+                self.text_encoders[0],
+                [*prompts, *beside],
+                self.text_encoders[0].device,
+                chunks,
+                clip_skip=self.args.clip_skip,
+            )
+            return everything[: len(prompts)]
+        return self._encode_old(list(prompts))
+
+    def _encode_new(self, prompts: list[str]) -> Any:
+        from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+
+        tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
+        models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, self.text_encoders)
+        if self.args.weighted_captions:
+            ids, weights = tokenizing.tokenize_with_weights(prompts)
+            return encoding.encode_tokens_with_weights(tokenizing, models, ids, weights)
+        return encoding.encode_tokens(tokenizing, models, tokenizing.tokenize(prompts))
+
+    def _encode_old(self, prompts: list[str]) -> Any:
+        from library import train_util
+
+        # The data set's own method, without a data set: it uses nothing of it but this length.
+        length = self.args.max_token_length + 2 if self.args.max_token_length else self.tokenizers[0].model_max_length
+        maker = SimpleNamespace(tokenizer_max_length=length)
+        ids = [
+            torch.stack([train_util.BaseDataset.get_input_ids(maker, prompt, tokenizer) for prompt in prompts]).to(
+                encoder.device
+            )
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        dtype = self.weight_dtype
+        if not self.is_sdxl:
+            return train_util.get_hidden_states(self.args, ids[0], self.tokenizers[0], self.text_encoders[0], dtype)
+        return train_util.get_hidden_states_sdxl(
+            self.args.max_token_length,
+            *ids,
+            *self.tokenizers,
+            *self.text_encoders,
+            dtype if self.args.full_fp16 else None,
+            accelerator=self.accelerator,
+        )
