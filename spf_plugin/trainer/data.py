@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spf_plugin.core.prompt import Target, split
+from spf_plugin.core.coverage import coverage
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -90,16 +90,16 @@ def check_targets(targets: Sequence[Target], captions: Sequence[str]) -> str | N
             'no target. Say what the LoRA shall learn, as the captions say it: --target "blonde hair" '
             "(or --plain for a plain LoRA)."
         )
-    without = [caption for caption in captions if not split(caption, targets).has_target]
-    wanted = "|".join(str(target) for target in targets)
-    if len(without) == len(captions):
-        parts = Counter(part.strip() for caption in captions for part in caption.split(",") if part.strip())
-        said = ", ".join(repr(part) for part, _ in parts.most_common(_SHOWN)) or "nothing"
-        raise SPFError(f"the target {wanted!r} is in none of the {len(captions)} captions. They most often say {said}.")
-    if without:
+    wanted, found = "|".join(map(str, targets)), coverage([(caption, None) for caption in captions], targets)
+    if found.nothing:
+        raise SPFError(
+            f"the target {wanted!r} is in none of the {found.captions} captions. They most often say "
+            f"{found.said or 'nothing'}."
+        )
+    if found.without:
         return (
-            f"{len(without)} of {len(captions)} captions do not contain {wanted!r} and only preserve the base model, "
-            f"e.g. {without[0][:80]!r}"
+            f"{len(found.without)} of {found.captions} captions do not contain {wanted!r} and only preserve the base "
+            f"model, e.g. {found.without[0][:80]!r}"
         )
     return None
 
