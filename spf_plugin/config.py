@@ -260,6 +260,11 @@ def split_network_args(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return ours, theirs
 
 
+def split_words(words: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`split_network_args` of raw words; those without "=" are left out (`check_words` says them)."""
+    return split_network_args(dict(str(word).split("=", 1) for word in words if "=" in str(word)))
+
+
 def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
     candidates = [folder / name for folder in folders]
     path = next((p for p in candidates if p.is_file()), None)

@@ -25,7 +25,8 @@ from spf_plugin.errors import SPFError
 from spf_plugin.families import known as families
 from spf_plugin.hosts.base import Host
 from spf_plugin.hosts.kohya.frames import raw_network_args
-from spf_plugin.hosts.kohya.loop import DEFAULT_NETWORK, KohyaHost
+from spf_plugin.hosts.kohya.loop import KohyaHost
+from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK
 from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.shown.watch import Watch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,24 +15,24 @@ GAP = "\0"
 MADE = {
     "config.py": set(),
     "core/prompt.py": {"parse_targets"},
-    "hosts/kohya/rules.py": {"trainer_problem"},
-    "hosts/kohya/loop.py": {"problems", "_cached_text_problems", "_base_problems", "_target_problems"},
+    "hosts/kohya/rules.py": {"trainer_problem", "look", "_cached_text_problems", "_base_problems", "_target_problems"},
     "adapter/quantised.py": {"problems", "device_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.
-RETURNED = {"trainer_problem", "_target_problems", "_read_file", "parse", "key_values"}
+RETURNED = {"trainer_problem", "_read_file", "parse", "key_values"}
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"core/sfcm.py", "core/losses.py"}
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message of the source; `text` has `GAP` for every value."""
+    """One message of the source: its text, with `GAP` for every value, its line, and the function that makes it."""
 
     text: str
     place: str
+    function: str
 
     def holds(self, quote: str) -> bool:
         """Whether the words of a quote, with `...` for its gaps, stand in this message in their order."""
@@ -43,6 +44,10 @@ class Message:
                 return False
             position = found + len(words)
         return True
+
+    def made(self, said: str) -> bool:
+        """Whether these words hold this message, with values in its gaps."""
+        return re.search(".*".join(map(re.escape, self.text.split(GAP))), said, re.DOTALL) is not None
 
 
 def _texts(node: ast.expr | None) -> Iterator[str]:
@@ -71,7 +76,7 @@ def _found(path: Path) -> Iterator[Message]:
     name = path.relative_to(PACKAGE).as_posix()
     made = MADE.get(name)
 
-    def visit(node: ast.AST, function: str) -> Iterator[tuple[str, int]]:
+    def visit(node: ast.AST, function: str) -> Iterator[tuple[str, int, str]]:
         here = made is not None and (not made or function in made)
         if isinstance(node, ast.FunctionDef):
             function = node.name
@@ -80,19 +85,19 @@ def _found(path: Path) -> Iterator[Message]:
             raises = called == "SPFError" or (called == "ValueError" and here)
             if node.args and (raises or (called == "append" and here)):
                 for text in _texts(node.args[0]):
-                    yield text, node.lineno
+                    yield text, node.lineno, function
         if isinstance(node, ast.Return | ast.Assign) and here and function in RETURNED:
             for text in _texts(node.value):
-                yield text, node.lineno
+                yield text, node.lineno, function
         if isinstance(node, ast.AugAssign) and here:
             for text in _texts(node.value):
-                yield text, node.lineno
+                yield text, node.lineno, function
         for child in ast.iter_child_nodes(node):
             yield from visit(child, function)
 
-    for text, line in visit(ast.parse(path.read_text(encoding="utf-8")), ""):
+    for text, line, function in visit(ast.parse(path.read_text(encoding="utf-8")), ""):
         if len(text.replace(GAP, "").split()) > 1 and not text.startswith("|"):
-            yield Message(text, f"{name}:{line}")
+            yield Message(text, f"{name}:{line}", function)
 
 
 def all_messages() -> list[Message]:

@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toml
 import torch
 from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
 from portraitlab.captions import TARGETS
 from portraitlab.customisation import write_set
-from spf_plugin.config import parse
+from spf_plugin.config import parse, split_words
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.text import TextSide
 from spf_plugin.tools.check import borders, tokens
 from spf_plugin.tools.check.host_options import CHOICES, LISTS, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
@@ -33,6 +35,7 @@ from spf_plugin.tools.cli import check as cli_check
 from spf_plugin.tools.cli.check import app
 from tests.check_sets import CAPTIONS, MISTAKES, Run, everything, good
 from tests.hosts.conftest import HOSTS, LAUNCHER
+from tests.messages import all_messages
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENIZER = REPOSITORY / "portraitlab" / "model" / "tokenizer"
@@ -79,7 +82,7 @@ def test_planted_mistake(run: Run, code: str, level: str, spoil: Callable[[Run],
 def codes_of_the_source() -> set[str]:
     """The second argument of every `Finding(...)` and `data.add(...)`, and the codes that stand in tables."""
     found = set()
-    for path in (REPOSITORY / "spf_plugin" / "check").glob("*.py"):
+    for path in (REPOSITORY / "spf_plugin" / "tools" / "check").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         found |= set(
             re.findall(r'(?:Finding|data\.add)\(\s*(?:"\w+"|"error" if [^,]+ else "\w+"),\s*"([a-z0-9-]+)"', text)
@@ -364,6 +367,100 @@ def test_what_goes_with_the_target(run: Run) -> None:
     assert "27 of 28 images with 'sunglasses' also say 'beach' (without it 0 of 8)" in str(report.findings)
 
 
+# -- the run's own rules -----------------------------------------------------------------------------------------------
+
+
+def _xl(run: Run, **options: object) -> None:
+    run.set(pretrained_model_name_or_path="sd_xl_base_1.0.safetensors", cache_text_encoder_outputs=True, **options)
+
+
+def _changed_caption(run: Run) -> None:
+    _xl(run, cache_text_encoder_outputs_to_disk=True)
+    (run.images / "p0_te_outputs.npz").write_bytes(b"")
+    os.utime(run.images / "p0_te_outputs.npz", (1000, 1000))
+
+
+def _every_option(run: Run) -> None:
+    _xl(run, save_model_as="pt", torch_compile=True, fp8_base_unet=True, output_dir="run.toml/loras")
+    run.args("spf_target=green hair", "spf_base=int8", "spf_network=lycoris.kohya", "algo=lokr")
+
+
+#: What stops a run for a reason that only SPF has, by the rule.
+FAULTS: dict[str, Callable[[Run], object]] = {
+    "text encoder only": lambda r: r.set(network_train_text_encoder_only=True),
+    "checkpoint": lambda r: r.set(save_model_as="ckpt"),
+    "offload": lambda r: r.set(cpu_offload_checkpointing=True),
+    "compiled": lambda r: r.set(torch_compile=True),
+    "no output": lambda r: r.set(output_dir="run.toml/loras"),
+    "prefix not cached": lambda r: (r.dataset(_own_subset(caption_prefix="a photo of")), _xl(r)),
+    "old cache": _changed_caption,
+    "network on a base": lambda r: r.args("spf_target=blonde hair", "spf_base=int8", "spf_network=networks.dylora"),
+    "algorithm on a base": lambda r: r.args(
+        "spf_target=blonde hair", "spf_base=int8", "spf_network=lycoris.kohya", "algo=full", "bypass_mode=True"
+    ),
+    "decomposed base": lambda r: r.args(
+        "spf_target=blonde hair", "spf_base=int8", "spf_network=lycoris.kohya", "dora_wd=True"
+    ),
+    "two small bases": lambda r: (r.args("spf_target=blonde hair", "spf_base=int8"), r.set(fp8_base=True)),
+    "unreadable target": lambda r: r.dataset(_own_subset(custom_attributes={"spf_target": "hat->"})),
+    "no target": lambda r: r.args("spf_map=soft"),
+    "absent target": lambda r: r.args("spf_target=green hair"),
+    "absent target of a subset": lambda r: r.dataset(_own_subset(custom_attributes={"spf_target": "hat|wings"})),
+    "empty captions": lambda r: r.captions(lambda caption: ""),
+    "many": _every_option,
+}
+
+
+def _own_subset(**options: object) -> str:
+    own = {"image_dir": "data/10_hair", "caption_extension": ".txt", **options}
+    return toml.dumps({"datasets": [{"resolution": 512, "subsets": [own]}]})
+
+
+def stops_of_the_run(run: Run) -> list[str]:
+    """What the running host says of this run, over a training frame in small."""
+    options = toml.loads(run.config.read_text(encoding="utf-8"))
+    defaults: dict[str, Any] = dict.fromkeys(("network_train_text_encoder_only", "train_data_dir", "dataset_config"))
+    args = SimpleNamespace(**{**defaults, **options})
+    subset = SimpleNamespace(caption_extension=".txt")
+    if args.dataset_config:
+        own = toml.loads((run.folder / args.dataset_config).read_text(encoding="utf-8"))["datasets"][0]["subsets"][0]
+        subset = SimpleNamespace(**own)
+    images = {
+        path.name: SimpleNamespace(
+            caption=path.with_suffix(".txt").read_text(encoding="utf-8"), absolute_path=str(path), is_reg=False
+        )
+        for path in sorted(run.images.glob("*.png"))
+    }
+    data = SimpleNamespace(image_data=images, image_to_subset=dict.fromkeys(images, subset))
+    trainer = SimpleNamespace(is_sdxl="xl" in args.pretrained_model_name_or_path)
+    host = KohyaHost({"self": trainer, "args": args, "train_dataset_group": SimpleNamespace(datasets=[data])}, [])
+    return host.problems(parse(split_words(args.network_args)[0], host.folders()))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_run_stops_with_the_same_words(run: Run, fault: str) -> None:
+    FAULTS[fault](run)
+    said = [finding.message for finding in look(run).findings if finding.code == "stops"]
+    assert said == stops_of_the_run(run)
+    assert said
+
+
+def test_every_rule_has_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no rule is left out above; what the device says is of the run alone."""
+    said = []
+    for i, spoil in enumerate(FAULTS.values()):
+        run = good(tmp_path / str(i))
+        monkeypatch.chdir(run.folder)
+        spoil(run)
+        said += stops_of_the_run(run)
+    rules = [
+        m for m in all_messages() if m.place.startswith("hosts/kohya/rules.py") and m.function != "trainer_problem"
+    ]
+    rules += [m for m in all_messages() if m.place.startswith("adapter/quantised.py") and m.function == "problems"]
+    assert len(rules) >= 15
+    assert [message.text for message in rules if not any(map(message.made, said))] == []
+
+
 # -- against the real host --------------------------------------------------------------------------------------------
 
 ASK = """
@@ -524,11 +621,11 @@ def test_the_host_reads_the_same(tmp_path: Path, host: Path, monkeypatch: pytest
         assert sorted(ours) == theirs or run.folder.name.endswith("image-missing"), run.folder.name
 
 
-def test_core_needs_no_terminal_packages() -> None:
+def test_a_check_loads_no_terminal_packages_and_no_torch() -> None:
     code = (
         "import sys\n"
         "import spf_plugin.tools.check.run\n"
-        "assert not {'typer', 'rich', 'transformers', 'diffusers', 'PIL'} & set(sys.modules)\n"
+        "assert not {'typer', 'rich', 'transformers', 'diffusers', 'PIL', 'torch'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr

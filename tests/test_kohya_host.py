@@ -283,7 +283,7 @@ def test_text_that_was_cached_before_the_caption_changed(tmp_path: Path) -> None
     with_it = host({"a": ("blonde hair", own)}, cache_text_encoder_outputs_to_disk=True, **options)
     without = host({"a": ("blonde hair", own)}, **options)
     for found in (with_it, without):
-        next(found._infos())[0].absolute_path = str(tmp_path / "a.b.png")
+        found._dataset.datasets[0].image_data["a"].absolute_path = str(tmp_path / "a.b.png")
     assert with_it.problems(config) == []
     caption, cache = tmp_path / "a.b.txt", tmp_path / "a.b_te_outputs.npz"
     for path in (caption, cache):

@@ -239,7 +239,7 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
         return "", {}, [f"{folder} is not a copy of sd-scripts: train_network.py is missing. Give its top folder."]
     try:
         from spf_plugin.hosts.kohya.rules import trainer_problem
-    except Exception as error:  # torch is broken: that is said elsewhere
+    except Exception as error:  # a package is missing: that is said elsewhere
         return host_release(folder), {}, [f"the trainers were not looked at: {type(error).__name__}: {error}"]
     said, problems, refused = {}, [], []
     for script in sorted(p.name for p in folder.glob("*train_network.py")):

@@ -9,31 +9,26 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from spf_plugin import patching
-from spf_plugin.adapter import quantised
-from spf_plugin.config import SPFConfig, split_network_args
-from spf_plugin.core.prompt import Target, parse_targets, split
+from spf_plugin.config import SPFConfig
+from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
-from spf_plugin.hosts.kohya.captions import prompts
+from spf_plugin.hosts.kohya import rules
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
-from spf_plugin.hosts.kohya.rules import SUPPORTED, trainer_problem, unwritable
+from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, SUPPORTED, Image, trainer_problem
 from spf_plugin.hosts.kohya.state import register
 from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.pairs import State
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NETWORK = "networks.lora"
-CUSTOM_TARGET = "spf_target"
-TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
 
 
 class KohyaHost:
@@ -43,7 +38,6 @@ class KohyaHost:
         SPFError: (from `find`) there is no trainer among the callers, or it cannot be used.
     """
 
-    running = True  # else the run is only looked at, and nothing may be touched
     WANTED = ("self", "args", "train_dataset_group", "accelerator", "tokenizers", "weight_dtype")
 
     def __init__(self, names: Mapping[str, Any], text_encoders: Sequence[Any], vae: Any = None, denoiser: Any = None):
@@ -115,124 +109,28 @@ class KohyaHost:
 
     def folders(self) -> list[Path]:
         """Where a relative `spf_config` is looked for."""
-        data = [self.args.train_data_dir, os.path.dirname(getattr(self.args, "dataset_config", None) or "")]
-        return [Path(), *(Path(folder) for folder in data if folder)]
+        return rules.folders(self.args)
 
-    def _images(self) -> Iterator[tuple[str, Sequence[Target] | None, bool]]:
-        """`(caption, per-image targets, is regularisation image)` of the whole data set."""
-        for info, subset in self._infos():
-            captions = info.caption if isinstance(info.caption, list) else [info.caption or ""]
-            attributes = getattr(subset, "custom_attributes", None) or {}
-            targets = parse_targets(attributes[CUSTOM_TARGET]) if attributes.get(CUSTOM_TARGET) else None
-            for caption in captions:
-                for text in prompts(caption, subset):
-                    yield text, targets, bool(getattr(info, "is_reg", False))
-
-    def _infos(self) -> Iterator[tuple[Any, Any]]:
-        """The host's note about each image, and its subset."""
-        for dataset in getattr(self._dataset, "datasets", []):
-            for key, info in getattr(dataset, "image_data", {}).items():
-                yield info, getattr(dataset, "image_to_subset", {}).get(key)
+    def _images(self) -> list[Image]:
+        """The whole data set, as far as it is known before training."""
+        return [
+            Image.of(
+                info.caption if isinstance(info.caption, list) else [info.caption or ""],
+                getattr(dataset, "image_to_subset", {}).get(key),
+                is_reg=bool(getattr(info, "is_reg", False)),
+                path=getattr(info, "absolute_path", None) or "",
+            )
+            for dataset in getattr(self._dataset, "datasets", [])
+            for key, info in getattr(dataset, "image_data", {}).items()
+        ]
 
     def problems(self, config: SPFConfig | None) -> list[str]:
         """What would make this run wrong. Warns about what only might."""
-        args, found = self.args, []
-        if args.network_train_text_encoder_only:
-            found.append(
-                "--network_train_text_encoder_only trains no UNet module, and SPF aligns the UNet. Remove the option."
-            )
-        if getattr(args, "save_model_as", "safetensors") not in (None, "safetensors"):
-            found.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
-        if getattr(args, "cpu_offload_checkpointing", False):
-            found.append("--cpu_offload_checkpointing is not made for SD and SDXL UNets. Remove the option.")
-        if getattr(args, "torch_compile", False):
-            found.append(
-                "--torch_compile: compiled code no longer calls the hooks with which SPF reads the attention layers. "
-                "Remove the option."
-            )
-        if getattr(args, "output_dir", None):
-            reason = unwritable(Path(args.output_dir), trying=self.running)
-            if reason:  # the host would find out when it saves, after hours
-                found.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
-        found += self._cached_text_problems()
-        if config is not None:
-            found += [*self._base_problems(config), *self._target_problems(config)]
-        return found
-
-    def _cached_text_problems(self) -> list[str]:
-        """Where the text that the host has cached is not the text that it reports as the caption."""
-        on_disk = getattr(self.args, "cache_text_encoder_outputs_to_disk", False)  # turns the other on
-        if not (getattr(self.args, "cache_text_encoder_outputs", False) or on_disk) or not self.is_sdxl:
-            return []  # without SDXL they are in the arguments only where a file names them, and do nothing
-        found, stale = [], []
-        if any(getattr(subset, f"caption_{end}", None) for _, subset in self._infos() for end in ("prefix", "suffix")):
-            found.append(
-                "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs: sd-scripts "
-                "then encodes the captions without them. Write them into the caption files."
-            )
-        for info, subset in self._infos():
-            stem = os.path.splitext(getattr(info, "absolute_path", None) or "")[0]
-            caption, cache = stem + (getattr(subset, "caption_extension", None) or ""), stem + TEXT_CACHE
-            if stem and os.path.isfile(caption) and os.path.isfile(cache):
-                stale += [cache] if os.path.getmtime(caption) > os.path.getmtime(cache) else []
-        if stale and on_disk:
-            found.append(
-                f"{len(stale)} captions were changed after their encoding was cached, and sd-scripts would train with "
-                f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{TEXT_CACHE} files."
-            )
-        return found
-
-    def _base_problems(self, config: SPFConfig) -> list[str]:
-        """Why `spf_base` would not work here."""
-        if config.base == "off":
-            return []
-        words = [str(word) for word in self.args.network_args or []]
-        _, theirs = split_network_args(dict(word.split("=", 1) for word in words if "=" in word))
-        found = quantised.problems(config.base, config.network or DEFAULT_NETWORK, theirs)
-        fp8 = [name for name in ("fp8_base", "fp8_base_unet") if getattr(self.args, name, False)]
-        if fp8:
-            found.append(
-                f"spf_base={config.base} and --{fp8[0]} both shrink the frozen UNet. Leave one of them out; "
-                "spf_base=nf4 is the smaller."
-            )
-        if self.accelerator is not None:  # `spf check` may run on another machine
-            found += quantised.device_problems(config.base, self.accelerator.device)
-        return found
-
-    def _target_problems(self, config: SPFConfig) -> list[str]:
-        try:
-            images = [(caption, targets) for caption, targets, is_reg in self._images() if not is_reg]
-        except ValueError as error:
-            return [f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}"]
-        if not config.target and not any(targets for _, targets in images):
-            return [
-                "no target. Say what the LoRA shall learn, as the captions say it: "
-                '--network_args "spf_target=blonde hair"'
-            ]
-        if not images:
-            return []  # an arbitrary dataset class: captions are known only when they come
-        without = [c for c, targets in images if not split(c, config.target if targets is None else targets).has_target]
-        if len(without) == len(images):
-            common = Counter(part.strip() for c in without for part in c.split(",") if part.strip()).most_common(5)
-            said = (
-                ", ".join(repr(part) for part, _ in common) or "nothing (captions are empty: check --caption_extension)"
-            )
-            wanted = "|".join(str(t) for t in config.target)
-            return [f"the target {wanted!r} occurs in none of the {len(images)} captions. They most often say {said}."]
-        if without:
-            examples = "; ".join(repr(c[:80]) for c in without[:3])
-            logger.warning(
-                f"SPF: {len(without)} of {len(images)} captions do not contain the target and only preserve the base "
-                f"model, e.g. {examples}"
-            )
-        unused = [
-            str(t)
-            for t in config.target
-            if not any(split(c, [t]).has_target for c, targets in images if targets is None)
-        ]
-        if unused:
-            logger.warning(f"SPF: no caption contains {', '.join(map(repr, unused))}")
-        return []
+        device = None if self.accelerator is None else self.accelerator.device
+        found = rules.look(self.args, self._images(), config, sdxl=self.is_sdxl, device=device, trying=True)
+        for warning in found.warnings:
+            logger.warning(f"SPF: {warning}")
+        return found.errors
 
     # -- per batch ------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,31 @@
-"""What sd-scripts can and cannot do with SPF: rules that a run and `spf check` share."""
+"""What sd-scripts can and cannot do with SPF: rules that a run and `spf check` share.
+
+They are functions of plain data, so that both ask the very same: no trainer, no model, and no torch but where weights
+are to be quantised.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from spf_plugin.config import SPFConfig, split_words
+from spf_plugin.core.coverage import Coverage, coverage
+from spf_plugin.core.prompt import Target, parse_targets
+from spf_plugin.hosts.kohya.captions import prompts
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_NETWORK = "networks.lora"
+CUSTOM_TARGET = "spf_target"  # in a subset's custom_attributes: its own targets
+FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
+TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")  # the second turns the first on
+TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
 SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.10.x"
 
 
@@ -60,3 +79,195 @@ def trainer_problem(trainer: Any) -> str | None:
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
     return None
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a data set, and what its subset makes of its caption.
+
+    Attributes:
+        prompts: what the text encoder may be given, without shuffling and dropout.
+        is_reg: a regularisation image.
+        path: the image; empty where a data set of the user's own class does not say it.
+        caption_extension: of its caption file.
+        framed: its subset has a caption_prefix or caption_suffix.
+        target: the subset's own `spf_target` as it is written, or None.
+    """
+
+    prompts: tuple[str, ...]
+    is_reg: bool = False
+    path: str = ""
+    caption_extension: str = ""
+    framed: bool = False
+    target: str | Sequence[str] | None = None
+
+    @classmethod
+    def of(cls, captions: Sequence[str], subset: Any, *, is_reg: bool, path: str) -> Image:
+        """An image as a data set holds it.
+
+        Args:
+            captions: what its caption file or metadata says; several where the host draws one of them.
+            subset: the host's, or anything with (some of) its attributes.
+            is_reg: a regularisation image.
+            path: the image, or empty.
+        """
+        return cls(
+            tuple(text for caption in captions for text in prompts(caption, subset)),
+            is_reg,
+            path,
+            getattr(subset, "caption_extension", None) or "",
+            any(getattr(subset, f"caption_{end}", None) for end in ("prefix", "suffix")),
+            (getattr(subset, "custom_attributes", None) or {}).get(CUSTOM_TARGET) or None,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is wrong with a run: `errors` stop it, `warnings` may be as the user wants it."""
+
+    errors: list[str]
+    warnings: list[str]
+
+
+def folders(args: Any) -> list[Path]:
+    """Where a relative `spf_config` is looked for."""
+    data = [args.train_data_dir, os.path.dirname(getattr(args, "dataset_config", None) or "")]
+    return [Path(), *(Path(folder) for folder in data if folder)]
+
+
+def look(
+    args: Any,
+    images: Sequence[Image],
+    config: SPFConfig | None,
+    *,
+    sdxl: bool,
+    device: torch.device | None = None,
+    trying: bool,
+) -> Found:
+    """What would make a run wrong.
+
+    Args:
+        args: the host's arguments.
+        images: the whole data set; may be empty where it is known only when training has begun.
+        config: SPF's settings, or None where they are wrong.
+        sdxl: the script is sdxl_train_network.py.
+        device: what would be trained on; None where the run may be on another machine.
+        trying: the output folder may be touched (`unwritable`).
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    if args.network_train_text_encoder_only:
+        errors.append(
+            "--network_train_text_encoder_only trains no UNet module, and SPF aligns the UNet. Remove the option."
+        )
+    if getattr(args, "save_model_as", "safetensors") not in (None, "safetensors"):
+        errors.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
+    if getattr(args, "cpu_offload_checkpointing", False):
+        errors.append("--cpu_offload_checkpointing is not made for SD and SDXL UNets. Remove the option.")
+    if getattr(args, "torch_compile", False):
+        errors.append(
+            "--torch_compile: compiled code no longer calls the hooks with which SPF reads the attention layers. "
+            "Remove the option."
+        )
+    if getattr(args, "output_dir", None):
+        reason = unwritable(Path(args.output_dir), trying=trying)
+        if reason:  # the host would find out when it saves, after hours
+            errors.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
+    errors += _cached_text_problems(args, images, sdxl=sdxl)
+    if config is not None:
+        errors += _base_problems(args, config, device)
+        try:
+            said = coverage(list(_captions(images)), config.target)
+        except ValueError as error:
+            errors.append(f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}")
+        else:
+            errors += _target_problems(images, config, said)
+            warnings += _target_warnings(said)
+    return Found(errors, warnings)
+
+
+def _cached_text_problems(args: Any, images: Sequence[Image], *, sdxl: bool) -> list[str]:
+    """Where the text that the host has cached is not the text that it reports as the caption."""
+    on_disk = getattr(args, "cache_text_encoder_outputs_to_disk", False)
+    if not any(getattr(args, name, False) for name in TEXT_CACHES) or not sdxl:
+        return []  # without SDXL they are in the arguments only where a file names them, and do nothing
+    found, stale = [], []
+    if any(image.framed for image in images):
+        found.append(
+            "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs: sd-scripts "
+            "then encodes the captions without them. Write them into the caption files."
+        )
+    for image in images:
+        stem = os.path.splitext(image.path)[0]
+        caption, cache = stem + image.caption_extension, stem + TEXT_CACHE
+        if stem and os.path.isfile(caption) and os.path.isfile(cache):
+            stale += [cache] if os.path.getmtime(caption) > os.path.getmtime(cache) else []
+    if stale and on_disk:
+        found.append(
+            f"{len(stale)} captions were changed after their encoding was cached, and sd-scripts would train with "
+            f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{TEXT_CACHE} files."
+        )
+    return found
+
+
+def _base_problems(args: Any, config: SPFConfig, device: torch.device | None) -> list[str]:
+    """Why `spf_base` would not work here."""
+    if config.base == "off":
+        return []
+    from spf_plugin.adapter import quantised  # imports torch
+
+    _, theirs = split_words(args.network_args or [])
+    found = quantised.problems(config.base, config.network or DEFAULT_NETWORK, theirs)
+    fp8 = [name for name in FP8_BASES if getattr(args, name, False)]
+    if fp8:
+        found.append(
+            f"spf_base={config.base} and --{fp8[0]} both shrink the frozen UNet. Leave one of them out; "
+            "spf_base=nf4 is the smaller."
+        )
+    if device is not None:
+        found += quantised.device_problems(config.base, device)
+    return found
+
+
+def _captions(images: Sequence[Image]) -> Iterator[tuple[str, tuple[Target, ...] | None]]:
+    """Every training prompt, with the targets of its subset or None.
+
+    Raises:
+        ValueError: a subset's targets cannot be read.
+    """
+    for image in images:
+        targets = parse_targets(image.target) if image.target else None
+        if not image.is_reg:
+            yield from ((text, targets) for text in image.prompts)
+
+
+def _target_problems(images: Sequence[Image], config: SPFConfig, said: Coverage) -> list[str]:
+    """Why nothing would be learned."""
+    found: list[str] = []
+    if not config.target and not any(image.target for image in images if not image.is_reg):
+        found.append(
+            'no target. Say what the LoRA shall learn, as the captions say it: --network_args "spf_target=blonde hair"'
+        )
+    elif said.captions and said.nothing:  # no captions: a data set of the user's own class, which gives them later
+        common = said.said or "nothing (captions are empty: check --caption_extension)"
+        wanted = "|".join(map(str, config.target))
+        found.append(
+            f"the target {wanted!r} occurs in none of the {said.captions} captions. They most often say {common}."
+        )
+    return found
+
+
+def _target_warnings(said: Coverage) -> list[str]:
+    """What is learned of fewer images than it may seem, where anything is learned at all."""
+    found: list[str] = []
+    if said.nothing:
+        return found
+    if said.without:
+        examples = "; ".join(repr(caption[:80]) for caption in said.without[:3])
+        found.append(
+            f"{len(said.without)} of {said.captions} captions do not contain the target and only preserve the base "
+            f"model, e.g. {examples}"
+        )
+    if said.unused:
+        found.append(f"no caption contains {', '.join(repr(str(target)) for target in said.unused)}")
+    return found

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from spf_plugin.hosts.kohya.rules import TEXT_CACHES
+
 # Options of train_network.py and sdxl_train_network.py, by what their parsers take for a value.
 _SWITCHES = """
     alpha_mask async_upload bucket_no_upscale cache_info cache_latents cache_latents_to_disk
@@ -99,8 +101,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 OPTIONS = SWITCHES | frozenset(TYPES)
 #: Which only sdxl_train_network.py has: train_network.py ignores them in a file, and refuses them on the command line.
-SDXL_ONLY = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "disable_mmap_load_safetensors")
-TEXT_CACHES = SDXL_ONLY[:2]  # either is enough: the host turns the first on with the second
+SDXL_ONLY = (*TEXT_CACHES, "disable_mmap_load_safetensors")
 
 _NUMBER = (int, float)
 #: What may stand in [general], [[datasets]] and [[datasets.subsets]] alike, with its type.

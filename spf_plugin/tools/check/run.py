@@ -9,10 +9,12 @@ from typing import Any
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target
+from spf_plugin.hosts.kohya import rules
 from spf_plugin.tools.check import captions, entries, family, pictures, sets, settings, source, tokens
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.findings import Finding, of, ordered
+from spf_plugin.tools.check.host_options import CHOICES
 
 
 @dataclass
@@ -112,8 +114,7 @@ def check(
         words = {"dataset_config": str(path), **words}
     args, findings = source.read(None if only_data else path, words)
     data = entries.read_data(args, loose_images=folder)
-    near = [args.train_data_dir, Path(args.dataset_config).parent if args.dataset_config else None]
-    config, targets, problems = settings.parse_settings(args, target, [Path(), *(Path(f) for f in near if f)])
+    config, targets, problems = settings.parse_settings(args, target, rules.folders(args))
     model = family.find(args.given, None if only_data else path)
     findings += [*problems, *data.findings, *settings.look(args, config, data, model, for_host=not only_data)]
 
@@ -121,7 +122,7 @@ def check(
         iter([tokenizer]) if tokenizer else tokens.folders(args.pretrained_model_name_or_path, args.tokenizer_cache_dir)
     )
     loaded = tokens.find(candidates, weighted=bool(args.weighted_captions))
-    limit = args.max_token_length if args.max_token_length in (150, 225) else None
+    limit = args.max_token_length if args.max_token_length in CHOICES["max_token_length"] else None
     length = tokens.sequence_length(limit)
     described = captions.describe(data.entries, settings.targets_of(targets, data), loaded, length)
     rows = [row for row in described if not row.entry.subset.is_reg]

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
-from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_network_args
+from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_words
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya import rules
 from spf_plugin.hosts.kohya.captions import shuffled
-from spf_plugin.hosts.kohya.loop import CUSTOM_TARGET, KohyaHost
-from spf_plugin.hosts.kohya.rules import SUPPORTED
+from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, SUPPORTED, TEXT_CACHES, Image
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
 from spf_plugin.tools.check.findings import Finding, of
-from spf_plugin.tools.check.host_options import SDXL_ONLY, TEXT_CACHES
+from spf_plugin.tools.check.host_options import CHOICES, SDXL_ONLY
 from spf_plugin.tools.check.source import HostArgs
 
 NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")
 MUCH_DROPOUT = 0.3
 _OTHER_MODELS = ("t5xxl", "ae", "clip_l", "clip_g", "qwen3", "gemma2")
-
-
-class PlannedHost(KohyaHost):
-    """The host as `spf_plugin.hosts.kohya` knows it, before it runs: its checks of options and targets are these."""
-
-    running = False
-
-    def __init__(self, args: HostArgs, data: Data, model: Family):
-        self._model = model
-        infos = {
-            i: SimpleNamespace(caption=entry.caption, is_reg=entry.subset.is_reg, absolute_path=str(entry.path))
-            for i, entry in enumerate(data.entries)
-        }
-        subsets = {i: entry.subset for i, entry in enumerate(data.entries)}
-        group = SimpleNamespace(datasets=[SimpleNamespace(image_data=infos, image_to_subset=subsets)])
-        super().__init__({"self": None, "args": args, "train_dataset_group": group}, [])
-
-    @property
-    def is_sdxl(self) -> bool:
-        """Unless it is certainly not: what would be wrong with SDXL is worth saying of a guess too."""
-        return self._model.certain in ("", "sdxl")
-
-    def stops(self, config: SPFConfig | None) -> list[str]:
-        """Why the run would stop. What training only warns about is found, with more detail, by `captions`."""
-        logger = logging.getLogger(KohyaHost.__module__)
-        was, logger.disabled = logger.disabled, True
-        try:
-            return self.problems(config)
-        finally:
-            logger.disabled = was
 
 
 def parse_settings(
@@ -74,7 +42,7 @@ def parse_settings(
     problems = check_words(words)
     if problems:
         return None, (), [Finding("error", "network-args", problem) for problem in problems]
-    ours, _ = split_network_args(dict(word.split("=", 1) for word in words))
+    ours, _ = split_words(words)
     if target:
         ours[PREFIX + "target"] = target
     try:
@@ -95,7 +63,7 @@ def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Targe
         own = subset.custom_attributes.get(CUSTOM_TARGET)
         try:
             out[id(subset)] = parse_targets(own) if own else targets
-        except ValueError:  # PlannedHost.stops says what is wrong with it
+        except ValueError:  # the host's rules say what is wrong with it
             out[id(subset)] = ()
     return out
 
@@ -110,10 +78,17 @@ def look(args: HostArgs, config: SPFConfig | None, data: Data, model: Family, *,
         model: what kind of base model it is.
         for_host: a run of sd-scripts is known, and not only its data.
     """
-    host = PlannedHost(args, data, model)
-    found = [Finding("error", "stops", problem) for problem in host.stops(config)]
+    # Unless it is certainly none of SDXL: what would be wrong with SDXL is worth saying of a guess too.
+    sdxl = model.certain in ("", "sdxl")
+    images = [
+        Image.of([entry.caption], entry.subset, is_reg=entry.subset.is_reg, path=str(entry.path))
+        for entry in data.entries
+    ]
+    # What the run only warns about is found, with more detail, by `captions`.
+    errors = rules.look(args, images, config, sdxl=sdxl, trying=False).errors
+    found = [Finding("error", "stops", problem) for problem in errors]
     if for_host:
-        found += [*_module(args), *_options(args, data, sdxl=host.is_sdxl)]
+        found += [*_module(args), *_options(args, data, sdxl=sdxl)]
     if config is not None:
         found += _together(args, config)
     for subset in data.subsets:
@@ -154,7 +129,7 @@ def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
     if other:
         found.append(Finding("error", "other-model", f"{other[0]} is for another kind of model. {SUPPORTED}"))
     length = args.max_token_length
-    if length not in (None, 150, 225):
+    if length is not None and length not in CHOICES["max_token_length"]:
         found.append(
             Finding("error", "max-token-length", f"max_token_length is {length}", "It must be 150 or 225, or left out.")
         )
