@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import spf_plugin
+from spf_plugin.hosts.kohya.rules import trainer_problem
 
 #: import name -> name of the distribution
 PACKAGES = {
@@ -237,10 +238,6 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     """An sd-scripts folder: release, what SPF says of each training script, and problems."""
     if not (folder / "train_network.py").is_file():
         return "", {}, [f"{folder} is not a copy of sd-scripts: train_network.py is missing. Give its top folder."]
-    try:
-        from spf_plugin.hosts.kohya.rules import trainer_problem
-    except Exception as error:  # a package is missing: that is said elsewhere
-        return host_release(folder), {}, [f"the trainers were not looked at: {type(error).__name__}: {error}"]
     said, problems, refused = {}, [], []
     for script in sorted(p.name for p in folder.glob("*train_network.py")):
         try:
