@@ -27,7 +27,7 @@ from benchmarks.cases import (
 )
 from benchmarks.steps import STEPS, Setup
 from spf_plugin.config import SPFConfig
-from spf_plugin.tools import plan
+from spf_plugin.tools import plan, preset
 from spf_plugin.tools.plan import LORA_BYTES, OPTIMIZERS, aligned_share
 
 MIB = 2**20
@@ -266,7 +266,7 @@ def _presets() -> list[list[str]]:
     """The shipped presets, by the arithmetic of `spf plan`."""
     lines = []
     for path in sorted(PRESETS.glob("*-*gb.toml")):
-        run, _ = plan.read(path)
+        run, _ = preset.read(path)
         found = plan.predict(run)
         card = int(path.stem.rsplit("-", 1)[1].removesuffix("gb"))
         step = found.parts["activations and gradients"]

@@ -16,6 +16,7 @@ from spf_plugin.adapter.quantised import QuantisedBase, linear_layers
 from spf_plugin.config import SPFConfig, parse
 from spf_plugin.errors import SPFError
 from spf_plugin.tools import plan
+from spf_plugin.tools import preset as presets
 from spf_plugin.tools.check import family
 from spf_plugin.tools.cli import app
 from spf_plugin.tools.plan import GIB, Run
@@ -52,7 +53,7 @@ def test_every_preset_is_here() -> None:
 
 @pytest.mark.parametrize(("name", "card"), PRESETS.items())
 def test_presets_fit_their_cards(name: str, card: int) -> None:
-    run, notes = plan.read(ROOT / "presets" / f"{name}.toml")
+    run, notes = presets.read(ROOT / "presets" / f"{name}.toml")
     assert run.model == {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}[name.split("-")[0]]
     assert run.spf is not None
     assert notes == []
@@ -157,12 +158,12 @@ def test_every_kind_of_weights_has_a_figure(model: str, checkpointing: bool) -> 
 
 def test_spf_base_is_read_from_the_preset(tmp_path: Path) -> None:
     for kind in ("int8", "nf4"):
-        run, _ = plan.read(preset(tmp_path, network_args=f'["spf_target=hat", "spf_base={kind}"]'))
+        run, _ = presets.read(preset(tmp_path, network_args=f'["spf_target=hat", "spf_base={kind}"]'))
         assert run.weights == kind
-    assert plan.read(preset(tmp_path))[0].weights == "bf16"
-    assert plan.read(preset(tmp_path, fp8_base="true"))[0].weights == "fp8"
+    assert presets.read(preset(tmp_path))[0].weights == "bf16"
+    assert presets.read(preset(tmp_path, fp8_base="true"))[0].weights == "fp8"
     # SDXL with nf4 in place of fp8 in the 8 GB preset: what is said beside the setting.
-    eight, _ = plan.read(ROOT / "presets" / "sdxl-8gb.toml")
+    eight, _ = presets.read(ROOT / "presets" / "sdxl-8gb.toml")
     peak = {kind: plan.predict(replace(eight, weights=kind)).peak / GIB for kind in ("fp8", "int8", "nf4")}
     assert peak["fp8"] - peak["nf4"] == pytest.approx(0.6, abs=0.15)
     assert peak["int8"] - peak["fp8"] == pytest.approx(0.3, abs=0.15)
@@ -245,15 +246,15 @@ def test_what_else_tells_it(tmp_path: Path, file: str, text: str, settings: dict
 
 def test_options_of_sdxl_do_not_make_an_sdxl_run(tmp_path: Path) -> None:
     model = {"pretrained_model_name_or_path": '"models/v1-5-pruned.safetensors"'}
-    plain, notes = plan.read(preset(tmp_path, **model))
+    plain, notes = presets.read(preset(tmp_path, **model))
     assert notes == []
     more = {"no_half_vae": "true", "cache_text_encoder_outputs": "true", "cache_text_encoder_outputs_to_disk": "true"}
-    run, notes = plan.read(preset(tmp_path, **model, **more))
+    run, notes = presets.read(preset(tmp_path, **model, **more))
     assert run == plain
     (note,) = notes
     assert "only sdxl_train_network.py has it; train_network.py ignores it" in note
     for name in ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"):
-        assert plan.read(preset(tmp_path, **{name: "true"}))[0].text_cached  # of SDXL
+        assert presets.read(preset(tmp_path, **{name: "true"}))[0].text_cached  # of SDXL
 
 
 def test_a_guess_is_said_to_be_one(tmp_path: Path) -> None:
@@ -338,14 +339,14 @@ def test_without_fused_attention_nothing_is_promised(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, changes: dict[str, str], words: str) -> None:
     path = preset(tmp_path, **changes)
     with pytest.raises(SPFError) as caught:
-        plan.read(path)
+        presets.read(path)
     assert words in str(caught.value)
     assert call(path)[0] == 2
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
     with pytest.raises(SPFError, match="2 problems"):
-        plan.read(preset(tmp_path, network_dim="0", train_batch_size="-1"))
+        presets.read(preset(tmp_path, network_dim="0", train_batch_size="-1"))
 
 
 def test_wrong_files(tmp_path: Path) -> None:
@@ -361,7 +362,8 @@ def test_wrong_files(tmp_path: Path) -> None:
 def test_the_model_can_be_said(tmp_path: Path) -> None:
     path = preset(tmp_path, pretrained_model_name_or_path='"mine.safetensors"')
     assert call(path, "--model", "sdxl", "--vram", "12")[0] == 0
+    assert presets.read(preset(tmp_path, network_module='"networks.spf_lora"'))[0].spf is not None
     spf_less = preset(tmp_path, network_module='"networks.lora"')
-    run, notes = plan.read(spf_less)
+    run, notes = presets.read(spf_less)
     assert run.spf is None
     assert "plain LoRA" in notes[0]

@@ -21,6 +21,7 @@ from spf_plugin.hosts.kohya.captions import prompts
 if TYPE_CHECKING:
     import torch
 
+NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")  # --network_module: SPF by either name
 DEFAULT_NETWORK = "networks.lora"
 CUSTOM_TARGET = "spf_target"  # in a subset's custom_attributes: its own targets
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet

@@ -11,14 +11,13 @@ from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import rules
 from spf_plugin.hosts.kohya.captions import shuffled
-from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, SUPPORTED, TEXT_CACHES, Image
+from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, NETWORK_MODULES, SUPPORTED, TEXT_CACHES, Image
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
 from spf_plugin.tools.check.findings import Finding, of
 from spf_plugin.tools.check.host_options import CHOICES, SDXL_ONLY
 from spf_plugin.tools.check.source import HostArgs
 
-NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")
 MUCH_DROPOUT = 0.3
 _OTHER_MODELS = ("t5xxl", "ae", "clip_l", "clip_g", "qwen3", "gemma2")
 

@@ -62,7 +62,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise SPFError(f"{path} is not valid TOML: {error}.{hint}") from None
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def unfolded(config: Mapping[str, Any]) -> dict[str, Any]:
     """The host's rule: section names are free, one level is unfolded."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -135,7 +135,7 @@ def read(config: Path | None, words: Mapping[str, Any]) -> tuple[HostArgs, list[
     Raises:
         SPFError: the file cannot be read.
     """
-    from_file = _flat(load_toml(config)) if config else {}
+    from_file = unfolded(load_toml(config)) if config else {}
     findings = [*_written_wrongly(config, from_file)] if config else []
     values = {**{k: v for k, v in from_file.items() if not k.startswith(PREFIX)}, **words}
     values = {k: v for k, v in values.items() if not (k in NUMBERS and isinstance(v, str))}

@@ -14,7 +14,9 @@ from rich.table import Table
 
 from spf_plugin.errors import SPFError
 from spf_plugin.tools import plan as planning
-from spf_plugin.tools.plan import GIB, MODELS, Prediction, Run, gib
+from spf_plugin.tools import preset as presets
+from spf_plugin.tools.check.family import MODELS
+from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 
 DOES_NOT_FIT, MISTAKE = 1, 2
 
@@ -59,7 +61,7 @@ def plan(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        run, notes = planning.read(preset.expanduser(), model.value if model else None)
+        run, notes = presets.read(preset.expanduser(), model.value if model else None)
     except SPFError as error:
         errors.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(MISTAKE) from None

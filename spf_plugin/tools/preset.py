@@ -1,0 +1,172 @@
+"""Reads a preset, sd-scripts' `--config_file`, as the run that `plan` predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spf_plugin.config import SPFConfig, check_words, parse, split_words
+from spf_plugin.errors import SPFError, nearest
+from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES, TEXT_CACHES
+from spf_plugin.tools.check import family
+from spf_plugin.tools.check.family import MODELS
+from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY
+from spf_plugin.tools.check.source import DEFAULTS, load_toml, unfolded
+from spf_plugin.tools.plan import OPTIMIZERS, Run
+
+
+def _whole(settings: Mapping[str, Any], name: str, default: int, problems: list[str], low: int = 1) -> int:
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        problems.append(f"{name} = {value!r}: must be a whole number, {low} or more")
+        return default
+    return value
+
+
+def _flag(settings: Mapping[str, Any], name: str, problems: list[str]) -> bool:
+    value = settings.get(name, False)
+    if not isinstance(value, bool):
+        problems.append(f"{name} = {value!r}: must be true or false, without quotes")
+        return False
+    return value
+
+
+def _resolution(value: Any, problems: list[str]) -> tuple[int, int]:
+    try:
+        sides = [int(v) for v in (value if isinstance(value, list) else str(value).split(","))]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2) or any(not 64 <= side <= 4096 for side in sides):
+        problems.append(f'resolution = {value!r}: must be pixels from 64 to 4096, such as "512,512"')
+        return 512, 512
+    return sides[0], sides[-1]
+
+
+def _model(settings: Mapping[str, Any], path: Path, given: str | None, problems: list[str]) -> family.Family:
+    if given:
+        return family.Family(given)
+    found = family.find(settings, path)
+    if not found.name:
+        problems.append("which base model it trains is not clear from this file; add --model sd1, sd2 or sdxl")
+        return family.Family("sd1")
+    return found
+
+
+def _spf(settings: Mapping[str, Any], folder: Path, problems: list[str]) -> SPFConfig | None:
+    if settings.get("network_module") not in NETWORK_MODULES:
+        return None
+    words = settings.get("network_args", [])
+    if not isinstance(words, list) or any(not isinstance(word, str) for word in words):
+        problems.append('network_args: must be a list of texts, such as ["spf_target=blonde hair"]')
+        return SPFConfig()
+    problems += check_words(words)
+    try:
+        return parse(split_words(words)[0], (Path(), folder))
+    except SPFError as error:
+        problems += error.problems
+        return SPFConfig()
+
+
+def _optimizer(settings: Mapping[str, Any], problems: list[str]) -> str:
+    name = str(settings.get("optimizer_type") or "AdamW")
+    if settings.get("use_8bit_adam"):
+        name = "AdamW8bit"
+    elif settings.get("use_lion_optimizer"):
+        name = "Lion"
+    if name.rsplit(".", 1)[-1].lower() not in OPTIMIZERS:
+        problems.append(
+            f"optimizer_type = {name!r}: plan knows no size of its state{nearest(name.lower(), OPTIMIZERS)}. Known: "
+            + ", ".join(sorted(OPTIMIZERS))
+        )
+        return "AdamW"
+    return name
+
+
+def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
+    """A preset as a run, and what it leaves out.
+
+    Args:
+        path: sd-scripts' `--config_file`.
+        model: `sd1`, `sd2` or `sdxl`; else what `family.find` finds.
+
+    Raises:
+        SPFError: with every mistake: no such file, no TOML, unknown keys, values out of range, and settings for which
+            there are no figures.
+    """
+    if not path.is_file():
+        raise SPFError(f"{path}: there is no such file. Give a training preset, such as presets/sd15-8gb.toml.")
+    settings = unfolded(load_toml(path))
+    if "datasets" in settings and "pretrained_model_name_or_path" not in settings:
+        raise SPFError(f"{path} is a data set configuration. Give the preset that is passed as --config_file.")
+    problems = [
+        f"unknown setting {name!r}{nearest(name, OPTIONS) or ': sd-scripts has no such option'}"
+        for name in settings
+        if name not in OPTIONS
+    ]
+    if "resolution" not in settings:
+        problems.append('resolution is missing; write for example resolution = "512,512"')
+    width, height = _resolution(settings.get("resolution", 512), problems)
+    precision = settings.get("mixed_precision", "no")
+    if precision not in ("fp16", "bf16"):
+        problems.append(f'mixed_precision = {precision!r}: there are figures for "fp16" and "bf16" only; set one')
+    if not _flag(settings, "network_train_unet_only", problems):
+        problems.append("there are no figures for training the text encoder; set network_train_unet_only = true")
+    if not (_flag(settings, "cache_latents", problems) | _flag(settings, "cache_latents_to_disk", problems)):
+        problems.append("there are no figures for a VAE that stays on the card; set cache_latents = true")
+    attention = [_flag(settings, name, problems) for name in ("sdpa", "xformers", "mem_eff_attn")]
+    spf = _spf(settings, path.parent, problems)
+    shrunk = [_flag(settings, name, problems) for name in FP8_BASES]
+    fp8 = any(shrunk)
+    base = "off" if spf is None else spf.base
+    if fp8 and base != "off":
+        problems.append(f"spf_base={base} and fp8_base both shrink the frozen UNet; leave one of them out")
+    kind = _model(settings, path, model, problems)
+    cached = [_flag(settings, name, problems) for name in TEXT_CACHES]
+    run = Run(
+        model=kind.name,
+        width=width,
+        height=height,
+        batch=_whole(settings, "train_batch_size", 1, problems),
+        rank=_whole(settings, "network_dim", 4, problems),
+        checkpointing=_flag(settings, "gradient_checkpointing", problems),
+        weights=base if base != "off" else "fp8" if fp8 else "bf16",
+        fused_attention=any(attention),
+        text_cached=kind.name == "sdxl" and any(cached),
+        optimizer=_optimizer(settings, problems),
+        save_bytes=2 if settings.get("save_precision") in ("fp16", "bf16") else 4,
+        steps=0
+        if "max_train_epochs" in settings
+        else _whole(settings, "max_train_steps", DEFAULTS["max_train_steps"], problems),
+        accumulation=_whole(settings, "gradient_accumulation_steps", 1, problems),
+        spf=spf,
+    )
+    if fp8 and not run.checkpointing:
+        problems.append(
+            "fp8_base without gradient_checkpointing saves nothing: backward keeps a half-precision copy of every "
+            "weight. Set gradient_checkpointing = true"
+        )
+    if problems:
+        raise SPFError([problem.rstrip(".") + "." for problem in problems])
+    return run, _notes(settings, run, kind)
+
+
+def _notes(settings: Mapping[str, Any], run: Run, kind: family.Family) -> list[str]:
+    notes = []
+    if kind.guess:
+        notes.append(f"{MODELS[run.model]} is guessed from {kind.guess}. If it is another: --model sd1, sd2 or sdxl.")
+    ignored = [name for name in SDXL_ONLY if settings.get(name)] if run.model != "sdxl" else []
+    if ignored:
+        notes.append(f"{', '.join(ignored)}: only sdxl_train_network.py has it; train_network.py ignores it.")
+    if run.spf is None:
+        notes.append("network_module is not spf_plugin.lora: planned as a plain LoRA.")
+    elif getattr(run.spf, "enhances", False):
+        notes.append("The response term's CLIP model is not counted.")
+    words = [str(word) for word in settings.get("network_args", [])]
+    if any(word.split("=")[0] in ("conv_dim", "algo", "spf_network", "spf_train") for word in words):
+        notes.append("File and optimizer are those of a plain LoRA on all linear layers.")
+    if "dataset_config" in settings:
+        notes.append("resolution and train_batch_size are taken from this file, not from the data set's.")
+    if any(name.startswith("sample_every") for name in settings):
+        notes.append("Sample images during training need the VAE for a moment; that is not counted.")
+    return notes
