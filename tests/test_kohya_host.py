@@ -19,6 +19,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya.frames import local_variables, raw_network_args, training_frame
 from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.hosts.kohya.rules import trainer_problem, unwritable
+from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.lora import create_network
 from spf_plugin.pairs import State
 from tests.check_sets import everything
@@ -108,14 +109,19 @@ class Loop(Monolithic):
 
 
 ARGS = SimpleNamespace(
-    network_module="spf_plugin.lora", network_args=[], initial_step=None, initial_epoch=2, gradient_accumulation_steps=1
+    network_module="spf_plugin.lora",
+    network_args=[],
+    initial_step=None,
+    initial_epoch=2,
+    gradient_accumulation_steps=1,
+    v_parameterization=False,
 )
 #: Everything that is looked for among the callers.
 LOOKS: dict[str, Callable[[], object]] = {
     "raw_network_args": raw_network_args,
     "find": lambda: KohyaHost.find([]),
     "first_step": lambda: KohyaHost.find([]).first_step,
-    "alphas_cumprod": lambda: KohyaHost.find([]).alphas_cumprod,
+    "noise_schedule": lambda: KohyaHost.find([]).noise_schedule,
     "report": lambda: KohyaHost.find([]).report({"a": 1.0}),
 }
 
@@ -239,13 +245,12 @@ def test_text_encoders_that_stay_on_the_cpu_beside_a_gpu_get_more_threads(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = host({}, weighted_captions=False)
-        found.trainer = Monolithic()
-        found.accelerator = SimpleNamespace(device=torch.device(gpu), num_processes=2)
-        found.text_encoders = [SimpleNamespace(device=torch.device(encoders))]
+        accelerator = SimpleNamespace(device=torch.device(gpu), num_processes=2)
+        encoder, args = SimpleNamespace(device=torch.device(encoders)), SimpleNamespace(weighted_captions=False)
+        found = TextEncoding(Monolithic(), args, accelerator, [encoder], None, None)
         monkeypatch.setattr("os.cpu_count", lambda: 16)
         monkeypatch.setattr(found, "_encode_old", encode)
-        assert found.encode(["a"]) == "conds"
+        assert found.encode(["a"]) == {"hidden": "conds"}
         with pytest.raises(RuntimeError):
             found.encode([])
         assert seen == [expected, expected]

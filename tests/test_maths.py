@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from spf_plugin.core import losses, sfcm
-from spf_plugin.families.unet import group_attention
+from spf_plugin.core.attention import group_attention
+from spf_plugin.families.unet import UNet
 
 B, C, H, W, P = 2, 4, 6, 10, 3  # not square
 
@@ -37,9 +39,16 @@ def test_group_attention() -> None:
     torch.testing.assert_close(group_attention(query, key, heads, groups).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+GRID = UNet(torch.nn.Module()).grid
+
+
+def grids_of(layers: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    return [GRID(layer.shape[1], (H, W)) for layer in layers]
+
+
 def slow_weight(weight: torch.Tensor, positions: int) -> torch.Tensor:
     """W on a layer's grid by averaging blocks, `[B, N]`."""
-    h, w = sfcm.layer_grid(positions, (H, W))
+    h, w = GRID(positions, (H, W))
     out = torch.zeros(B, h, w, dtype=torch.float64)
     fh, fw = H // h, W // w
     for i in range(B):
@@ -68,7 +77,7 @@ def test_text_consistent() -> None:
                         count += 1
             expected[i] += (error / count) / (scale / count) / len(grids)
     torch.testing.assert_close(
-        losses.text_consistent(a_res, a_ref, weight, present).double(), expected, rtol=1e-5, atol=0
+        losses.text_consistent(a_res, a_ref, weight, present, grids_of(a_ref)).double(), expected, rtol=1e-5, atol=0
     )
 
 
@@ -82,7 +91,9 @@ def test_fine_grained() -> None:
         w = slow_weight(weight, ref.shape[1])
         error = (w[..., None] * (res.double() - ref.double()) ** 2).sum(dim=(1, 2)) / ref[0].numel()
         expected += error / ((ref.double() ** 2).sum(dim=(1, 2)) / ref[0].numel()) / len(grids)
-    torch.testing.assert_close(losses.fine_grained(q_res, q_ref, weight).double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        losses.fine_grained(q_res, q_ref, weight, grids_of(q_ref)).double(), expected, rtol=1e-5, atol=0
+    )
 
 
 def test_output_and_drift() -> None:
@@ -137,7 +148,8 @@ def test_losses_send_gradient_to_the_response_only() -> None:
     weight, present = torch.ones(B, 1, H, W), torch.ones(B, P)
     res, ref = random(B, H * W, P, seed=1).requires_grad_(), random(B, H * W, P, seed=2).requires_grad_()
     eps_res, eps_ref = random(B, C, H, W, seed=3).requires_grad_(), random(B, C, H, W, seed=4).requires_grad_()
-    total = losses.text_consistent([res], [ref], weight, present) + losses.fine_grained([res], [ref], weight)
+    total = losses.text_consistent([res], [ref], weight, present, grids_of([ref]))
+    total = total + losses.fine_grained([res], [ref], weight, grids_of([ref]))
     (total + losses.output(eps_res, eps_ref, weight)).sum().backward()
     assert res.grad is not None
     assert eps_res.grad is not None
@@ -155,7 +167,7 @@ def test_losses_vanish_where_nothing_is_aligned() -> None:
     assert float(losses.output(res, ref, weight)) == 0
     q_ref = random(1, H * W, 8)
     q_res = (q_ref.reshape(1, H, W, 8) + (1 - weight[0, 0])[None, ..., None]).reshape(1, H * W, 8)
-    assert float(losses.fine_grained([q_res], [q_ref], weight)) == 0
+    assert float(losses.fine_grained([q_res], [q_ref], weight, [(H, W)])) == 0
 
 
 @pytest.mark.parametrize(
@@ -163,12 +175,12 @@ def test_losses_vanish_where_nothing_is_aligned() -> None:
     [(60, (6, 10), (6, 10)), (15, (6, 10), (3, 5)), (6, (6, 10), (2, 3)), (64, (8, 8), (8, 8)), (28, (13, 28), (4, 7))],
 )
 def test_layer_grid(positions: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
-    assert sfcm.layer_grid(positions, size) == grid
+    assert GRID(positions, size) == grid
 
 
 def test_layer_grid_refuses_what_no_unet_gives() -> None:
     with pytest.raises(ValueError, match="59 positions"):
-        sfcm.layer_grid(59, (6, 10))
+        GRID(59, (6, 10))
 
 
 def test_noise_difference() -> None:

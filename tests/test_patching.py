@@ -10,6 +10,7 @@ from torch import nn
 
 from spf_plugin.adapter.bypass import Adapter, select
 from spf_plugin.errors import SPFError
+from spf_plugin.families.unet import UNet
 from spf_plugin.patching import bypassed, hooked, instance_attribute, patched
 
 
@@ -47,7 +48,7 @@ def test_patches_leave_in_any_order() -> None:
 def test_hooks_leave_on_exceptions_too() -> None:
     layer = nn.Linear(2, 2)
     seen: list[torch.Tensor] = []
-    with suppress(KeyError), hooked({layer: lambda _m, _i, o: seen.append(o)}):
+    with suppress(KeyError), hooked([(layer, lambda _m, _i, o: seen.append(o))]):
         layer(torch.ones(1, 2))
         raise KeyError
     layer(torch.ones(1, 2))
@@ -127,7 +128,7 @@ class Network(nn.Module):
 
 def test_select() -> None:
     network = Network()
-    select(network, "cross_attention")
+    select(network, "cross_attention", UNet.cross_attention)
     assert [lora.lora_name for lora in network.unet_loras] == ["lora_unet_down_attn2_to_q", "lora_unet_up_attn2_to_k"]
     assert network.text_encoder_loras == []
     network = Network()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import CLIPTokenizer
 
-from spf_plugin.core.prompt import Prompt, Spans, Target, parse_targets, spans, split, strip_weights
+from spf_plugin.core.prompt import Prompt, Spans, Target, parse_targets, split, strip_weights
+from spf_plugin.families.clip_tokens import spans
 from tests import tiny
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 
 from portraitlab.model_files import CLIP_FOLDERS, DECODERS, MODEL_FOLDER
 from spf_plugin.config import parse
-from spf_plugin.enhancement import clip, decoders
-from spf_plugin.enhancement import limits as response
+from spf_plugin.core.schedule import one_step_prediction
+from spf_plugin.enhancement import clip, decoders, limits
 from spf_plugin.enhancement.term import Enhancement, _computes_in_bf16
 from spf_plugin.errors import SPFError
+from spf_plugin.families.latents import SD, SDXL, LatentSpace
+from spf_plugin.step import Step
 from tests import tiny
 from tests.test_attachment import Run
 
@@ -53,13 +56,13 @@ def test_anchor_and_directional() -> None:
         minus = lambda u, v: [x - y for x, y in zip(u, v, strict=True)]  # noqa: E731
         anchor = 1 - slow_cosine(minus(r, t), minus(d, t))
         directional = 1 - slow_cosine(minus(r, d), minus(t, b))
-        assert float(response.anchor(res, data, text)[i]) == pytest.approx(anchor, abs=1e-6)
-        assert float(response.directional(res, data, text, base)[i]) == pytest.approx(directional, abs=1e-6)
+        assert float(limits.anchor(res, data, text)[i]) == pytest.approx(anchor, abs=1e-6)
+        assert float(limits.directional(res, data, text, base)[i]) == pytest.approx(directional, abs=1e-6)
 
 
 def test_only_the_response_path_gets_a_gradient() -> None:
     res, data, text, base = (unit(2, 5, seed=i).requires_grad_() for i in range(4))
-    (response.anchor(res, data, text).sum() + response.directional(res, data, text, base).sum()).backward()
+    (limits.anchor(res, data, text).sum() + limits.directional(res, data, text, base).sum()).backward()
     assert res.grad is not None
     assert data.grad is None or not data.grad.any()
     assert base.grad is None
@@ -70,26 +73,26 @@ def test_one_step_prediction_gives_back_the_clean_latents(kind: str) -> None:
     clean, noise, abar = random(3, 4, 5, 6, seed=1), random(3, 4, 5, 6, seed=2), torch.tensor([0.9, 0.3, 0.01])
     a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
     target = noise if kind == "epsilon" else a * noise - s * clean
-    found = response.one_step_prediction(a * clean + s * noise, target, abar, kind)
+    found = one_step_prediction(a * clean + s * noise, target, abar, kind)
     torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
 
 
 def test_zero_terminal_signal_stays_finite() -> None:
     z, p = random(1, 4, 3, 3), random(1, 4, 3, 3, seed=1)
     for kind in ("epsilon", "v_prediction"):
-        assert torch.isfinite(response.one_step_prediction(z, p, torch.zeros(1), kind)).all()
+        assert torch.isfinite(one_step_prediction(z, p, torch.zeros(1), kind)).all()
     with pytest.raises(ValueError, match="unknown prediction type"):
-        response.one_step_prediction(z, p, torch.ones(1), "sample")
+        one_step_prediction(z, p, torch.ones(1), "sample")
 
 
 def test_limited() -> None:
     gradient, beside = random(2, 4, 3, 3), 2 * random(2, 4, 3, 3, seed=5)
     ratio = float(gradient.double().norm() / beside.double().norm())
-    scaled, found = response.limited(gradient, beside, ratio / 4)
+    scaled, found = limits.limited(gradient, beside, ratio / 4)
     assert found == pytest.approx(ratio, rel=1e-5)
     torch.testing.assert_close(scaled, gradient / 4)
-    assert torch.equal(response.limited(gradient, beside, 2 * ratio)[0], gradient)
-    assert response.limited(torch.zeros(3), torch.zeros(3), 0.5)[0].tolist() == [0, 0, 0]
+    assert torch.equal(limits.limited(gradient, beside, 2 * ratio)[0], gradient)
+    assert limits.limited(torch.zeros(3), torch.zeros(3), 0.5)[0].tolist() == [0, 0, 0]
 
 
 # -- preprocessing and encoders -----------------------------------------------------------------------------------
@@ -220,25 +223,27 @@ def test_fit_linear_finds_the_matrix_that_made_the_colours(tmp_path: Path) -> No
     torch.testing.assert_close(found.bias, bias, rtol=1e-4, atol=1e-5)
     assert error < 1e-5
     decoders.save_linear(found, tmp_path / "m.safetensors")
-    again = decoders.load(
-        str(tmp_path / "m.safetensors"), family="sd", known_latents=False, vae=lambda: pytest.fail("not asked for")
-    )
+    again = decoders.load(str(tmp_path / "m.safetensors"), SD, None, lambda: pytest.fail("not asked for"))
     torch.testing.assert_close(again(latents), found(latents))
 
 
 def test_choice_of_decoder(tmp_path: Path) -> None:
     class Vae:
-        pass
+        def __init__(self, *blocks: int) -> None:
+            self.config = SimpleNamespace(block_out_channels=list(blocks))
 
     own: Any = Vae()
 
-    def load(name: str, known: bool = True, family: str = "sd") -> Any:
-        return decoders.load(name, family=family, known_latents=known, vae=lambda: own)
+    def load(name: str, known: bool = True, space: LatentSpace | None = SD) -> Any:
+        return decoders.load(name, space, Vae(128, 256, 512, 512) if known else Vae(32, 64), lambda: own)
 
     assert isinstance(load("auto"), decoders.LinearDecoder)
     assert load("auto", known=False) is own
-    assert load("vae") is own
-    assert not torch.equal(load("linear").weight, load("linear", family="sdxl").weight)
+    assert load("vae") is load("auto", space=None) is own
+    assert not torch.equal(load("linear").weight, load("linear", space=SDXL).weight)
+    for name in ("linear", "tiny"):
+        with pytest.raises(SPFError, match=r"[Uu]se spf_decoder=vae"):
+            load(name, space=None)
     with pytest.raises(SPFError, match="spf decoder --model"):
         load("linear", known=False)
     with pytest.raises(SPFError, match="no AutoencoderTiny can be loaded"):
@@ -314,17 +319,10 @@ def enhanced(captions: list[str] = CAPTIONS, **settings: str) -> Run:
     """A toy run with the response term; see tests/test_attachment.py. Its timestep is 500."""
     run = Run(captions, **{"spf_response": "anchor", **settings})
     host: Any = run.host
-    host.alphas_cumprod, host.prediction_type = torch.linspace(0.999, 0.005, 1000), "epsilon"
     clean = random(len(captions), 4, 12, 16, seed=9)
     host.clean_images = lambda batch: (clean, None)
     run.clip = FlatClip()  # type: ignore[attr-defined]
-    weight, bias = decoders.LINEAR["sd"]
-    run.spf.enhancement = Enhancement(
-        run.spf.config,
-        host,
-        run.clip,
-        decoders.LinearDecoder(torch.tensor(weight), torch.tensor(bias)),  # type: ignore
-    )
+    run.spf.enhancement = Enhancement(run.spf.config, host, run.clip, decoders.LinearDecoder.of(SD))  # type: ignore
     return run
 
 
@@ -341,29 +339,28 @@ def test_bf16_where_the_card_has_units_for_it(
 def test_gradient_equals_the_plain_sum_of_losses(mode: str, region: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a slow version: the whole term in one graph, through the UNet, beside the diffusion loss, which acts
     everywhere or inside the map; the term acts inside the map."""
-    monkeypatch.setattr(response, "MAX_RATIO", 1e6)
+    monkeypatch.setattr(limits, "MAX_RATIO", 1e6)
     run = enhanced(**NO_ALIGNMENT, spf_response=mode, spf_diffusion_region=region)
     maps: list[Tensor] = []
     call = run.spf.enhancement
 
-    def spy(**given: Any) -> Any:
-        maps.append(given["control_map"])
-        return call(**given)  # type: ignore[misc]
+    def spy(step: Step, batch: Any) -> Any:
+        maps.append(step.result.map)
+        return call(step, batch)  # type: ignore[misc]
 
-    spy.candidates, spy.skipped = call.candidates, 0  # type: ignore[union-attr, attr-defined]
+    spy.skipped = 0  # type: ignore[attr-defined]
     run.spf.enhancement = spy  # type: ignore[assignment]
     run.step()
     found = run.weight.grad
     assert found is not None
 
     host, z = run.host, run.z
-    abar = torch.full((2,), float(host.alphas_cumprod[500]))  # type: ignore[attr-defined]
+    abar = torch.full((2,), float(host.noise_schedule.alphas_cumprod[500]))
     run.spf.close()
-    encode, unet = host.encode, run.unet
-    prediction = unet(z, encode(CAPTIONS))
+    prediction = run.base(CAPTIONS)
     with run.spf.adapter.bypassed():
-        reference = unet(z, encode(["a woman, red coat", "a man, blue shirt"]))
-    rgb = torch.tensor(decoders.LINEAR["sd"][0])
+        reference = run.base(["a woman, red coat", "a man, blue shirt"])
+    rgb = torch.tensor(SD.weight)
 
     def embed(latents: Tensor) -> Tensor:
         return run.clip.image(torch.einsum("nchw,cd->ndhw", latents, rgb))  # type: ignore[attr-defined]
@@ -385,7 +382,7 @@ def test_gradient_equals_the_plain_sum_of_losses(mode: str, region: str, monkeyp
     (pulled,) = torch.autograd.grad((abar * term).mean(), prediction, retain_graph=True)
     loss = inside.square().mean() + (m * pulled * prediction).sum()
     (wanted,) = torch.autograd.grad(loss, run.weight)
-    (without,) = torch.autograd.grad(unet(z, encode(CAPTIONS)).square().mean(), run.weight)
+    (without,) = torch.autograd.grad(run.base(CAPTIONS).square().mean(), run.weight)
     assert not torch.allclose(wanted, without, rtol=1e-2)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in [*run.unet.parameters(), *run.clip.parameters()])  # type: ignore[attr-defined]
@@ -394,12 +391,12 @@ def test_gradient_equals_the_plain_sum_of_losses(mode: str, region: str, monkeyp
 def test_loss_value_is_not_touched_and_ratio_is_logged_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
     for limit in (0.01, 1e6, 1e-9):
-        monkeypatch.setattr(response, "MAX_RATIO", limit)
+        monkeypatch.setattr(limits, "MAX_RATIO", limit)
         run = enhanced(**NO_ALIGNMENT)
         prediction = run.step()
         assert run.host.accelerator.losses[-1] == pytest.approx(float(prediction.detach().square().mean()))
-        assert run.spf.logs["spf/response_ratio"] > 0.01
-        assert 0 < run.spf.logs["spf/response"] <= 2
+        assert run.spf.numbers.values["spf/response_ratio"] > 0.01
+        assert 0 < run.spf.numbers.values["spf/response"] <= 2
         assert run.weight.grad is not None
         grads.append(run.weight.grad)
     small, large = (grad - grads[2] for grad in grads[:2])
@@ -411,12 +408,12 @@ def test_it_cannot_act_outside_the_map() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     call = run.spf.enhancement
 
-    def spy(**given: Any) -> Any:
-        term = call(**given)  # type: ignore[misc]
-        seen.append((given["control_map"], term.gradient))
+    def spy(step: Step, batch: Any) -> Any:
+        term = call(step, batch)  # type: ignore[misc]
+        seen.append((step.result.map, term.gradient))  # type: ignore[union-attr]
         return term
 
-    spy.candidates, spy.skipped = call.candidates, 0  # type: ignore[union-attr, attr-defined]
+    spy.skipped = 0  # type: ignore[attr-defined]
     run.spf.enhancement = spy  # type: ignore[assignment]
     run.step()
     control_map, gradient = seen[0]
@@ -433,13 +430,15 @@ def test_not_finite_is_left_out_and_counted(caplog: pytest.LogCaptureFixture) ->
         run.step()
     assert run.weight.grad is not None
     assert torch.isfinite(run.weight.grad).all()
-    assert run.spf.logs["spf/response_skipped"] == 3
+    assert run.spf.numbers.values["spf/response_skipped"] == 3
     assert caplog.text.count("not finite") == 1
 
 
-@pytest.mark.parametrize(("settings", "last", "steps"), [({}, 501, 4), ({}, 500, 0), ({"spf_response": "off"}, 501, 0)])
-def test_gates(settings: dict[str, str], last: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(response, "MAX_TIMESTEP", last)  # the toy's timestep is 500
+@pytest.mark.parametrize(
+    ("settings", "last", "steps"), [({}, 0.51, 4), ({}, 0.5, 0), ({"spf_response": "off"}, 0.51, 0)]
+)
+def test_gates(settings: dict[str, str], last: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_LEVEL", last)  # the toy's timestep is 500
     run = enhanced(**NO_PAIRS, **settings)
     if not run.spf.config.enhances:
         run.spf.enhancement = None
@@ -467,7 +466,7 @@ def test_pixels_serve_where_there_are_no_latents() -> None:
     pixels = random(2, 3, 96, 128, seed=4).clamp(-1, 1)
     run.host.clean_images = lambda batch: (None, pixels)  # type: ignore[attr-defined]
     run.step()
-    assert "spf/response" in run.spf.logs
+    assert "spf/response" in run.spf.numbers.values
 
 
 def test_nothing_of_a_step_survives_it() -> None:
@@ -476,12 +475,12 @@ def test_nothing_of_a_step_survives_it() -> None:
     kept: list[weakref.ref[Tensor]] = []
     call = run.spf.enhancement.__call__  # type: ignore[union-attr]
 
-    def spy(**given: Any) -> Any:
-        term = call(**given)
-        kept.extend(weakref.ref(t) for t in (given["prediction"], term.gradient, given["control_map"]))
+    def spy(step: Step, batch: Any) -> Any:
+        term = call(step, batch)
+        kept.extend(weakref.ref(t) for t in (step.response.eps, term.gradient, step.result.map))
         return term
 
-    spy.candidates, spy.skipped = run.spf.enhancement.candidates, 0  # type: ignore[union-attr, attr-defined]
+    spy.skipped = 0  # type: ignore[attr-defined]
     run.spf.enhancement = spy  # type: ignore[assignment]
     for _ in range(3):
         run.step()

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
 
 from spf_plugin import text
 from spf_plugin.core.prompt import Target
+from spf_plugin.families.base import Text
+from spf_plugin.families.unet import UNet
 from spf_plugin.text import Cache, TextSide
 
 
@@ -24,23 +25,23 @@ class Host:
     def tokenize(self, words: str) -> Sequence[int]:
         return list(range(len(words.replace(",", " , ").split())))
 
-    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Tensor:
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         self.encoded.update(prompts)
-        return torch.ones(len(prompts), 16, 4)
+        return {"hidden": torch.ones(len(prompts), 16, 4)}
 
 
 def epoch(side: TextSide, captions: Sequence[str]) -> None:
     for caption in captions:
-        like = torch.zeros(1, 16, 4)
+        like = {"hidden": torch.zeros(1, 16, 4)}
         batch = side.for_batch([caption], like)
-        side.reference_conds(batch, like, text_encoder_trained=False)
+        side.base_text(batch, like, text_encoder_trained=False)
         side.distances(batch)
 
 
 def test_a_whole_data_set_is_split_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     captions = [f"a woman, coat number {i}, blonde hair" for i in range(1500)]
     host, splits = Host(), []
-    side, split = TextSide(host, (Target("blonde hair"),), nullcontext), text.split
+    side, split = TextSide(host, UNet(torch.nn.Module()), (Target("blonde hair"),), nullcontext), text.split
     monkeypatch.setattr(text, "split", lambda caption, targets: splits.append(caption) or split(caption, targets))
     for _ in range(2):
         epoch(side, captions)
@@ -54,11 +55,11 @@ def test_what_does_not_fit_is_said_once_and_leaves_the_rest_alone(
 ) -> None:
     monkeypatch.setattr(text, "CACHED_BYTES", 3 * 16 * 4 * 4)  # three prompts
     host, captions = Host(), [f"a woman {i}, blonde hair" for i in range(5)]
-    side = TextSide(host, (Target("blonde hair"),), nullcontext)
+    side = TextSide(host, UNet(torch.nn.Module()), (Target("blonde hair"),), nullcontext)
     for _ in range(3):
         for caption in captions:
-            batch = side.for_batch([caption], torch.zeros(1, 16, 4))
-            side.reference_conds(batch, torch.zeros(1, 16, 4), text_encoder_trained=False)
+            like = {"hidden": torch.zeros(1, 16, 4)}
+            side.base_text(side.for_batch([caption], like), like, text_encoder_trained=False)
     assert [host.encoded[f"a woman {i}"] for i in range(5)] == [1, 1, 1, 3, 3]
     assert caplog.text.count("3 encoded base prompts fill") == 1
 

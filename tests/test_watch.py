@@ -7,17 +7,21 @@ import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from spf_plugin.enhancement.decoders import LINEAR, LinearDecoder, save_linear
+from spf_plugin.core.schedule import Discrete
+from spf_plugin.enhancement.decoders import LinearDecoder, save_linear
+from spf_plugin.families import latents
 from spf_plugin.shown import preview
 from spf_plugin.shown.watch import HISTORY, SAMPLES, Row, Watch, concerns
+from spf_plugin.step import Step
 from tests.test_attachment import CAPTIONS, UNPAIRED, Run
 
 
@@ -67,8 +71,7 @@ def test_a_short_history_says_nothing() -> None:
 class FakeHost:
     """What the pictures need of a host."""
 
-    family, prediction_type, vae = "sd", "epsilon", None
-    alphas_cumprod = torch.linspace(0.999, 0.005, 1000)
+    vae: Any = None
 
     def __init__(self, output: Path, accelerator: Any = None):
         self.output, self.accelerator = output, accelerator
@@ -76,7 +79,7 @@ class FakeHost:
 
 def watching(run: Run, host: FakeHost) -> Watch:
     host.accelerator = host.accelerator or run.host.accelerator
-    run.spf.watch = Watch(run.spf.config, host)
+    run.spf.watch = Watch(run.spf.config, host, latents.SD)
     return run.spf.watch
 
 
@@ -144,7 +147,9 @@ def test_only_the_middle_noise_levels_and_never_a_preserved_sample(tmp_path: Pat
     yes = torch.tensor([True, True])
 
     def turns(which: Tensor, *timesteps: int) -> list[int]:
-        return [i for i, _ in watch._turns(1, text, which, torch.tensor(timesteps))]
+        nothing: Any = None
+        t, schedule = torch.tensor(timesteps), run.host.noise_schedule
+        return [i for i, _ in watch._turns(Step(1, text, which, t, run.z, schedule, nothing, nothing, nothing))]
 
     assert turns(yes, 500, 500) == [0, 1]
     assert turns(yes, 249, 250) == [1]
@@ -167,7 +172,7 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[preview.Sample] = []
     real = preview.render
     monkeypatch.setattr(preview, "render", lambda sample: drawn.append(sample) or real(sample))
-    linear = LinearDecoder(*(torch.tensor(t) for t in LINEAR["sd"]))
+    linear = LinearDecoder.of(latents.SD)
     save_linear(linear, tmp_path / "linear.safetensors")
     run = Run(CAPTIONS, spf_decoder=str(tmp_path / "linear.safetensors"))
     host = FakeHost(tmp_path / "out")
@@ -176,23 +181,22 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = drawn[1]
     assert sample.caption == CAPTIONS[1]
     assert list(sample.phrases) == ["blonde hair", "a man", "blue shirt"]
-    abar = host.alphas_cumprod[500]
+    abar = run.host.noise_schedule.alphas_cumprod[500]
     x0 = (run.z[1:] - (1 - abar).sqrt() * prediction[1:]) / abar.sqrt()
     torch.testing.assert_close(sample.trained, (linear(x0)[0] / 2 + 0.5).clamp(0, 1))
     assert sample.base.shape == sample.trained.shape == (3, 12, 16)
     assert not torch.equal(sample.base, sample.trained)
     means = [float(s.control.mean()) for s in drawn]
-    assert np.mean(means) == pytest.approx(run.spf.logs["spf/map_mean"], rel=1e-5)
+    assert np.mean(means) == pytest.approx(run.spf.numbers.values["spf/map_mean"], rel=1e-5)
     for heat in sample.phrases.values():
         assert float(heat.min()) == 0
         assert float(heat.max()) == pytest.approx(1)
     assert all(t.device.type == "cpu" and not t.requires_grad for t in (sample.base, sample.control))
     known = FakeHost(tmp_path / "out")
-    known.vae = nn.Module()  # type: ignore[assignment]
-    known.vae.config = type("Config", (), {"block_out_channels": [128, 256, 512, 512]})()  # type: ignore[attr-defined]
-    colours = Watch(Run(CAPTIONS).spf.config, known)._colours(x0)
+    known.vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=[128, 256, 512, 512]))
+    colours = Watch(Run(CAPTIONS).spf.config, known, latents.SD)._colours(x0)
     torch.testing.assert_close(colours, (linear(x0)[0] / 2 + 0.5).clamp(0, 1))
-    grey = Watch(Run(CAPTIONS).spf.config, host)._colours(x0)
+    grey = Watch(Run(CAPTIONS).spf.config, host, latents.SD)._colours(x0)
     assert torch.equal(grey[0], grey[2])
 
 
@@ -266,9 +270,8 @@ def test_a_refusing_disk_is_said_once_and_training_goes_on(
 
 def test_any_other_mistake_ends_the_pictures_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(CAPTIONS, spf_preview_every="1")
-    host = FakeHost(tmp_path / "out")
-    host.prediction_type = "sample"
-    watching(run, host)
+    run.host.noise_schedule = Discrete(run.host.noise_schedule.alphas_cumprod, "sample")  # type: ignore[misc]
+    watching(run, FakeHost(tmp_path / "out"))
     for _ in range(6):
         run.step()
     assert [r.levelno for r in caplog.records] == [logging.WARNING]

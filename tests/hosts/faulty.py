@@ -29,7 +29,7 @@ def create_network(
 ) -> nn.Module:
     frame = training_frame()
     assert frame is not None
-    trainer, args = frame.f_locals["self"], frame.f_locals["args"]
+    args = frame.f_locals["args"]
     name, _, number = fault.partition("@")
     at = int(number or 1)
     network = lora.create_network(multiplier, dim, alpha, vae, text_encoder, unet, **kw)

@@ -29,7 +29,6 @@ from spf_plugin.pairs import State
 logger = logging.getLogger(__name__)
 
 
-
 class KohyaHost:
     """A running sd-scripts trainer, as `spf_plugin.hosts.base.Host`.
 
