@@ -231,17 +231,17 @@ class Attachment:
             return (yield call)
         with self.host.recomputable(), capture(self.layers) as seen:
             output = yield call
-        self._check(seen)
+        self._check(seen, call)
         return output
 
-    def _check(self, seen: Capture) -> None:
+    def _check(self, seen: Capture, call: Call) -> None:
         """Does what the probe collects carry a graph? Else SPF would train nothing."""
         missing = [layer.name for layer in self.layers if layer.name not in seen.queries]
         if missing:
             raise SPFError(f"cross-attention layer {missing[0]} was never called; SPF cannot compare the paths")
         # Not all of them: a layer may lie before the first trained module (spf_train).
         queries = [
-            self.family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name])[0] for layer in self.layers
+            self.family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name], call)[0] for layer in self.layers
         ]
         if not any(query.requires_grad for query in queries):
             raise SPFError(
@@ -256,11 +256,10 @@ class Attachment:
         shown = partner.call.map(lambda tensor: tensor.to(present.device))
         if not partner.encoded:  # a trained text encoder must not leak the target into base prompts either
             shown = family.with_text(shown, self.host.encode(partner.base, beside=partner.full))
-        family.noisy_latents(shown).requires_grad_(present.requires_grad)
         timesteps = family.timesteps(shown)
         with self.host.recomputable():
             output = yield shown
-        prediction = family.prediction(output)
+        prediction = family.prediction(output, shown)
         error = losses.base_preservation(prediction, partner.eps_ref.to(prediction.device))
         which = partner.which.to(error.device)
         error = torch.where(which, error, torch.zeros_like(error))
@@ -284,8 +283,8 @@ class Attachment:
         with self.host.recomputable() if config.active else nullcontext(), capture(self.layers) as seen:
             output = yield call
         if not self._checked:
-            self._check(seen)
-        response = pass_of(family, self.layers, output, seen, text.full_groups)
+            self._check(seen, call)
+        response = pass_of(family, self.layers, call, output, seen, text.full_groups)
         prediction = response.eps
         aligned = ~text.empty
         result = dual_path(
@@ -343,7 +342,7 @@ class Attachment:
         self.family.before_pass()
         with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
             output = call.on(self.family.denoiser)
-            found = pass_of(self.family, self.layers, output, seen, text.base_groups)
+            found = pass_of(self.family, self.layers, call, output, seen, text.base_groups)
         # Autocast keeps casts of trained weights until its outermost block ends; none of this pass may be used again.
         torch.clear_autocast_cache()
         self.family.before_pass()

@@ -154,6 +154,10 @@ def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:
         host, config, family, adapter, lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced, watch=watch
     )
 
+    captions = host.captions_before_training
+    if captions is not None:
+        attachment.text.encode_early(captions)
+
     @contextmanager
     def applying(models: Sequence[nn.Module]) -> Iterator[None]:
         base = None

@@ -16,6 +16,7 @@ from spf_plugin import patching
 from spf_plugin.core.attention import group_attention
 from spf_plugin.core.objective import Pass
 from spf_plugin.families.base import Family, Layer
+from spf_plugin.seam import Call
 
 
 @dataclass
@@ -47,21 +48,22 @@ def capture(layers: Sequence[Layer]) -> Iterator[Capture]:
         yield found
 
 
-def pass_of(family: Family, layers: Sequence[Layer], output: Any, seen: Capture, groups: Tensor) -> Pass:
+def pass_of(family: Family, layers: Sequence[Layer], call: Call, output: Any, seen: Capture, groups: Tensor) -> Pass:
     """A pass as the objective compares it.
 
     Args:
         family: of the denoiser.
         layers: the compared ones.
+        call: that was made.
         output: what the denoiser returned.
         seen: what was collected meanwhile.
-        groups: token groups of the prompts, `[B, T, G]`.
+        groups: token groups of its prompts, `[B, T, G]`.
     """
-    eps = family.prediction(output)
+    eps = family.prediction(output, call)
     size = (eps.shape[-2], eps.shape[-1])
     queries, attention = [], []
     for layer in layers:
-        query, key = family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name])
+        query, key = family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name], call)
         queries.append(query)
         attention.append(group_attention(query, key, layer.heads, groups))
     return Pass(eps, queries, attention, [family.grid(query.shape[1], size) for query in queries])

@@ -6,7 +6,7 @@ Everything that depends on a caption alone is computed once and kept, for the wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spf_plugin.core import sfcm
 from spf_plugin.core.prompt import Prompt, Spans, Target, split
+from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Family, Text
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,28 @@ class TextSide:
                 rows.append(self._encoded.get_or((base, length), partial(self._encode, base, text.full)))
         cast = [map_text(lambda part, to: part.to(to.device, to.dtype), row, like) for row in rows]
         return map_text(lambda *parts: torch.cat(parts), *cast)
+
+    @torch.no_grad()
+    def encode_early(self, captions: Iterable[tuple[str, Sequence[Target] | None]]) -> None:
+        """Encode all that these captions will need, each with its own targets or None, while there are text encoders.
+
+        Raises:
+            SPFError: it does not fit into the cache.
+        """
+        for caption, own in captions:
+            prompt = split(caption, self.targets if own is None else own)
+            if prompt.base != prompt.full:
+                encoded = self._encode(prompt.base, [prompt.full])
+                key = (prompt.base, encoded["hidden"].shape[1])
+                self._encoded.get_or(key, partial(dict, encoded))
+                if key not in self._encoded:
+                    raise SPFError(
+                        f"{len(self._encoded)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB, and this host "
+                        "frees its text encoders before training. Shuffled captions make that many; do not shuffle them."
+                    )
+            if prompt.has_target:
+                for phrase in (*prompt.phrases, prompt.target, *ANCHORS):
+                    self._vector(phrase)
 
     def _encode(self, base: str, beside: Sequence[str]) -> Text:
         with self.bypassed():

@@ -119,7 +119,7 @@ def test_without_torch(tmp_path: Path) -> None:
     assert state["torch"] == {"name": "torch", "version": "", "error": ""}
     assert state["typer"]["version"]
     assert "torch is needed: not installed" in answer["problems"]
-    assert answer["host"]["train_network.py"] == "call_unet is there: SPF fits"
+    assert answer["host"]["train_network.py"] == "SPF fits"
 
 
 def page(found: Doctor, monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> str:

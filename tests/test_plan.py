@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from spf_plugin.adapter.quantised import QuantisedBase, linear_layers
+from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.config import SPFConfig, parse
 from spf_plugin.errors import SPFError
+from spf_plugin.families.unet import UNet
 from spf_plugin.tools import plan
 from spf_plugin.tools import preset as presets
 from spf_plugin.tools.check import family
@@ -100,7 +101,7 @@ def test_parameters(family: str) -> None:
     model = plan.figures()["models"][family]
     assert model["lora_parameters_per_rank"] == per_rank
     assert model["unet_parameters"] == sum(p.numel() for p in unet.parameters())
-    weights = [layer.weight for layer in linear_layers(unet)]
+    weights = [layer.weight for layer in UNet(unet).linear_layers()]
     assert plan.LINEAR[family] == (sum(w.numel() for w in weights), sum(len(w) for w in weights))
     assert plan.predict(Run(family, 512, 512, rank=8, save_bytes=2)).file_bytes == per_rank * 8 * 2
 
@@ -137,10 +138,13 @@ def test_bytes_of_a_quantised_unet(weights: str, monkeypatch: pytest.MonkeyPatch
     from benchmarks.unets import base_model
 
     unet = base_model("tiny", torch.bfloat16).unet
-    parameters, linear = sum(p.numel() for p in unet.parameters()), [layer.weight for layer in linear_layers(unet)]
+    parameters, linear = (
+        sum(p.numel() for p in unet.parameters()),
+        [layer.weight for layer in UNet(unet).linear_layers()],
+    )
     monkeypatch.setitem(plan.LINEAR, "tiny", (sum(w.numel() for w in linear), sum(len(w) for w in linear)))
     if weights != "bf16":
-        QuantisedBase(unet, weights, torch.device("cpu"))
+        QuantisedBase(UNet(unet).linear_layers(), weights, torch.device("cpu"))
     held = sum(t.nbytes for t in [*unet.parameters(), *unet.buffers()])
     assert plan.unet_bytes("tiny", weights, parameters) == held
 

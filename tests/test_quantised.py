@@ -25,10 +25,11 @@ from benchmarks.unets import base_model
 from spf_plugin.adapter import bypass as adapter
 from spf_plugin.adapter import quantised
 from spf_plugin.adapter.bypass import Adapter
-from spf_plugin.adapter.quantised import NAME, QuantisedBase, QuantisedWeight, linear_layers
+from spf_plugin.adapter.quantised import NAME, QuantisedBase, QuantisedWeight
 from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
+from spf_plugin.families.unet import UNet
 from spf_plugin.trainer import loop
 from tests import tiny
 
@@ -110,7 +111,7 @@ def test_a_layer_is_the_linear_layer_of_its_dense_weight(
             super().__init__()
             self.inner = layer
 
-    QuantisedBase(Transformer2DModel(), kind, CPU)
+    QuantisedBase(UNet(Transformer2DModel()).linear_layers(), kind, CPU)
     dense.weight.copy_(getattr(layer, NAME).dense(torch.float32))
     dtype = torch.bfloat16 if precision == "full bfloat16" else torch.float32
     a, b = (random(3, 5, 64, seed=2).to(dtype).requires_grad_() for _ in range(2))
@@ -144,12 +145,12 @@ def test_the_dense_weight_is_not_kept_for_backward(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_transformers_linear_weights_shrink_and_nothing_else_changes(kind: str) -> None:
     model = unet()
-    layers = list(linear_layers(model))
+    layers = list(UNet(model).linear_layers())
     freed = [weakref.ref(layer.weight.untyped_storage()) for layer in layers]
     assert all(ref() for ref in freed)
     others = {n: p.clone() for n, p in model.named_parameters() if not any(p is layer.weight for layer in layers)}
     before = sum(p.nbytes for p in model.parameters())
-    base = QuantisedBase(model, kind, CPU)
+    base = QuantisedBase(UNet(model).linear_layers(), kind, CPU)
     gc.collect()
     assert not any(ref() for ref in freed)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in others.items()}
@@ -166,9 +167,9 @@ def test_removal_gives_plain_layers_with_the_same_values(kind: str) -> None:
     model = unet()
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     names = [name for name, _ in model.named_parameters()]
-    base = QuantisedBase(model, kind, CPU)
+    base = QuantisedBase(UNet(model).linear_layers(), kind, CPU)
     with pytest.raises(AttributeError, match="weight"):  # twice is a mistake, not a rounding of roundings
-        QuantisedBase(model, kind, CPU)
+        QuantisedBase(UNet(model).linear_layers(), kind, CPU)
     model.to(torch.float32)
     out = predict(model)
     base.remove()
@@ -189,8 +190,8 @@ def test_a_failure_halfway_leaves_plain_layers(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(quantised, "_quantise", fails_later)
     with pytest.raises(RuntimeError, match="out of memory"):
-        QuantisedBase(model, "int8", CPU)
-    assert not any(hasattr(layer, NAME) for layer in linear_layers(model))
+        QuantisedBase(UNet(model).linear_layers(), "int8", CPU)
+    assert not any(hasattr(layer, NAME) for layer in UNet(model).linear_layers())
     assert torch.isfinite(predict(model)).all()
 
 
@@ -206,8 +207,8 @@ def test_a_failed_application_leaves_plain_layers(monkeypatch: pytest.MonkeyPatc
     lora.attach(network, bench.host, config, model)
     with pytest.raises(SPFError, match="replaced no module's forward"):
         network.apply_to([], model)  # type: ignore[operator]
-    assert not any(hasattr(layer, NAME) for layer in linear_layers(model))
-    assert all("forward" not in vars(layer) for layer in linear_layers(model))
+    assert not any(hasattr(layer, NAME) for layer in UNet(model).linear_layers())
+    assert all("forward" not in vars(layer) for layer in UNet(model).linear_layers())
 
 
 # -- with an adapter --------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_the_bypassed_adapter_is_the_quantised_base_and_gradients_reach_it(kind:
         model = unet()
         torch.manual_seed(0)
         network, switch = adapted(model, algo=algo)
-        QuantisedBase(model, kind, CPU)
+        QuantisedBase(UNet(model).linear_layers(), kind, CPU)
         pristine = copy.deepcopy(model)
         with switch.watching([model]):
             network.apply_to([], model, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
@@ -332,8 +333,8 @@ def test_a_bitsandbytes_that_does_not_work_here(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_without_such_layers() -> None:
-    with pytest.raises(SPFError, match="no linear layers in a Transformer2DModel"):
-        QuantisedBase(nn.Sequential(nn.Linear(4, 4)), "int8", CPU)
+    with pytest.raises(SPFError, match="no linear layers in a transformer"):
+        QuantisedBase(UNet(nn.Sequential(nn.Linear(4, 4))).linear_layers(), "int8", CPU)
 
 
 def test_spf_train_refuses_before_it_loads_a_model(tmp_path: Path) -> None:

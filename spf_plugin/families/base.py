@@ -62,8 +62,8 @@ class Family(Protocol):
         """
         ...
 
-    def tokens(self, layer: Layer, query: Any, key: Any) -> tuple[Tensor, Tensor]:
-        """Image queries `[B, N, C]` and text keys `[B, T, C]` from what the layer's two modules gave."""
+    def tokens(self, layer: Layer, query: Any, key: Any, call: Call) -> tuple[Tensor, Tensor]:
+        """Image queries `[B, N, C]` and text keys `[B, T, C]` from what the layer's two modules gave in a call."""
         ...
 
     def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -90,8 +90,8 @@ class Family(Protocol):
         """The same call with another text, cast to the type and device of the present one."""
         ...
 
-    def prediction(self, output: Any) -> Tensor:
-        """`[B, C, h, w]` from what the denoiser returns, with its graph."""
+    def prediction(self, output: Any, call: Call) -> Tensor:
+        """`[B, C, h, w]` from what the denoiser returned for a call, with its graph."""
         ...
 
     def output(self, like: Any, prediction: Tensor) -> Any:

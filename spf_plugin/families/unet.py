@@ -83,7 +83,7 @@ class UNet:
             raise SPFError(f"spf_layers={which!r} matches none of the {len(names)} cross-attention layers{hint}")
         return chosen
 
-    def tokens(self, layer: Layer, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return query, key
 
     def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class UNet:
         pooled = text["pooled"].to(added[_POOLED].device, added[_POOLED].dtype)
         return Call(call.args, {**call.kwargs, _ADDED: {**added, _POOLED: pooled}})
 
-    def prediction(self, output: Any) -> Tensor:
+    def prediction(self, output: Any, call: Call) -> Tensor:
         if isinstance(output, Tensor):
             return output
         return output[0] if isinstance(output, tuple) else output.sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -42,6 +42,12 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
     @property
     def noise_schedule(self) -> Discrete | None:
         """The loop's, where its model has one to choose; asked for during steps only."""
+        ...
+
+    @property
+    def captions_before_training(self) -> Iterable[tuple[str, Sequence[Target] | None]] | None:
+        """Every caption of the data set with its own targets, if any, where the text encoders will be gone when
+        training starts: all prompts are then encoded when SPF is attached. None where `encode` works all the time."""
         ...
 
     def captions(self, batch: Any) -> list[str]:

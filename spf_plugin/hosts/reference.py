@@ -50,6 +50,10 @@ class ReferenceHost:
     def first_step(self) -> int | None:
         return None
 
+    @property
+    def captions_before_training(self) -> None:
+        return None
+
     def captions(self, batch: Any) -> list[str]:
         return list(batch["captions"])
 

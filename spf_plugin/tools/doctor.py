@@ -251,11 +251,11 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
         if problem and script not in SCRIPTS:
             refused.append(script.removesuffix("_train_network.py"))
             continue
-        said[script] = problem or "call_unet is there: SPF fits"
+        said[script] = problem or "SPF fits"
         if problem:
             problems.append(f"{script}: {problem}")
     if refused:
-        said["refused"] = f"{', '.join(refused)}: their trainers predict without call_unet"
+        said["refused"] = f"{', '.join(refused)}: their models are no UNets"
     if not (folder / "networks" / "lora.py").is_file():
         problems.append(f"{folder / 'networks' / 'lora.py'} is missing: the copy of sd-scripts is not complete.")
     shim = (folder / "networks" / "spf_lora.py").is_file()

@@ -21,6 +21,7 @@ from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.families.known import find
 from spf_plugin.families.unet import SIZES
 from spf_plugin.hosts.kohya.frames import training_frame
+from spf_plugin.seam import Call
 
 
 def size(model: nn.Module) -> int:
@@ -45,7 +46,8 @@ def create_network(
     def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output_: Any) -> None:
         if host.batch is None:
             return
-        prediction = family.prediction(output_)
+        call = Call(args, kwargs)
+        prediction = family.prediction(output_, call)
         shown = [args[0], args[1], *(vector[:, -SIZES:] for vector in args[3:4] if isinstance(vector, torch.Tensor))]
         if torch.is_grad_enabled():
             if seen and "response" not in seen[-1]:
@@ -57,7 +59,7 @@ def create_network(
         else:
             like = next(model.parameters())
             pristine.train(model.training).to(like.device, like.dtype)
-            base = family.prediction(pristine(*args, **kwargs))
+            base = family.prediction(pristine(*args, **kwargs), call)
             seen.append({"equal": bool(torch.equal(base.float(), prediction.float()))})
             if len(seen) == 1:
                 seen[0]["bytes"] = [before, size(model)]

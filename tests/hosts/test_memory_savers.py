@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from spf_plugin.adapter.quantised import linear_layers
+from spf_plugin.families.unet import UNet
 from tests.hosts.conftest import Host
 from tests.hosts.test_failures import stops
 from tests.hosts.test_options import aligned
@@ -54,7 +54,7 @@ def test_quantised_base(host: Host, kind: str, flags: dict[str, object]) -> None
     assert all(step["response"] > 1e-4 for step in steps[1:])
 
     unet = UNet2DConditionModel.from_pretrained(host.models["sd15"] / "unet")
-    weights = [layer.weight for layer in linear_layers(unet)]
+    weights = [layer.weight for layer in UNet(unet).linear_layers()]
     dense, rows = sum(w.numel() for w in weights), sum(len(w) for w in weights)
     before, now = steps[0]["bytes"]  # of the host's own UNet: loaded in float32, cast to the run's precision
     rest = (before - 4 * dense) // (2 if "mixed_precision" in flags else 1)

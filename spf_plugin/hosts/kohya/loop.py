@@ -132,6 +132,10 @@ class KohyaHost:
 
     # -- per batch ------------------------------------------------------------------------------------------------
 
+    @property
+    def captions_before_training(self) -> None:
+        return None  # text encoders stay, on the CPU at least
+
     def captions(self, batch: Any) -> list[str]:
         return [str(caption or "") for caption in batch["captions"]]
 

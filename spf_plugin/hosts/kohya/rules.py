@@ -71,11 +71,11 @@ def trainer_problem(trainer: Any) -> str | None:
     cls = type(trainer)
     seam, prediction = _overrides(cls, "call_unet"), _overrides(cls, "get_noise_pred_and_target")
     if seam is None:
-        return f"{cls.__name__} has no call_unet, the call that SPF wraps. {SUPPORTED}"
+        return f"{cls.__name__} has no call_unet, as the trainers that SPF knows have. {SUPPORTED}"
     if prediction is not None and prediction is not seam and issubclass(prediction, seam):
         return (
-            f"{cls.__name__} is not supported: it predicts without call_unet, so SPF could not see it (FLUX, SD3, "
-            f"Lumina, HunyuanImage and Anima trainers do). {SUPPORTED}"
+            f"{cls.__name__} is not supported: its model is no UNet (nor are FLUX, SD3, Lumina, HunyuanImage and Anima). "
+            f"{SUPPORTED}"
         )
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"

@@ -18,6 +18,7 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.families.base import Text
 from spf_plugin.families.known import find
 from spf_plugin.probe import capture, pass_of
+from spf_plugin.seam import Call
 from spf_plugin.text import TextSide, map_text
 from spf_plugin.trainer.models import BaseModel, from_pipeline
 
@@ -132,16 +133,21 @@ def explain(
 
     sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]]).expand(draws, -1)
 
-    def predict(step: int, conditioning: Text) -> Any:
+    def call(step: int, conditioning: Text) -> Call:
         alpha_bar = model.alphas_cumprod[step]
         noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device, unet.dtype)
         conditioning = map_text(lambda part: part.expand(draws, *part.shape[1:]), conditioning)
-        return model.call(noisy, torch.full((draws,), step, device=device), conditioning, sizes).on(unet)
+        return model.call(noisy, torch.full((draws,), step, device=device), conditioning, sizes)
 
-    def made(step: int, conditioning: Text, groups: torch.Tensor) -> Pass:
+    def predict(step: int, conditioning: Text) -> torch.Tensor:
+        made = call(step, conditioning)
+        return family.prediction(made.on(unet), made)
+
+    def compared(step: int, conditioning: Text, groups: torch.Tensor) -> Pass:
+        made = call(step, conditioning)
         with capture(probed) as seen:
-            output = predict(step, conditioning)
-        return pass_of(family, probed, output, seen, groups.expand(draws, -1, -1))
+            output = made.on(unet)
+        return pass_of(family, probed, made, output, seen, groups.expand(draws, -1, -1))
 
     control: dict[str, dict[int, Map]] = {kind: {} for kind in kinds}
     drift: dict[int, Drift] = {}
@@ -149,9 +155,9 @@ def explain(
     middle = timesteps[len(timesteps) // 2]
     for step in timesteps:
         with _without_lora(pipeline):
-            reference = made(step, reference_text, text.base_groups)
-            words = family.prediction(predict(step, words_text))
-        response = made(step, trained_text, text.full_groups)
+            reference = compared(step, reference_text, text.base_groups)
+            words = predict(step, words_text)
+        response = compared(step, trained_text, text.full_groups)
         size = (response.eps.shape[-2], response.eps.shape[-1])
         attention = sfcm.mean_maps(response.attention, response.grids, size)
         count = text.present.shape[1] - 1
@@ -169,7 +175,7 @@ def explain(
             if kind == kinds[0]:
                 everywhere = torch.ones_like(m)
                 pairs = (
-                    (family.prediction(predict(step, base_text)), everywhere), (response.eps, m), (response.eps, 1 - m),
+                    (predict(step, base_text), everywhere), (response.eps, m), (response.eps, 1 - m),
                     (response.eps, everywhere), (words, everywhere),
                 )  # fmt: skip
                 base, inside, outside, full, alone = [
