@@ -249,7 +249,7 @@ class TextSide:
                 if key not in self._encoded:
                     raise SPFError(
                         f"{len(self._encoded)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB, and this host "
-                        "frees its text encoders before training. Shuffled captions make that many; do not shuffle them."
+                        "frees its text encoders before training. Shuffled captions make that many: do not shuffle."
                     )
             if prompt.has_target:
                 for phrase in (*prompt.phrases, prompt.target, *ANCHORS):

@@ -11,22 +11,30 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spf_plugin"
-# From the bottom up: a module may import only what stands on a lower level.
+# From the bottom up: a room may import only rooms on lower levels. A room is a package, or a module beside them.
 LEVELS: list[set[str]] = [
-    {"errors", "patching", "prompt"},
-    {"config", "sfcm"},
-    {"losses", "probe", "adapter", "text", "quantised"},
-    {"objective", "pairs"},
-    {"host", "saving"},
-    {"attachment"},
-    {"hosts.kohya"},
+    {"__init__", "errors", "patching"},
+    {"core"},
+    {"seam", "config", "lorafile"},
+    {"families", "adapter"},
+    {"text"},
+    {"step", "pairs", "probe"},
+    {"enhancement"},
+    {"shown"},
+    {"hosts.base"},
+    {"attachment", "hosts.kohya"},
     {"lora"},
+    {"trainer", "hosts.reference"},
+    {"tools"},
+    {"__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
-PURE = {"sfcm", "losses"}  # the maths: torch and the standard library only
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+LONGEST = 400  # lines of a module
 
 
 def imports(path: Path) -> set[str]:
+    """Every module that a file imports, within functions and for types too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -36,29 +44,59 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def own(path: Path) -> set[str]:
-    names = {name.removeprefix("spf_plugin.") for name in imports(path) if name.startswith("spf_plugin.")}
-    return names & set(LEVEL)
+def room(module: str) -> str:
+    """`hosts/kohya/loop` is in `hosts.kohya`, `core/sfcm` in `core`, `lora` in `lora`."""
+    first, *rest = module.removesuffix("/__init__").split("/")
+    if first == "hosts":
+        return f"hosts.{rest[0]}" if rest else "hosts.base"
+    return first
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
-def test_arrows_point_down(name: str) -> None:
-    for imported in own(PACKAGE / f"{name.replace('.', '/')}.py"):
-        assert LEVEL[imported] < LEVEL[name] or (name, imported) == ("losses", "sfcm"), f"{name} imports {imported}"
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module: str) -> None:
+    own = room(module)
+    for name in imports(PACKAGE / f"{module}.py"):
+        parts = name.split(".")
+        inside = PACKAGE.joinpath(*parts[1:])
+        if parts[0] != "spf_plugin" or not (inside.is_dir() or inside.with_suffix(".py").is_file()):
+            continue  # another package's, or something in a module
+        other = room("/".join(parts[1:])) if len(parts) > 1 else "__init__"
+        assert other == own or LEVEL[other] < LEVEL[own] or {own, other} == {"trainer", "hosts.reference"}, name
 
 
-@pytest.mark.parametrize("name", sorted(PURE))
-def test_maths_imports_only_torch(name: str) -> None:
-    others = {i.split(".")[0] for i in imports(PACKAGE / f"{name}.py")} - set(sys.stdlib_module_names)
+def test_every_package_has_a_door_that_says_what_it_is() -> None:
+    for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__")]:
+        tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), folder
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("core/")])
+def test_the_method_imports_only_torch(module: str) -> None:
+    others = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} - set(sys.stdlib_module_names)
     assert others <= {"torch", "spf_plugin"}
 
 
-def test_only_one_module_knows_the_host() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if path.relative_to(PACKAGE).as_posix() == "hosts/kohya":
-            continue
-        modules = {name.split(".")[0] for name in imports(path)}
-        assert not modules & {"library", "train_network", "networks"}, path
+def test_only_one_package_knows_the_host() -> None:
+    for module in MODULES:
+        modules = imports(PACKAGE / f"{module}.py")
+        if room(module) != "hosts.kohya":
+            assert not {name.split(".")[0] for name in modules} & {"library", "train_network", "networks"}, module
+            assert module == "lora" or not any(name.startswith("spf_plugin.hosts.kohya.loop") for name in modules)
+
+
+def test_families_and_hosts_know_nothing_of_each_other() -> None:
+    for module in MODULES:
+        modules = imports(PACKAGE / f"{module}.py")
+        if module.startswith("families/"):
+            assert not any(name.startswith("spf_plugin.hosts") for name in modules), module
+        elif module.startswith("hosts/"):
+            known = {name for name in modules if name.startswith("spf_plugin.families.")}
+            assert known <= {"spf_plugin.families.base", "spf_plugin.families.base.Text"}, module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_long(module: str) -> None:
+    assert len((PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
 def test_no_networks_package() -> None:

@@ -74,8 +74,8 @@ def trainer_problem(trainer: Any) -> str | None:
         return f"{cls.__name__} has no call_unet, as the trainers that SPF knows have. {SUPPORTED}"
     if prediction is not None and prediction is not seam and issubclass(prediction, seam):
         return (
-            f"{cls.__name__} is not supported: its model is no UNet (nor are FLUX, SD3, Lumina, HunyuanImage and Anima). "
-            f"{SUPPORTED}"
+            f"{cls.__name__} is not supported: its model is no UNet (FLUX, SD3, Lumina, HunyuanImage and Anima are "
+            f"none). {SUPPORTED}"
         )
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
