@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 import install
 from spf_plugin import config
+from spf_plugin.families.base import Family
 from spf_plugin.hosts.base import Host
 from spf_plugin.tools import cli
 from spf_plugin.tools.check.host_options import OPTIONS
@@ -313,6 +314,7 @@ def test_no_placeholder_was_left() -> None:
 
 # -- docs/hosts.md ----------------------------------------------------------------------------------------------------
 
+FAMILY_PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 HOST_PAGE = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
 
 
@@ -327,23 +329,45 @@ def members(protocol: Any) -> set[str]:
     }
 
 
-def test_the_page_on_hosts_names_every_member() -> None:
-    table = HOST_PAGE[HOST_PAGE.index("| member |") : HOST_PAGE.index("Refuse early")]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == members(Host)
-    for source in ("kohya", "reference"):
-        host = ast.parse((ROOT / "spf_plugin" / "hosts" / f"{source}.py").read_text(encoding="utf-8"))
-        (cls,) = [n for n in host.body if isinstance(n, ast.ClassDef) and n.name.endswith("Host")]
-        own = {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
-        own |= {n.attr for n in ast.walk(cls) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-        assert members(Host) <= own, source
+def offered(path: str, ending: str) -> set[str]:
+    """What the one class of this ending in a file has: methods, class attributes, and what it sets on itself."""
+    source = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    (cls,) = [n for n in source.body if isinstance(n, ast.ClassDef) and n.name.endswith(ending)]
+    own = {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
+    own |= {n.id for n in ast.walk(cls) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return own | {n.attr for n in ast.walk(cls) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
 
 
-def test_the_tests_that_the_page_on_hosts_names_exist() -> None:
-    rows = re.findall(r"`(tests/[\w/]+\.py)`(?:, `(\w+)`)?", HOST_PAGE)
-    assert len(rows) > 8
-    for file, name in rows:
-        text = (ROOT / file).read_text(encoding="utf-8")
-        assert not name or f"def {name}(" in text or f"class {name}" in text, (file, name)
+def named(page: str, first: str, after: str) -> set[str]:
+    """The code words in the first column of the table between these words."""
+    table = page[page.index(first) : page.index(after)]
+    return {word for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for word in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_pages_on_hosts_and_families_name_every_member() -> None:
+    assert named(HOST_PAGE, "| member |", "`tests/toy/host.py`") == members(Host)
+    for file in ("spf_plugin/hosts/kohya/loop.py", "spf_plugin/hosts/reference.py", "tests/toy/host.py"):
+        assert members(Host) <= offered(file, "Host"), file
+    assert named(FAMILY_PAGE, "| member |", "## What holds") - {"fits"} == members(Family) - {"denoiser"}
+    for file, ending in (("spf_plugin/families/unet.py", "UNet"), ("tests/toy/family.py", "Toy")):
+        assert members(Family) | {"fits"} <= offered(file, ending), file
+
+
+def test_the_tests_that_these_pages_name_exist() -> None:
+    for page in (HOST_PAGE, FAMILY_PAGE):
+        rows = re.findall(r"`(tests/[\w/]+\.py)`(?:, `(\w+)`)?", page)
+        assert len(rows) > 5
+        for file, name in rows:
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert not name or f"def {name}(" in text or f"class {name}" in text, (file, name)
+
+
+def test_sizes_that_these_pages_state() -> None:
+    for page in (HOST_PAGE, FAMILY_PAGE):
+        found = re.findall(r"`([\w/]+\.py)`(?:,| is one in)? ?\(?(\d+) lines", page)
+        assert found
+        for file, lines in found:
+            assert abs(len((ROOT / file).read_text(encoding="utf-8").splitlines()) - int(lines)) <= 5, file
 
 
 def test_there_is_a_program_for_every_word() -> None:
