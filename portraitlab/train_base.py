@@ -144,7 +144,7 @@ class Trainer:
         self.unet, self.text = build_unet().to(device), build_text_encoder().to(device)
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
         self.ema = [p.detach().clone() for p in self.parameters]
-        embeddings = {id(p) for p in self.text.text_model.embeddings.parameters()}
+        embeddings = {id(p) for name, p in self.text.named_parameters() if "embeddings." in name}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if id(p) not in embeddings], "weight_decay": 0.01},
             {"params": [p for p in self.parameters if id(p) in embeddings], "weight_decay": 0.0},

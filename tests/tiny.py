@@ -72,7 +72,7 @@ def _text_model(width: int, layers: int, *, projection: int | None = None) -> to
     )
     model = CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
     with torch.no_grad():  # a random model's states have mean zero, by which v0.9.1 divides for weighted captions
-        model.text_model.final_layer_norm.bias.fill_(0.1)
+        getattr(model, "text_model", model).final_layer_norm.bias.fill_(0.1)  # flat from transformers 5.6 on
     return model
 
 
