@@ -73,7 +73,7 @@ def check_host(folder: Path) -> str:
     if "def call_unet" not in source:
         raise Stop(f"{folder} is older than v0.7.0 (no call_unet in train_network.py). Update sd-scripts.")
     if "def process_batch" in source:
-        return "process_batch loop (2025 branches, v0.10.x)"
+        return "process_batch loop (2025 branches to v0.11.x)"
     if "def get_noise_pred_and_target" in source:
         raise Stop(
             f"{folder} is a 2024 development branch of sd-scripts (no process_batch). Update it to main, or use v0.9.1."

@@ -197,8 +197,8 @@ def subset(prefix: str | None = None, suffix: str | None = None, target: str | N
     return SimpleNamespace(caption_prefix=prefix, caption_suffix=suffix, custom_attributes=attributes)
 
 
-def test_options_that_would_take_the_hooks_away() -> None:
-    for option in ("torch_compile", "cpu_offload_checkpointing"):
+def test_options_that_are_refused_by_name() -> None:
+    for option in ("torch_compile", "cpu_offload_checkpointing", "train_inpainting"):
         with_it, without = (
             host({"a": ("a woman, blonde hair", None)}, **{option: on}).problems(parse({"spf_target": "blonde hair"}))
             for on in (True, False)

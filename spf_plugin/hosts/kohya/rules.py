@@ -27,7 +27,7 @@ CUSTOM_TARGET = "spf_target"  # in a subset's custom_attributes: its own targets
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")  # the second turns the first on
 TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
-SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.10.x"
+SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.11.x"
 
 
 def unwritable(folder: Path, *, trying: bool) -> str | None:
@@ -169,6 +169,10 @@ def look(
         errors.append(
             "--torch_compile: compiled code no longer calls the hooks with which SPF reads the attention layers. "
             "Remove the option."
+        )
+    if getattr(args, "train_inpainting", False):  # from v0.11 on
+        errors.append(
+            "--train_inpainting gives the UNet nine channels, and SPF knows four: the noisy latents. Remove the option."
         )
     if getattr(args, "output_dir", None):
         reason = unwritable(Path(args.output_dir), trying=trying)

@@ -1,6 +1,6 @@
 """The data set as the host would see it: subsets, images, and the prompts that the text encoder gets.
 
-The rules are those of sd-scripts' `library/config_util.py` and `train_util.py` (v0.9.1 and main of February 2026).
+The rules are those of sd-scripts' `library/config_util.py` and `train_util.py` (v0.9.1 to v0.11.1).
 """
 
 from __future__ import annotations

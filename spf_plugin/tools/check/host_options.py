@@ -1,6 +1,6 @@
 """Names that sd-scripts knows: the host ignores other keys of a --config_file silently, and refuses them in a data set.
 
-Union of v0.9.1 and main of February 2026; a test compares it with the checkouts that it finds.
+Union of v0.9.1 to v0.11.1; a test compares it with the checkouts that it finds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SWITCHES = """
     network_train_text_encoder_only network_train_unet_only no_half_vae no_metadata noise_offset_random_strength
     output_config persistent_data_loader_workers random_crop resume_from_huggingface sample_at_first save_state
     save_state_on_train_end save_state_to_huggingface scale_v_pred_loss_like_noise_pred sdpa shuffle_caption
-    skip_cache_check skip_until_initial_step torch_compile use_8bit_adam use_lion_optimizer v2
+    skip_cache_check skip_until_initial_step torch_compile train_inpainting use_8bit_adam use_lion_optimizer v2
     v_parameterization weighted_captions xformers zero3_init_flag zero3_save_16bit_model zero_terminal_snr
 """
 _TEXTS = """
@@ -35,8 +35,8 @@ _TEXTS = """
     metadata_usage_hint mixed_precision network_module network_weights offload_optimizer_device
     offload_optimizer_nvme_path offload_param_device offload_param_nvme_path optimizer_type output_dir
     output_name pretrained_model_name_or_path reg_data_dir resize_interpolation resolution resume sample_prompts
-    sample_sampler save_model_as save_precision secondary_separator tokenizer_cache_dir train_data_dir
-    training_comment vae wandb_api_key wandb_run_name
+    sample_sampler save_model_as save_precision secondary_separator skip_image_resolution tokenizer_cache_dir
+    train_data_dir training_comment vae wandb_api_key wandb_run_name
 """
 _WHOLE = """
     bucket_reso_steps caption_dropout_every_n_epochs clip_skip dataset_repeats ddp_timeout
@@ -141,6 +141,7 @@ DATASET: dict[str, type | tuple[type, ...]] = {
     "min_bucket_reso": int,
     "resolution": (int, list),
     "network_multiplier": float,
+    "skip_image_resolution": (int, list),  # from v0.11 on
     "validation_seed": int,  # from 2025 on
     "validation_split": float,  # from 2025 on
 }

@@ -136,6 +136,9 @@ def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
     if isinstance(rates, list) and len(rates) > 1:
         message = f"text_encoder_lr = {rates}: one for each text encoder, and sd-scripts up to v0.9.1 takes only one"
         found.append(Finding("note", "newer", message, "Use a later release, or give one."))
+    if args.given.get("skip_image_resolution"):
+        message = "skip_image_resolution: only sd-scripts from v0.11 on has it; what it leaves out is counted here"
+        found.append(Finding("note", "newer", message, "Use a later release, or take the small images out."))
     ignored = [name for name in SDXL_ONLY if args.given.get(name) and not sdxl]
     if ignored:
         message = f"{', '.join(ignored)}: only sdxl_train_network.py has it, and this model is none of SDXL"
