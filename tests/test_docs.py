@@ -65,6 +65,7 @@ RUN_BY = {
     "spf lora": "tests/lorafile/test_lora_cli.py::test_help",
     "pip install": f"{NETWORK} and an environment of its own; tests/test_install.py::test_install_twice_and_uninstall",
     "git clone": NETWORK,
+    "git -C": f"{NETWORK}: goes with git clone",
     "export": "for a program of the second environment, below",
     "pytest": "a part of this suite; two of them only where their second environment is",
 }

@@ -39,35 +39,54 @@ def is_new(folder: Path) -> bool:
     return "def process_batch" in (folder / "train_network.py").read_text(encoding="utf-8")
 
 
+def release(folder: Path) -> str:
+    """The oldest release with a checkout's loop and modules, as in `RELEASES`."""
+    if not is_new(folder):
+        return "v0.9"
+    return "v0.11" if (folder / "library" / "dataset.py").is_file() else "v0.10"
+
+
+RELEASES = ("v0.9", "v0.10", "v0.11")  # one checkout of each is expected
 HOSTS = find_hosts()
-NEWEST = next(filter(is_new, HOSTS), HOSTS[0] if HOSTS else None)
+NEWEST = next((folder for folder in HOSTS if release(folder) == "v0.10"), None) or next(
+    filter(is_new, HOSTS), HOSTS[0] if HOSTS else None
+)  # of those that run everything
 OLDER = next((folder for folder in HOSTS if not is_new(folder)), None)
+MISSING = [name for name in RELEASES if name not in map(release, HOSTS)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "host" in metafunc.fixturenames:
-        missing = pytest.param(None, marks=pytest.mark.skip(reason="NO sd-scripts CHECKOUT FOUND (see README, Tests)"))
-        metafunc.parametrize(
-            "host", HOSTS or [missing], ids=lambda p: p.name if p else "none", indirect=True, scope="session"
-        )
+        why = "NO sd-scripts {} CHECKOUT FOUND (see README, Tests)"
+        missing = [
+            pytest.param(name, marks=pytest.mark.skip(reason=why.format(name)), id=f"no-{name}") for name in MISSING
+        ]
+        found = [pytest.param(folder, id=folder.name) for folder in HOSTS]
+        metafunc.parametrize("host", [*found, *missing], indirect=True, scope="session")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "one_host: of the sd-scripts checkouts only the newest runs it; what may differ between them runs on all",
+        "one_host: one of the two checkouts that run everything runs it; what may differ between them runs on both",
+    )
+    config.addinivalue_line(
+        "markers",
+        "contract: what SPF takes for granted in a host; checkouts beside the two that run everything run only it",
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    def superfluous(item: pytest.Item) -> bool:
-        folder = (
-            item.callspec.params.get("host")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        return folder not in (None, NEWEST) and item.get_closest_marker("one_host") is not None
+def superfluous(item: pytest.Item) -> bool:
+    """Whether a test need not run on its checkout, or not be missed for one that is not there."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if "host" not in params or params["host"] == (NEWEST or RELEASES[1]):
+        return False
+    if params["host"] in (OLDER, *RELEASES[:2]):
+        return item.get_closest_marker("one_host") is not None
+    return item.get_closest_marker("contract") is None
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     dropped = [item for item in items if superfluous(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -120,6 +139,10 @@ class Host:
     @property
     def is_new(self) -> bool:
         return is_new(self.folder)
+
+    @property
+    def release(self) -> str:
+        return release(self.folder)
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
@@ -299,11 +322,11 @@ def older(host_of: Callable[[Path], Host]) -> Host:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    whole = [folder for folder in (NEWEST, OLDER) if folder is not None]
     if HOSTS:
-        assert NEWEST is not None
-        used = ", ".join(folder.name for folder in HOSTS)
-        terminalreporter.write_line(f"sd-scripts checkouts used: {used}; for tests marked one_host: {NEWEST.name}")
-    else:
+        used = ", ".join(folder.name + ("" if folder in whole else " (contract)") for folder in HOSTS)
+        terminalreporter.write_line(f"sd-scripts checkouts used: {used}; for tests marked one_host: {whole[0].name}")
+    for name in MISSING:
         terminalreporter.write_line(
-            "NO sd-scripts CHECKOUT FOUND: every host test was skipped. See the README, Tests.", red=True, bold=True
+            f"NO sd-scripts {name} CHECKOUT FOUND: nothing ran on it. See the README, Tests.", red=True, bold=True
         )

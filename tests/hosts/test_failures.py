@@ -11,6 +11,7 @@ from tests.hosts.conftest import Host
 
 TARGET = "spf_target=blonde hair"
 one_host = pytest.mark.one_host  # SPF's own reading of its settings, which no release of the host has a part in
+contract = pytest.mark.contract
 
 
 def stops(host: Host, *network_args: str, **flags: object) -> str:
@@ -32,6 +33,7 @@ def test_unknown_setting_names_the_nearest(host: Host) -> None:
     assert "unknown setting 'spf_stage2_begin'; did you mean spf_stage2_start?" in message
 
 
+@contract
 def test_several_mistakes_in_one_message(host: Host) -> None:
     message = stops(
         host, "spf_target=green hair", "spf_map=sofft", "spf_log_every=0", "spf_every=2", "spf_network=networks.lorra"
@@ -44,6 +46,7 @@ def test_several_mistakes_in_one_message(host: Host) -> None:
     assert "spf_network=networks.lorra: there is no such module" in message
 
 
+@contract
 def test_target_that_no_caption_contains(host: Host) -> None:
     message = stops(host, "spf_target=green hair")
     assert "the target 'green hair' occurs in none of the 4 captions" in message
@@ -63,9 +66,12 @@ def test_target_in_some_captions_only_warns(host: Host) -> None:
     assert result.file.exists()
 
 
-def test_text_encoder_only(host: Host) -> None:
-    message = stops(host, TARGET, network_train_unet_only=None, network_train_text_encoder_only=True)
+@contract
+def test_options_of_the_host_that_cannot_go_with_it(host: Host) -> None:
+    newer = {"train_inpainting": True} if host.release == "v0.11" else {}
+    message = stops(host, TARGET, network_train_unet_only=None, network_train_text_encoder_only=True, **newer)
     assert "--network_train_text_encoder_only trains no UNet module" in message
+    assert ("--train_inpainting gives the UNet" in message) == bool(newer)
 
 
 @one_host
@@ -130,6 +136,7 @@ def test_spellings_that_guis_leave(host: Host, spelling: str) -> None:
     assert "(per subset)" not in result.message
 
 
+@contract
 @one_host
 def test_an_unsupported_trainer_is_refused_by_name(host: Host, tmp_path: Path) -> None:
     """FLUX and SD3 trainers need models that no CPU test can hold: a trainer with their shape stands in for them."""
@@ -148,6 +155,7 @@ def test_an_unsupported_trainer_is_refused_by_name(host: Host, tmp_path: Path) -
     assert "FluxNetworkTrainer is not supported" in stops(host, TARGET, script=str(script))
 
 
+@contract
 def test_a_host_without_the_seam_is_refused(host: Host, tmp_path: Path) -> None:
     script = tmp_path / "old_train_network.py"
     script.write_text(

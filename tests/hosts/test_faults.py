@@ -22,6 +22,7 @@ from tests.hosts.conftest import Host, Result
 EVERY_STEP = ("spf_log_every=1", "spf_preview_every=1")
 ARGUMENTS = ("spf_target=blonde hair", *EVERY_STEP)
 one_host = pytest.mark.one_host  # the same code in both releases
+contract = pytest.mark.contract
 
 
 def run(host: Host, fault: str, **flags: object) -> Result:
@@ -67,6 +68,7 @@ def test_killed_during_a_save(host: Host) -> None:
     assert older.read_bytes() != before
 
 
+@contract
 def test_killed_during_a_resume(host: Host) -> None:
     """The state is as good as before, and the next try goes on from it."""
     first = run(host, "none", max_train_steps=2, save_every_n_steps=2, save_state=True)

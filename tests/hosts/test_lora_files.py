@@ -15,6 +15,7 @@ from tests.hosts.conftest import Host
 from tests.hosts.test_training import LYCORIS
 
 one_host = pytest.mark.one_host  # LyCORIS is the same in both
+contract = pytest.mark.contract
 ARGUMENTS = ("spf_target=blonde hair",)
 
 
@@ -58,6 +59,7 @@ def test_files_of_a_run(host: Host, words: list[str], loads: bool) -> None:
     assert (found["diffusers"] == "differs") == bool(beyond)
 
 
+@contract
 def test_the_card_and_the_preview_of_a_run(host: Host, tmp_path: Path) -> None:
     """Beside the last file only, with this run's own sample; samples are the host's, under its own names."""
     prompts = tmp_path / "prompts.txt"

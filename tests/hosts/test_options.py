@@ -20,6 +20,7 @@ from tests.hosts.conftest import Host, Result
 TARGET = "spf_target=blonde hair"
 EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
 one_host = pytest.mark.one_host  # it passes through nothing that the releases do differently
+contract = pytest.mark.contract
 
 
 def aligned(result: Result) -> None:
@@ -36,7 +37,7 @@ def aligned(result: Result) -> None:
         pytest.param({"weighted_captions": True}, id="weighted"),
         pytest.param({"max_token_length": 225, "clip_skip": 2}, id="225-tokens"),
         pytest.param({"v2": True, "v_parameterization": True, "max_token_length": 150}, id="sd2-code-path"),
-        pytest.param({"weighted_captions": True, "max_token_length": 150}, id="weighted-150"),
+        pytest.param({"weighted_captions": True, "max_token_length": 150}, id="weighted-150", marks=contract),
         pytest.param(
             {
                 "shuffle_caption": True,
@@ -46,8 +47,9 @@ def aligned(result: Result) -> None:
                 "max_train_steps": 8,
             },
             id="shuffle-dropout",
+            marks=contract,
         ),
-        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, id="bf16"),
+        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, id="bf16", marks=contract),
         pytest.param({"mixed_precision": "bf16", "full_bf16": True}, id="full-bf16", marks=one_host),
         pytest.param(
             {"v_parameterization": True, "zero_terminal_snr": True, "scale_v_pred_loss_like_noise_pred": True},
@@ -65,7 +67,9 @@ def aligned(result: Result) -> None:
             marks=one_host,
         ),
         pytest.param(
-            {"gradient_accumulation_steps": 2, "train_batch_size": 1, "max_train_steps": 2}, id="accumulation"
+            {"gradient_accumulation_steps": 2, "train_batch_size": 1, "max_train_steps": 2},
+            id="accumulation",
+            marks=contract,
         ),
         pytest.param(
             {"scale_weight_norms": 1.0, "lr_scheduler": "cosine", "network_dropout": 0.2}, id="max-norm", marks=one_host
@@ -102,7 +106,7 @@ def test_fp8_base(host: Host) -> None:
     aligned(host.train(*EVERY_STEP, **flags))
 
 
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+@pytest.mark.parametrize("model", [pytest.param("sd15", marks=contract), "sdxl"])
 def test_buckets_of_two_shapes_and_a_smaller_last_batch(host: Host, tmp_path: Path, model: str) -> None:
     """The second step of a pair shows the first one's bucket, whatever batch the loop has by then."""
     data = tiny.images(tmp_path / "both", size=(128, 320), captions=tiny.CAPTIONS[:3])
@@ -119,6 +123,7 @@ def test_buckets_of_two_shapes_and_a_smaller_last_batch(host: Host, tmp_path: Pa
     assert [pair["repeats"] for pair in pairs] == [True] * 4
 
 
+@contract
 def test_masked_loss(host: Host, tmp_path: Path) -> None:
     data = tiny.images(tmp_path / "images")
     masks = tmp_path / "masks"
@@ -195,6 +200,7 @@ def test_every_map_trains(host: Host) -> None:
         assert not equal, f"{one} and {other}"
 
 
+@contract
 def test_target_of_each_subset(host: Host, tmp_path: Path) -> None:
     if not host.is_new:
         pytest.skip("NOT RUN: custom_attributes came with the 2025 branches")
@@ -209,6 +215,7 @@ def test_target_of_each_subset(host: Host, tmp_path: Path) -> None:
     aligned(host.train(*EVERY_STEP[1:], train_data_dir=None, dataset_config=config))
 
 
+@contract
 def test_the_hosts_own_preservation_and_validation_pass_through(host: Host, tmp_path: Path) -> None:
     if not host.is_new:
         pytest.skip("NOT RUN: validation and diff_output_preservation came with the 2025 branches")
@@ -235,6 +242,7 @@ def test_the_hosts_own_preservation_and_validation_pass_through(host: Host, tmp_
     assert "validation steps" in result.log
 
 
+@contract
 def test_trackers(host: Host, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

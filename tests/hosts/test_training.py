@@ -14,6 +14,7 @@ from tests.hosts.conftest import Host
 TARGET = "spf_target=blonde hair"
 EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
 one_host = pytest.mark.one_host  # nothing here passes through what the releases do differently
+contract = pytest.mark.contract
 OFF = (
     "spf_text_consistent_multiplier=0",
     "spf_fine_grained_multiplier=0",
@@ -30,6 +31,7 @@ def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     return (difference / sum(float(v.double().square().sum()) for v in b.values())) ** 0.5
 
 
+@contract
 def test_sd15_writes_an_ordinary_lora(host: Host) -> None:
     result = host.train(*EVERY_STEP, max_train_steps=2)
     plain = host.trained(module="networks.lora", max_train_steps=2)
@@ -63,6 +65,7 @@ def changes_the_image(host: Host, model: str, file: Path) -> None:
     torch.testing.assert_close(image(pipeline), before)
 
 
+@contract
 def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
     result = host.train(
         *EVERY_STEP,
@@ -82,8 +85,13 @@ def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
     "options",
     [
         pytest.param({"network_train_unet_only": True}, id="unet"),
-        pytest.param({"network_train_unet_only": False}, id="unet+text"),
-        pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param({"network_train_unet_only": False}, id="unet+text", marks=contract),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointing", marks=one_host),  # SDXL: on both
+        pytest.param(
+            {"model": "sdxl", "gradient_checkpointing": True, "cache_text_encoder_outputs": True, "max_train_steps": 2},
+            id="sdxl",
+            marks=contract,
+        ),
     ],
 )
 def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, options: dict[str, object]) -> None:
@@ -99,7 +107,7 @@ def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, options: dic
 @pytest.mark.parametrize(
     ("model", "setting"),
     [
-        ("sd15", "spf_base_preservation_multiplier=3"),
+        pytest.param("sd15", "spf_base_preservation_multiplier=3", marks=contract),
         pytest.param("sd15", "spf_base_preservation_multiplier=0", marks=one_host),
         ("sdxl", "spf_base_preservation_multiplier=3"),
     ],
@@ -120,7 +128,7 @@ def test_checkpointing_changes_nothing(host: Host, model: str, setting: str) -> 
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["network_dropout"], id="networks.lora+dropout"),
+        pytest.param(["network_dropout"], id="networks.lora+dropout", marks=contract),
         pytest.param([*LYCORIS, "algo=lora"], id="lycoris-locon", marks=one_host),
         pytest.param([*LYCORIS, "algo=lora", "dora_wd=True"], id="lycoris-dora", marks=one_host),
     ],
@@ -137,6 +145,7 @@ def test_the_reference_is_the_base_model_bit_for_bit(host: Host, arguments: list
     assert all(step["response"] > 1e-4 for step in steps[1:])
 
 
+@contract
 def test_text_encoder_lora_trains_with_an_untrained_reference(host: Host) -> None:
     result = host.train(
         *EVERY_STEP,
