@@ -125,10 +125,13 @@ class Result:
 
 
 class Host:
-    """One checkout; `train` runs one of its scripts."""
+    """One checkout; `train` runs one of its scripts, in this Python or another."""
 
-    def __init__(self, folder: Path, models: Models, work: Path, made_once: MadeOnce):
+    def __init__(
+        self, folder: Path, models: Models, work: Path, made_once: MadeOnce, python: str = sys.executable
+    ) -> None:
         self.folder, self.models, self.work, self.made_once = folder, models, work, made_once
+        self.python = python
         self._count = 0
         self._server: subprocess.Popen[str] | None = None
 
@@ -206,7 +209,7 @@ class Host:
         words = self.arguments(out, *extra, model=model, **flags)
         log = out / "log.txt"
         if command is not None or not hasattr(os, "fork") or torch.cuda.is_available():
-            start = command or [sys.executable]
+            start = command or [self.python]
             with log.open("w", encoding="utf-8") as file:
                 code = subprocess.run(
                     [*start, str(LAUNCHER), str(self.folder / script), *words],
@@ -221,7 +224,7 @@ class Host:
 
     def trained(self, *network_args: str, **flags: Any) -> Result:
         """What `train` gave for these very arguments earlier in this session, in any xdist worker: only to be read."""
-        arguments = json.dumps([self.name, network_args, sorted(flags.items())], default=str)
+        arguments = json.dumps([self.python, self.name, network_args, sorted(flags.items())], default=str)
 
         def run(out: Path) -> None:
             code = self.train(*network_args, out=out, **flags).returncode
@@ -234,7 +237,7 @@ class Host:
     def _ask(self, job: dict[str, object]) -> int:
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, str(LAUNCHER), "--serve", str(self.folder)],
+                [self.python, str(LAUNCHER), "--serve", str(self.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

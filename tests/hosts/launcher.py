@@ -6,6 +6,8 @@
 
 Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
 
+Beside transformers 5 it gives CLIPTextModel back the `text_model` that sd-scripts reads, as v0.12 does by itself.
+
 sd-scripts takes UNet widths from module constants; they are set to those of the model before a script starts.
 `torchvision` may be a build whose C++ operators do not load beside a CPU-only torch: the schemas it registers at import
 are declared first. Both belong to the tests, not to the plugin.
@@ -54,12 +56,32 @@ def _frozen_models_without_ddp() -> None:
     accelerate.Accelerator.prepare_model = prepare_model
 
 
+def _text_model_in_clip() -> None:
+    """transformers 5.6 made CLIPTextModel and its `text_model` one. This class is what they were before."""
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6):
+        return
+
+    class ClipTextModel(transformers.CLIPTextModelWithProjection):  # which kept its own
+        def __init__(self, config):  # type: ignore[no-untyped-def]
+            super().__init__(config)
+            del self.text_projection
+
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            return self.text_model(*args, **kwargs)
+
+    # Its first model puts another module into the place of `transformers`.
+    sys.modules["transformers"].CLIPTextModel = ClipTextModel  # type: ignore[attr-defined]
+
+
 def prepare(host: Path) -> None:
     """Make the host importable as its scripts expect."""
     torch.set_num_threads(1)
     if torch.cuda.is_available():  # two equal runs must come out equal, as on a CPU
         torch.use_deterministic_algorithms(True, warn_only=True)
     _torchvision_importable()
+    _text_model_in_clip()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _frozen_models_without_ddp()
     sys.path.insert(0, str(host))
