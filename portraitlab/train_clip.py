@@ -96,11 +96,15 @@ def zero_shot(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Ten
     """
     model.eval()
     images = torch.cat(
-        [F.normalize(model.get_image_features(pixel_values=resized(part)), dim=-1) for part in pixels.split(100)]
+        [
+            F.normalize(model.visual_projection(model.vision_model(resized(part)).pooler_output), dim=-1)
+            for part in pixels.split(100)
+        ]
     )
 
     def embed(texts: Sequence[str]) -> Tensor:
-        return F.normalize(model.get_text_features(**tokens(tokenizer, texts)), dim=-1)
+        states = model.text_model(**tokens(tokenizer, texts))
+        return F.normalize(model.text_projection(states.pooler_output), dim=-1)
 
     scores = {}
     for name, values, form in (

@@ -65,6 +65,6 @@ def write(folder: Path, path: Path) -> Path:
             tensor = tensor[:, :, None, None]  # they are convolutions there
         out[f"first_stage_model.{original}"] = tensor.contiguous()
     for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        out[f"cond_stage_model.transformer.{name}"] = tensor
+        out[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor  # gone from 5.6 on
     save_file(out, path)
     return path

@@ -308,19 +308,22 @@ def test_bad_models(model: Path, images: Path, tmp_path: Path, trained: loop.Res
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_loading_is_quiet_and_diffusers_bars_are_afterwards_as_before(
+def test_loading_is_quiet_and_the_libraries_bars_are_afterwards_as_before(
     model: Path, shown: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from diffusers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    for library in (logging, of_transformers):
+        (library.enable_progress_bar if shown else library.disable_progress_bar)()
     try:
         models.load(str(model))
         with pytest.raises(ZeroDivisionError), models.quiet():
             raise ZeroDivisionError
-        assert logging.is_progress_bar_enabled() == shown
+        assert logging.is_progress_bar_enabled() == of_transformers.is_progress_bar_enabled() == shown
     finally:
         logging.enable_progress_bar()
+        of_transformers.enable_progress_bar()
     assert capfd.readouterr().err == ""
 
 

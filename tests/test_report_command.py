@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from tests.portraitlab.test_report import Elements
 
 MODEL = Path(__file__).parents[1] / "portraitlab" / "model"
 HAIR = (Target("blonde hair"),)
+#: What is said of a folder that holds no segmentation model; transformers 5 first wants its torchvision.
+SEGMENTATION = "not a semantic segmentation model" if tiny.can_segment() else "requires the Torchvision library"
 PROMPTS = ("a woman, green shirt, street", "a man with blonde hair, forest")
 
 
@@ -295,7 +298,7 @@ def test_mistakes_give_one_sentence(lora: Path, tmp_path: Path) -> None:
         (["--lora", lora, "--dtype", "fp16", "--device", "cpu"], "needs a GPU"),
         (["--lora", lora, "--out", file], "is a file"),
         (["--lora", lora, "--faces", missing], "no file named face_detection_yunet"),
-        (["--lora", lora, "--segmentation", missing], "not a semantic segmentation model"),
+        (["--lora", lora, "--segmentation", missing], SEGMENTATION),
         (["--lora", lora, "--target-class", "hair"], "Give the model with --segmentation"),
     ):
         done = spf("--model", MODEL, "--out", tmp_path / "out", *words)
@@ -318,7 +321,28 @@ def test_ctrl_c_and_a_missing_library(lora: Path, tmp_path: Path, monkeypatch: p
         patch.setitem(sys.modules, "matplotlib", None)
         done = spf("--model", MODEL, "--lora", lora, "--out", tmp_path / "out")
     assert done.exit_code == 2
-    assert 'pip install "spf-plugin[report]"' in " ".join(done.output.split())
+    assert 'spf report needs matplotlib: pip install "spf-plugin[report]"' in " ".join(done.output.split())
+
+    def placeholder(*_: Any) -> None:  # what transformers and diffusers raise where they miss something
+        raise ImportError("\nReader requires the Torchvision library but it was not found. Check out\nthe page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", placeholder)
+        done = spf("--model", MODEL, "--lora", lora, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    said = 'Reader requires the Torchvision library but it was not found: pip install "spf-plugin[report]"'
+    assert said in " ".join(done.output.split())
+
+
+def test_a_diffusers_that_does_not_know_the_text_encoders_names(lora: Path) -> None:
+    """0.40 beside transformers 5.6 and later, where it ends with a bare IndexError."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise IndexError("list index out of range")
+
+    pipeline = SimpleNamespace(load_lora_weights=load)
+    with pytest.raises(SPFError, match="has a text encoder's part"), models.applied(pipeline, lora, 1.0):
+        pass
 
 
 def test_prompts_from_metadata() -> None:

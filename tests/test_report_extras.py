@@ -170,9 +170,9 @@ def test_the_segmentation_is_that_of_transformers_own_pipeline(tmp_path: Path) -
 
 
 def test_what_is_no_segmentation_model(tmp_path: Path) -> None:
+    folder = tiny.segmenter(tmp_path / "seg", CLASSES)
     with pytest.raises(SPFError, match=r"--segmentation .*not a semantic segmentation model"):
         Segmenter(str(tiny.clip(tmp_path / "clip")))
-    folder = tiny.segmenter(tmp_path / "seg", CLASSES)
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(SPFError, match="with safetensors weights"):  # never a pickle

@@ -146,22 +146,26 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModel:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Without diffusers' progress bar for the parts and its notes on old scheduler files."""
+    """Without the progress bars of diffusers (for the parts) and transformers (for the weights, from 5 on), and without
+    diffusers' notes on old scheduler files."""
     import warnings
 
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    level, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
+    level = diffusers_logging.get_verbosity()
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    for library in shown:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         diffusers_logging.set_verbosity(level)
-        if bars:
-            diffusers_logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _alphas_cumprod(config: Any) -> Tensor:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.lacking import lacking
 from spf_plugin.tools.cli.progress import progress_bars
 
 INTERRUPTED = 130
@@ -135,7 +136,7 @@ def report(
         with progress_bars(console) as show:
             path = run(settings, show, lambda text: console.print(f"note: {escape(text)}", highlight=False))
     except ImportError as error:
-        console.print(f'SPF: spf report needs {error.name}: pip install "spf-plugin\\[report]"', style="red")
+        console.print(escape(lacking("spf report", error, "report")), style="red", highlight=False)
         raise typer.Exit(2) from None
     except SPFError as error:
         console.print(escape(str(error)), style="red", highlight=False)

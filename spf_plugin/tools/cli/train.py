@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.lacking import lacking
 from spf_plugin.tools.cli.progress import progress_bars
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -141,7 +142,7 @@ def train(
         with progress_bars(console) as progress:
             result = run(settings, progress, lambda text: console.print(f"note: {escape(text)}", highlight=False))
     except ImportError as error:
-        console.print(f'SPF: spf train needs {error.name}: pip install "spf-plugin\\[train]"', style="red")
+        console.print(escape(lacking("spf train", error, "train")), style="red", highlight=False)
         raise typer.Exit(2) from None
     except SPFError as error:
         console.print(escape(str(error)), style="red", highlight=False)

@@ -77,6 +77,14 @@ def applied(pipeline: Any, path: Path, weight: float) -> Iterator[None]:
             pipeline.set_adapters(_ADAPTER, weight)
     except ImportError as error:
         raise SPFError(f'spf report needs peft to load a LoRA: pip install "spf-plugin[report]" ({error})') from error
+    except IndexError as error:
+        import diffusers
+        import transformers
+
+        raise SPFError(
+            f"{path} has a text encoder's part, which diffusers {diffusers.__version__} does not load beside "
+            f"transformers {transformers.__version__}: it knows older names of its modules. pip install -U diffusers"
+        ) from error
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SPFError(f"{path} does not fit this model: {models.first_line(error)}") from error
     try:
