@@ -187,7 +187,7 @@ class KohyaHost:
     def recomputable(self) -> AbstractContextManager[None]:
         """Non-reentrant checkpointing for this pass: in a reentrant block, what a hook collects has no graph.
 
-        SDXL asks for reentrant, SD up to v0.9.1 leaves it to torch's default (reentrant), SD in v0.10 is non-reentrant.
+        SDXL asks for reentrant, SD up to v0.9.1 leaves it to torch's default (reentrant), SD from v0.10 on does not.
         """
         from torch.utils import checkpoint as module
 
