@@ -63,7 +63,7 @@ def test_resume_between_the_two_steps_of_a_pair(host: Host) -> None:
         waiting = json.loads((state / "spf_state.json").read_text())["pair"]
         assert all("blonde" not in prompt for prompt in waiting["base"])
         kept = load_file(state / "spf_pair.safetensors")
-        assert kept["noisy_latents"].shape == kept["eps_ref"].shape
+        assert kept["args.0"].shape == kept["eps_ref"].shape
     calls = json.loads((second.folder / "spy.json").read_text())
     assert len(calls) == 2  # in steps 4 and 6
     assert all(step["equal"] for step in calls)
