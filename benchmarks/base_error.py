@@ -21,6 +21,7 @@ from portraitlab.model_files import MODEL_FOLDER
 from portraitlab.portraits import BASE_RATES, render_batch, sample_person
 from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.config import BASES
+from spf_plugin.families import known
 from spf_plugin.trainer.models import BaseModel, load
 
 TIMESTEPS = (100, 300, 500, 700, 900)
@@ -36,7 +37,7 @@ def inputs(model: BaseModel, count: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(SEED)
     latents = torch.stack([model.to_latents(image, random) for image in pixels])
     topics = ("hair", "expression", "clothes", "background")
-    return latents, *(model.encode([describe(p, names) for p in persons]) for names in (topics, topics[1:]))  # type: ignore[return-value]
+    return latents, *(model.encode([describe(p, names) for p in persons])["hidden"] for names in (topics, topics[1:]))  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def quantised(unet: nn.Module, kind: str) -> nn.Module:
     unet = copy.deepcopy(unet)
     if kind == "fp8":
         return unet.to(torch.float8_e4m3fn).float()
-    QuantisedBase(unet, kind, torch.device("cpu"))
+    QuantisedBase(known.find(unet).linear_layers(), kind, torch.device("cpu"))
     return unet
 
 

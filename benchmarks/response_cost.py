@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spf_plugin.enhancement import decoders
-from spf_plugin.enhancement import limits as response
+from spf_plugin.core.schedule import one_step_prediction
+from spf_plugin.enhancement import decoders, limits
 from spf_plugin.enhancement.clip import ClipEncoder
 
 LATENTS, CLIP_SIZE = 64, 224
@@ -80,7 +80,7 @@ def measure() -> dict[str, float]:
 
             def anchor(embed: Any = embed) -> None:
                 eps = torch.randn(1, 4, LATENTS, LATENTS, requires_grad=True)
-                x0 = response.one_step_prediction(torch.randn_like(eps), eps, torch.ones(1) / 2, "epsilon")
+                x0 = one_step_prediction(torch.randn_like(eps), eps, torch.ones(1) / 2, "epsilon")
                 embed(x0).sum().backward()
 
             def directional(embed: Any = embed, anchor: Any = anchor) -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     """Print the table."""
     found = measure()
     forward, both = found.pop("forward"), found.pop("forward and backward")
-    share = response.MAX_TIMESTEP / 1000
+    share = limits.MAX_LEVEL
     steps = {
         "SPF step": both + forward,
         "SPF step, checkpointing": both + 2 * forward,

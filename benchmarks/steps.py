@@ -1,7 +1,6 @@
 """One training step of plain LoRA, of SPF, and of the peers, on the same model and data.
 
-SPF runs through `spf_plugin.attachment`, exactly as in training. The peers have no code here: their steps are written
-from what they publish (formulas at `dop` and `pure_cc`).
+SPF runs through `spf_plugin.attachment`, exactly as in training, and the peers are the lab's (`portraitlab.lab.peers`).
 """
 
 from __future__ import annotations
@@ -15,19 +14,22 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.unets import CONFIGS, POOLED, base_model, lora
+from portraitlab.lab import peers
+from spf_plugin import probe
 from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import BASES, PREFIX, SPFConfig, parse
-from spf_plugin.core import objective
-from spf_plugin.families import unet as probe
+from spf_plugin.core import attention
+from spf_plugin.families import known
+from spf_plugin.families.base import Text
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.pairs import Partner
-from spf_plugin.text import Conds, map_conds
+from spf_plugin.seam import Call
+from spf_plugin.text import map_text
 from spf_plugin.trainer.loop import Trainer
 from spf_plugin.trainer.settings import Settings
 
@@ -37,8 +39,6 @@ TOKENS = 77
 STEPS = 1000
 TIMESTEP = 500
 NOT_LOGGED = 1  # a step number of stage 2 at which nothing is logged
-DOP_MULTIPLIER = 1.0
-PURE_CC_ETA = 2.0
 
 Mark = Callable[[str], None]
 Step = Callable[[Mark], None]
@@ -102,11 +102,11 @@ class Host(ReferenceHost):
     def tokenize(self, text: str) -> Sequence[int]:
         return list(range(len(text.replace(",", " , ").split())))
 
-    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conds:
+    def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         hidden = torch.randn(len(prompts), TOKENS, CONFIGS[self._setup.family]["cross_attention_dim"])
         if self._setup.family not in POOLED:
-            return hidden
-        return [hidden, torch.randn(len(prompts), POOLED[self._setup.family])]
+            return {"hidden": hidden}
+        return {"hidden": hidden, "pooled": torch.randn(len(prompts), POOLED[self._setup.family])}
 
 
 @dataclass
@@ -135,9 +135,10 @@ class Workbench:
         )
         self.trainer = Trainer(settings, model, Accelerator(setup))
         self.host = Host(self.trainer, setup)
+        self.family = known.find(model.unet)
         self.network, self.adapter = lora(model, setup.rank, setup.device), Adapter()
         if setup.weights in BASES[1:]:
-            QuantisedBase(model.unet, setup.weights, torch.device(setup.device))
+            QuantisedBase(self.family.linear_layers(), setup.weights, torch.device(setup.device))
         with self.adapter.watching([model.unet]):
             self.network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
         self.network.requires_grad_(True).train()
@@ -148,10 +149,11 @@ class Workbench:
         shape, device = (setup.batch, 4, side, side), setup.device
         self.latents, self.noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
         self.timesteps = torch.tensor([TIMESTEP] * setup.batch, device=device)
-        conds = (self.host.encode([text] * setup.batch) for text in (CAPTION, TARGET))
-        self.full, self.base = (map_conds(lambda c: c.to(device), cond) for cond in conds)
-        self.batch = {
+        texts = (self.host.encode([text] * setup.batch) for text in (CAPTION, TARGET))
+        self.full, self.base = (map_text(lambda part: part.to(device), text) for text in texts)
+        self.trainer.batch = {
             "captions": [CAPTION] * setup.batch,
+            "text": self.full,
             "sizes": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * setup.batch, device=device),
         }
 
@@ -159,21 +161,6 @@ class Workbench:
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return [p for p in self.network.parameters() if p.requires_grad]
-
-    def predict(self, conds: Conds, times: int = 1) -> Tensor:
-        """The trainer's own call, `[B * times, 4, h, w]`."""
-        batch = {**self.batch, "sizes": self.batch["sizes"].repeat(times, 1)}  # type: ignore[attr-defined]
-        trainer = self.trainer
-        return trainer.call_unet(
-            trainer.settings,
-            self.host.accelerator,
-            self.unet,
-            self.latents.repeat(times, 1, 1, 1),
-            torch.tensor([TIMESTEP] * (self.setup.batch * times), device=self.setup.device),
-            conds,
-            batch,
-            trainer.weight_dtype,
-        )
 
     def loss(self, prediction: Tensor) -> Tensor:
         """The diffusion loss."""
@@ -186,7 +173,7 @@ class Workbench:
 
     def plain(self, mark: Mark) -> None:
         """Plain LoRA."""
-        loss = self.loss(self.predict(self.full))
+        loss = self.loss(self.trainer.predict(self.latents, self.timesteps))
         mark("forward")
         self.host.accelerator.backward(loss)
         mark("backward")
@@ -197,10 +184,10 @@ class Workbench:
         usual = {"target": TARGET, "stage2_start": "0"}
         config: SPFConfig = parse({PREFIX + name: str(value) for name, value in {**usual, **settings}.items()})
         with ExitStack() as stack:
-            spf = Attachment(self.host, config, self.unet, self.adapter)
+            spf = Attachment(self.host, config, self.family, self.adapter)
             stack.callback(spf.close)
             spf.open()
-            spf.step, spf._logged = NOT_LOGGED, 0
+            spf.step, spf.numbers.window = NOT_LOGGED, 0
             yield spf
 
     def spf(self, mark: Mark, **settings: Any) -> None:
@@ -218,57 +205,45 @@ class Workbench:
         """What waits for the second step of a pair."""
         which = torch.ones(self.setup.batch, dtype=torch.bool, device=self.setup.device)
         prompts = (CAPTION,) * self.setup.batch
-        sizes = {"sizes": self.batch["sizes"]}
-        return Partner(self.latents, self.timesteps, self.noise, which, sizes, self.base, prompts, prompts)  # type: ignore
+        return Partner(self.base_call(), self.noise, which, encoded=True, base=prompts, full=prompts)
+
+    def base_call(self) -> Call:
+        """The trainer's call of the UNet, with the base prompts."""
+        latents = self.latents.to(self.trainer.weight_dtype)
+        return self.trainer.model.call(latents, self.timesteps, self.base, self.trainer.batch["sizes"])
 
     def spf_maps_kept(self, mark: Mark) -> None:
-        """SPF as it was before `probe.group_attention` computed its probabilities again in backward."""
-        with mock.patch.object(objective, "group_attention", probe._group_attention):
+        """SPF as it was before `group_attention` computed its probabilities again in backward."""
+        with mock.patch.object(probe, "group_attention", attention._group_attention):
             self.spf(mark)
 
     def reference(self, mark: Mark) -> None:
         """The reference pass alone: what no aligned step can do without."""
-        with torch.no_grad(), self.adapter.bypassed():
-            self.predict(self.base)
+        with torch.no_grad(), self.adapter.bypassed(), self.host.accelerator.autocast():
+            self.base_call().on(self.unet)
         mark("forward")
 
     def dop(self, mark: Mark) -> None:
-        """Differential output preservation as in ai-toolkit: two passes with gradient and one without.
-
-        `mse(f(full), noise) + multiplier * mse(f(base), f_0(base))`, one joint backward.
-        """
-        with torch.no_grad(), self.adapter.bypassed():
-            prior = self.predict(self.base)
-        loss = self.loss(self.predict(self.full))
-        preservation = F.mse_loss(self.predict(self.base).float(), prior.float())
-        loss = loss + DOP_MULTIPLIER * preservation
-        mark("forward")
-        self.host.accelerator.backward(loss)
-        mark("backward")
+        """Differential output preservation: a pass without gradient and two with."""
+        self._peer(peers.OutputPreservation(), mark)
 
     def pure_cc(self, mark: Mark) -> None:
-        """The second stage of PureCC (arXiv 2603.07561): both models predict two prompts per image.
+        """The second stage of PureCC as its paper has it: three passes without gradient and one with.
 
-        `mse(f(full), noise) + eta * |f(full) - (f(base) + l (g(target) - g(empty)))|^2`, with the least-squares
-        `l = <f(full) - f(base), g(target) - g(empty)> / |g(target) - g(empty)|^2`. Here `g` is the bypassed model: as
-        much work as their second model, whose weights come on top.
+        The bypassed model stands for the first LoRA's: as much work as with theirs, whose weights come on top.
         """
 
-        def both(a: Conds, b: Conds) -> Conds:
-            if isinstance(a, Tensor):
-                return torch.cat([a, b])
-            return [torch.cat(parts) for parts in zip(a, b, strict=True)]
+        def extractor(*args: Any, **kwargs: Any) -> Any:
+            with self.adapter.bypassed():
+                return self.unet(*args, **kwargs)
 
-        with torch.no_grad(), self.adapter.bypassed():
-            target, empty = self.predict(both(self.full, self.base), 2).float().chunk(2)
-        full, base = self.predict(both(self.full, self.base), 2).float().chunk(2)
-        direction = (target - empty).flatten(1)
-        scale = ((full - base).flatten(1) * direction).sum(1) / direction.square().sum(1).clamp_min(1e-8)
-        goal = base + (scale[:, None] * direction).view_as(base)
-        loss = self.loss(full) + PURE_CC_ETA * F.mse_loss(full, goal)
-        mark("forward")
-        self.host.accelerator.backward(loss)
-        mark("backward")
+        peer = peers.PureCC()
+        peer.unet, peer.target, peer.empty = extractor, self.full, self.base
+        self._peer(peer, mark)
+
+    def _peer(self, peer: peers.Peer, mark: Mark) -> None:
+        with peers.stepping(peer, self.trainer, self.family, self.adapter.bypassed, lambda _: self.base):
+            self.plain(mark)
 
     def step(self, name: str) -> Step:
         """A step by its name: a method, or `spf NAME=VALUE ...` with SPF settings."""

@@ -30,7 +30,7 @@ from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
 from spf_plugin.tools.cli.progress import progress_bars
 from spf_plugin.tools.cli.train import key_values
-from spf_plugin.trainer.loop import Objective, train
+from spf_plugin.trainer.loop import Attach, train
 from spf_plugin.trainer.settings import Result, Settings
 
 #: Without any weight SPF trains a plain LoRA, byte for byte, and reports its drift.
@@ -93,7 +93,7 @@ def settings(model: Path, data: Path, out: Path, spf: SPFConfig | None, steps: i
     )
 
 
-def timed_training(run: Settings, label: str, show: Show, objective: Objective | None = None) -> tuple[Result, float]:
+def timed_training(run: Settings, label: str, show: Show, attach: Attach | None = None) -> tuple[Result, float]:
     """Train, and measure the seconds of a step (loading and caching left out)."""
     started = ended = 0.0
 
@@ -104,7 +104,7 @@ def timed_training(run: Settings, label: str, show: Show, objective: Objective |
             started = ended if done == 1 else started
             show(label, done, total, numbers)
 
-    result = train(run, progress, objective=objective)
+    result = train(run, progress, attach=attach)
     if result.steps < run.steps:
         raise KeyboardInterrupt
     return result, (ended - started) / max(result.steps - 1, 1)

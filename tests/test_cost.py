@@ -20,7 +20,7 @@ from benchmarks.cases import PLAIN, PRESERVATION, SPF, TIMED, Record, timed, tra
 from benchmarks.report import NOT_MEASURED, markdown, rows
 from benchmarks.steps import Setup, Workbench
 from benchmarks.tracking import MetaGpu, Tracker, track
-from spf_plugin.families import unet as probe
+from spf_plugin.core import attention
 from tests.test_attachment import CAPTIONS, Run
 
 KIB4 = 1024 * 4
@@ -126,9 +126,9 @@ def test_the_maps_of_single_tokens_are_not_kept() -> None:
     query = torch.randn(2, 64, 32, requires_grad=True)
     key, groups = torch.randn(2, 77, 32, requires_grad=True), torch.ones(2, 77, 3)
     with Tracker() as tracker:
-        out = probe.group_attention(query, key, 4, groups)
+        out = attention.group_attention(query, key, 4, groups)
         assert tracker.current == out.numel() * 4
-        kept = probe._group_attention(query, key, 4, groups)
+        kept = attention._group_attention(query, key, 4, groups)
         assert tracker.current > 4 * 2 * 64 * 77 * 4  # so the tracker would have seen them
         del kept
 
@@ -139,7 +139,7 @@ def test_gradient_of_group_attention() -> None:
     query, key = (torch.randn(2, n, 12, generator=generator, requires_grad=True) for n in (10, 7))
     groups = (torch.rand(2, 7, 2, generator=generator) > 0.5).float()
     upstream = torch.randn(2, 10, 2, generator=generator)
-    probe.group_attention(query, key, 3, groups).backward(upstream)
+    attention.group_attention(query, key, 3, groups).backward(upstream)
 
     q, k = (t.detach().double().requires_grad_() for t in (query, key))
     heads = [(q[..., i : i + 4] @ k[..., i : i + 4].mT / 2).softmax(-1) for i in (0, 4, 8)]
@@ -167,14 +167,14 @@ def test_memory_is_flat_over_200_steps() -> None:
 
 def test_no_captured_tensor_survives_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[weakref.ref[Tensor]] = []
-    original = probe.group_attention
+    original = attention.group_attention
 
     def noting(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
         out = original(query, key, heads, groups)
         captured.extend(weakref.ref(t) for t in (query, key, out))
         return out
 
-    monkeypatch.setattr("spf_plugin.core.objective.group_attention", noting)
+    monkeypatch.setattr("spf_plugin.probe.group_attention", noting)
     run = Run(CAPTIONS)
     for _ in range(5):
         run.step()

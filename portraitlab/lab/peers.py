@@ -1,7 +1,7 @@
 """What other trainers do to keep the base model's behaviour, written from their code and papers as objectives.
 
-Each is attached to the same trainer through the same two calls as SPF, so that model, data, noise, optimiser and LoRA
-are the same. Every peer has its usual weight as a parameter, to be swept.
+Each is attached to the same trainer at the same seam as SPF, around the denoiser's call and in `accelerator.backward`:
+model, data, noise, optimiser and LoRA are the same. Every peer has its usual weight as a parameter, to be swept.
 
 | name | from | what |
 |---|---|---|
@@ -21,7 +21,7 @@ The last two ask for one prediction a step. A peer that does can also be put on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,12 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portraitlab.autoencoder import to_tensor
+from portraitlab.lab.bases import BaseCaptions
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import load_pipeline, sample
 from spf_plugin import patching
 from spf_plugin.adapter import bypass as adapters
 from spf_plugin.adapter.bypass import Adapter
-from spf_plugin.trainer.loop import Objective, Trainer
+from spf_plugin.families import known
+from spf_plugin.families.base import Family, Text
+from spf_plugin.seam import Call, intercepted
+from spf_plugin.text import map_text
+from spf_plugin.trainer.loop import Attach, Trainer
 
 CLASS_IMAGES = 48
 
@@ -48,29 +53,47 @@ class Step:
     """One step as a peer sees it.
 
     Attributes:
-        trainer: whose step it is.
-        predict: the UNet's prediction for other texts (or other pictures), with graph.
-        bypassed: while it is open, `predict` is the base model.
-        noisy: `z_t`, `[B, 4, h, w]`.
-        timesteps: `[B]`.
-        batch: the trainer's batch.
-        full: text conditioning of the captions, `[B, 77, C]`.
-        base: of the captions without the target.
+        trainer: whose step it is; its `batch` is the present one.
+        family: of the denoiser.
+        call: the trainer's call of the denoiser: noisy latents, timesteps and the captions' text.
+        bypassed: while it is open, the denoiser is the base model.
+        base: text of the captions without the target, one row a sample.
     """
 
     trainer: Trainer
-    predict: Callable[..., Tensor]
+    family: Family
+    call: Call
     bypassed: Callable[[], AbstractContextManager[None]]
-    noisy: Tensor
-    timesteps: Tensor
-    batch: Mapping[str, Any]
-    full: Tensor
-    base: Tensor
+    base: Text
 
-    def prior(self, conds: Tensor) -> Tensor:
-        """The base model's prediction, without graph."""
+    @property
+    def batch(self) -> Mapping[str, Any]:
+        assert self.trainer.batch is not None
+        return self.trainer.batch
+
+    @property
+    def noisy(self) -> Tensor:
+        """`z_t`, `[B, 4, h, w]`."""
+        return self.family.noisy_latents(self.call)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """`[B]`."""
+        return self.family.timesteps(self.call)
+
+    def showing(self, text: Text) -> Call:
+        """The same call with another text; a text of one row is shown to every sample."""
+        count = len(self.noisy)
+        return self.family.with_text(self.call, map_text(lambda part: part.expand(count, *part.shape[1:]), text))
+
+    def predict(self, call: Call) -> Tensor:
+        """The trained model's prediction for another call, with graph."""
+        return self.family.prediction(call.on(self.family.denoiser), call).float()
+
+    def prior(self, text: Text) -> Tensor:
+        """The base model's prediction for another text, without graph."""
         with torch.no_grad(), self.bypassed():
-            return self.predict(conds).detach()
+            return self.predict(self.showing(text)).detach()
 
     def noise(self) -> Tensor:
         """The noise that the trainer added, from the batch's clean latents."""
@@ -78,21 +101,23 @@ class Step:
         return (self.noisy - alpha_bar.sqrt() * self.batch["latents"]) / (1 - alpha_bar).sqrt()
 
 
-@dataclass
+Work = Generator[None, Tensor, tuple[Tensor, Tensor | None]]
+"""A peer's step. It yields once, where the trainer's own call runs, and is sent its prediction; it returns the
+prediction for the trainer's diffusion loss, and a scalar that is added to that loss."""
+
+
 class Peer(ABC):
-    """A method.
-
-    Attributes:
-        task: what is taught.
-        seed: the training seed, which also draws the pictures.
-    """
-
-    task: Task
-    seed: int
+    """A method."""
 
     @abstractmethod
-    def prepare(self, trainer: Trainer) -> None:
-        """Called once before training, while the UNet is still the base model."""
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
+        """Called once before training, while the denoiser is still the base model.
+
+        Args:
+            trainer: whose steps they will be.
+            task: what is taught.
+            seed: the training seed, which also draws the pictures.
+        """
 
     @contextmanager
     def applied(self, network: nn.Module) -> Iterator[None]:
@@ -100,8 +125,8 @@ class Peer(ABC):
         yield
 
     @abstractmethod
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """The prediction for the trainer's diffusion loss, and a scalar that is added to that loss."""
+    def step(self, step: Step) -> Work:
+        """What happens around the trainer's call of the denoiser."""
 
 
 @dataclass
@@ -114,15 +139,17 @@ class Masked(Peer):
     outside: float = 0.0
     prior: float = 0.0
 
-    def prepare(self, trainer: Trainer) -> None:
-        self.masks = self.task.masks(self.seed).to(trainer.accelerator.device)
+    masks: Tensor = field(init=False, repr=False)  # [pictures, 1, h, w]
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
+        self.masks = task.masks(seed).to(trainer.accelerator.device)
+
+    def step(self, step: Step) -> Work:
         mask = self.masks[step.batch["indices"]]
         extra = None
         if self.prior:
             reference = step.prior(step.base)
-        prediction = step.predict(step.full)
+        prediction = yield
         if self.prior:
             extra = self.prior * ((1 - mask) * (prediction - reference).square()).mean()
         # The square of what is left is the weighed square of the error: any loss of the trainer stays as it is.
@@ -137,14 +164,17 @@ class OutputPreservation(Peer):
     multiplier: float = 1.0
     blank: bool = False
 
-    def prepare(self, trainer: Trainer) -> None:
-        self.empty = trainer.model.encode([""]) if self.blank else None
+    empty: Text = field(init=False, repr=False, default_factory=dict)
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        text = step.base if self.empty is None else self.empty.expand_as(step.full)
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
+        if self.blank:
+            self.empty = trainer.model.encode([""])
+
+    def step(self, step: Step) -> Work:
+        text = self.empty if self.blank else step.base
         prior = step.prior(text)
-        prediction = step.predict(step.full)
-        return prediction, self.multiplier * F.mse_loss(step.predict(text), prior)
+        prediction = yield
+        return prediction, self.multiplier * F.mse_loss(step.predict(step.showing(text)), prior)
 
 
 @dataclass
@@ -153,19 +183,19 @@ class PriorPreservation(Peer):
 
     multiplier: float = 1.0
 
-    def prepare(self, trainer: Trainer) -> None:
-        prompts = [example.base_caption for example in self.task.examples(self.seed)]
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
+        prompts = [example.base_caption for example in task.examples(seed)]
         prompts = (prompts * (CLASS_IMAGES // len(prompts) + 1))[:CLASS_IMAGES]
         images = sample(
             load_pipeline(Path(trainer.settings.model)), prompts, range(7000, 7000 + len(prompts)), steps=12
         )
-        self.random = torch.Generator().manual_seed(self.seed)
+        self.random = torch.Generator().manual_seed(seed)
         pixels = to_tensor(images)
         self.latents = torch.stack([trainer.model.to_latents(picture, self.random) for picture in pixels])
         self.texts = trainer.model.encode(prompts)
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        prediction = step.predict(step.full)
+    def step(self, step: Step) -> Work:
+        prediction = yield
         device, count = step.noisy.device, len(step.noisy)
         chosen = torch.randint(0, len(self.latents), (count,), generator=self.random)
         alphas_cumprod = step.trainer.model.alphas_cumprod
@@ -174,8 +204,8 @@ class PriorPreservation(Peer):
         noise = torch.randn(latents.shape, generator=self.random)
         alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device)
-        texts = self.texts[chosen.to(self.texts.device)].to(device)
-        drawn = step.predict(texts, noisy=noisy, timesteps=timesteps.to(device))
+        texts = map_text(lambda part: part[chosen.to(part.device)].to(device), self.texts)
+        drawn = step.predict(step.trainer.model.call(noisy, timesteps.to(device), texts, step.batch["sizes"]))
         loss = step.trainer.loss(drawn, latents.to(device), noise.to(device), timesteps.to(device))
         return prediction, self.multiplier * loss
 
@@ -191,21 +221,24 @@ class PureCC(Peer):
 
     extractor: Path = field(default_factory=Path)
     eta: float = 2.0
+    unet: Callable[..., Any] = field(init=False, repr=False)  # the model with the first LoRA
+    target: Text = field(init=False, repr=False)
+    empty: Text = field(init=False, repr=False)
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
         pipeline = load_pipeline(Path(trainer.settings.model))
         pipeline.load_lora_weights(str(self.extractor.parent), weight_name=self.extractor.name)
         pipeline.fuse_lora()
         self.unet = pipeline.unet.to(trainer.accelerator.device).requires_grad_(False)
-        self.texts = trainer.model.encode([self.task.goal.phrase, ""])
+        self.target, self.empty = (trainer.model.encode([prompt]) for prompt in (task.goal.phrase, ""))
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        target, empty = (row[None].expand_as(step.full) for row in self.texts)
+    def step(self, step: Step) -> Work:
         with torch.no_grad():
-            shown = [self.unet(step.noisy, step.timesteps, encoder_hidden_states=c).sample for c in (target, empty)]
+            calls = [step.showing(text) for text in (self.target, self.empty)]
+            target, empty = (step.family.prediction(call.on(self.unet), call).float() for call in calls)
         base = step.prior(step.base)
-        full = step.predict(step.full)
-        direction = (shown[0] - shown[1]).flatten(1)
+        full = yield
+        direction = (target - empty).flatten(1)
         length = ((full - base).flatten(1) * direction).sum(1) / direction.square().sum(1).clamp_min(1e-8)
         goal = base + (length[:, None] * direction).view_as(base)
         return full, self.eta * F.mse_loss(full, goal)
@@ -221,14 +254,16 @@ class PureCCReleased(Peer):
     """
 
     eta: float = 2.0
+    target: Text = field(init=False, repr=False)
+    empty: Text = field(init=False, repr=False)
 
-    def prepare(self, trainer: Trainer) -> None:
-        self.texts = trainer.model.encode([self.task.goal.phrase, ""])
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
+        self.target, self.empty = (trainer.model.encode([prompt]) for prompt in (task.goal.phrase, ""))
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        target, empty = (row[None].expand_as(step.full) for row in self.texts)
-        direction = step.prior(target) - step.prior(empty)
-        full, base = step.predict(step.full), step.predict(step.base)
+    def step(self, step: Step) -> Work:
+        direction = step.prior(self.target) - step.prior(self.empty)
+        full = yield
+        base = step.predict(step.showing(step.base))
         return full, self.eta * F.mse_loss(full, base + direction)
 
 
@@ -250,7 +285,7 @@ class WeightPenalty(Peer):
 
     multiplier: float = 1e-3
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
         pass
 
     @contextmanager
@@ -274,8 +309,9 @@ class WeightPenalty(Peer):
             found.append(scale**2 * ((up.mT @ up) * (down @ down.mT)).sum())
         return torch.stack(found).sum()
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        return step.predict(step.full), self.multiplier * self.penalty()
+    def step(self, step: Step) -> Work:
+        prediction = yield
+        return prediction, self.multiplier * self.penalty()
 
 
 @dataclass
@@ -294,7 +330,7 @@ class TLoRA(Peer):
 
     minimum: float = 0.5
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
         self.unet, self.rank = trainer.model.unet, trainer.settings.rank
         self.timesteps = len(trainer.model.alphas_cumprod)
 
@@ -325,8 +361,9 @@ class TLoRA(Peer):
                 patches.enter_context(patching.patched(lora, "bypass_forward_diff", partial(masked, lora)))
             yield
 
-    def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        return step.predict(step.full), None
+    def step(self, step: Step) -> Work:
+        prediction = yield
+        return prediction, None
 
 
 KINDS: Mapping[str, Callable[..., Peer]] = {
@@ -340,50 +377,77 @@ KINDS: Mapping[str, Callable[..., Peer]] = {
 }
 
 
-def objective(peer: Peer) -> Objective:
-    """A peer as an objective of the reference trainer. Where that trains SPF too, the peer's calls go around SPF's."""
-    bases = {example.caption: example.base_caption for example in peer.task.examples(peer.seed)}
+@contextmanager
+def stepping(
+    peer: Peer,
+    trainer: Trainer,
+    family: Family,
+    bypassed: Callable[[], AbstractContextManager[None]],
+    base: Callable[[Sequence[str]], Text],
+) -> Iterator[None]:
+    """While it is open, the trainer's steps are a prepared peer's. Where the trainer trains SPF too, that is around
+    SPF's: the peer sees the call that SPF makes, and adds its loss to SPF's.
 
-    def attach(network: nn.Module, trainer: Trainer) -> Callable[[], None]:
-        peer.prepare(trainer)
-        adapter, patches = Adapter(), ExitStack()
-        encoded: dict[str, Tensor] = {}
-        pending: list[Tensor] = []
+    Args:
+        peer: the method.
+        trainer: takes the steps.
+        family: of the trainer's denoiser.
+        bypassed: while it is open, the denoiser is the base model.
+        base: text of the captions without the target, for a batch's captions.
+    """
+    pending: list[Tensor] = []
 
-        def base_conds(captions: Sequence[str]) -> Tensor:
-            for caption in captions:
-                if caption not in encoded:
-                    encoded[caption] = trainer.model.encode([bases[caption]])
-            return torch.cat([encoded[caption] for caption in captions])
+    def stepped(call: Call) -> Generator[Call, Any, Any]:
+        assert trainer.batch is not None
+        work = peer.step(Step(trainer, family, call, bypassed, base(trainer.batch["captions"])))
+        next(work)
+        output = yield call
+        prediction, extra = _finished(work, family.prediction(output, call).float())
+        if extra is not None:
+            pending.append(extra)
+        return family.output(output, prediction)
 
-        def call_unet(
-            original: Callable[..., Tensor], args: Any, accelerator: Any, unet: Any, noisy: Tensor, timesteps: Tensor,
-            conds: Any, batch: Any, dtype: Any,
-        ) -> Tensor:  # fmt: skip
-            def predict(texts: Tensor, noisy: Tensor = noisy, timesteps: Tensor = timesteps) -> Tensor:
-                return original(args, accelerator, unet, noisy, timesteps, texts, batch, dtype).float()
+    def around(call: Call) -> Generator[Call, Any, Any] | None:
+        # A call without a graph is no training step: SPF's reference pass is one, and so is sampling.
+        return stepped(call) if trainer.batch is not None and torch.is_grad_enabled() else None
 
-            step = Step(
-                trainer, predict, adapter.bypassed, noisy, timesteps, batch, conds, base_conds(batch["captions"])
-            )
-            prediction, extra = peer.step(step)
-            if extra is not None:
-                pending.append(extra)
-            return prediction
+    def add(backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
+        backward(loss + pending.pop() if pending else loss, **kwargs)
 
-        def add(backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
-            backward(loss + pending.pop() if pending else loss, **kwargs)
+    accelerator = trainer.accelerator
+    with (
+        intercepted(family.denoiser, around),
+        # What is there now: SPF's, if it trains too.
+        patching.patched(accelerator, "backward", partial(add, accelerator.backward)),
+    ):
+        yield
+
+
+def _finished(work: Work, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a step returns for the prediction that it waits for."""
+    try:
+        work.send(prediction)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("a peer's step yields once")
+
+
+def attach(peer: Peer, task: Task, seed: int) -> Attach:
+    """What attaches a peer to a run of the reference trainer: in place of SPF, or around it where that trains too."""
+
+    def attached(network: nn.Module, trainer: Trainer) -> Callable[[], None]:
+        peer.prepare(trainer, task, seed)
+        adapter, stack, family = Adapter(), ExitStack(), known.find(trainer.model.unet)
+        bases = BaseCaptions(task, seed, trainer.model)
 
         @contextmanager
         def applying(models: Sequence[nn.Module]) -> Iterator[None]:
             with adapter.watching(models):
                 yield
-            patches.enter_context(peer.applied(network))
-            for obj, name, ours in ((trainer, "call_unet", call_unet), (trainer.accelerator, "backward", add)):
-                # What is there now: SPF's calls, if it trains too.
-                patches.enter_context(patching.patched(obj, name, partial(ours, getattr(obj, name))))
+            stack.enter_context(peer.applied(network))
+            stack.enter_context(stepping(peer, trainer, family, adapter.bypassed, bases.text))
 
         adapters.on_apply(network, applying)
-        return patches.close
+        return stack.close
 
-    return attach
+    return attached

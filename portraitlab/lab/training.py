@@ -38,7 +38,7 @@ def train_row(
         min_snr_gamma=MIN_SNR_GAMMA,
         device=device,
     )
-    objective = None
+    attach = None
     if row.peer:
         options = dict(row.options)
         if row.peer == "pure_cc":
@@ -46,9 +46,9 @@ def train_row(
             if not first.exists():
                 train_row(task, Row(PLAIN), LEARNING_RATE, seed, model, first, device, f"{label}, stage one", show)
             options["extractor"] = first
-        objective = peers.objective(peers.KINDS[row.peer](task, seed, **options))
+        attach = peers.attach(peers.KINDS[row.peer](**options), task, seed)
     with ExitStack() as changed:
         for name, value in row.constants.items():
             module, constant = name.split(".")
             changed.enter_context(patching.patched(import_module(f"spf_plugin.core.{module}"), constant, value))
-        return timed_training(run, f"{label}: training", show, objective)[1]
+        return timed_training(run, f"{label}: training", show, attach)[1]

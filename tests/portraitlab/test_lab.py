@@ -51,7 +51,7 @@ def test_every_row_can_be_trained() -> None:
         assert str(config.target[0]) == "sunglasses"
         if row.peer:
             assert config.active == row.with_spf, name
-            peers.KINDS[row.peer](Task(), 0, **row.options)
+            peers.KINDS[row.peer](**row.options)
     assert ROWS["spf"].config(Task("shades")).target[0].replacement == "glasses"
 
 

@@ -19,6 +19,8 @@ from portraitlab.lab.rows import ROWS, Row
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import MODEL_FOLDER
 from portraitlab.portraits import counterfactual
+from spf_plugin.families.unet import UNet
+from spf_plugin.seam import Call
 
 
 @pytest.mark.parametrize("target", ["blonde", "sunglasses", "shades", "hoodie"])
@@ -47,6 +49,17 @@ def test_replacements_name_what_they_replace() -> None:
             assert example.caption == example.base_caption.replace(replaced, phrase)
 
 
+class Denoiser(nn.Module):
+    """Predicts `weight * (1 + text)`, plus `shift`, which a bypassed adapter makes 10."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight, self.shift = weight, 0.0
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.weight * (1 + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1)) + self.shift
+
+
 class Trainer:
     """As much of the reference trainer as a peer asks for."""
 
@@ -54,44 +67,57 @@ class Trainer:
         alphas_cumprod = torch.linspace(0.99, 0.01, 1000)
 
         @staticmethod
-        def encode(prompts: list[str]) -> torch.Tensor:
-            return torch.tensor([[[float(len(prompt))]] for prompt in prompts])
+        def encode(prompts: list[str]) -> dict[str, Tensor]:
+            return {"hidden": torch.tensor([[[float(len(prompt))]] for prompt in prompts])}
 
     class accelerator:
         device = torch.device("cpu")
 
+    batch: Any = None
+
+
+def constant(value: float) -> dict[str, Tensor]:
+    """A text of one row."""
+    return {"hidden": torch.full((1, 1, 1), value)}
+
 
 @pytest.fixture
 def step() -> Any:
-    """A step whose prediction is `weight * (1 + text)`, plus 10 while the adapter is bypassed."""
+    """A step for captions that are 2 and base captions that are 0.5."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
     timesteps = torch.tensor([100, 700])
     alpha_bar = Trainer.model.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    weight = torch.randn(2, 4, 16, 16, generator=generator).requires_grad_()
-    state = {"off": 0.0}
-
-    def predict(conds: torch.Tensor, **_: Any) -> torch.Tensor:
-        return weight * (1 + conds.mean(dim=(1, 2)).view(-1, 1, 1, 1)) + state["off"]
+    denoiser = Denoiser(torch.randn(2, 4, 16, 16, generator=generator).requires_grad_())
 
     @contextmanager
     def bypassed() -> Iterator[None]:
-        state["off"] = 10.0
+        denoiser.shift = 10.0
         yield
-        state["off"] = 0.0
+        denoiser.shift = 0.0
 
+    trainer = Trainer()
+    trainer.batch = {"latents": latents, "indices": [3, 5]}
     noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-    batch = {"latents": latents, "indices": [3, 5]}
-    full, base = torch.full((2, 1, 1), 2.0), torch.full((2, 1, 1), 0.5)
-    made = peers.Step(Trainer, predict, bypassed, noisy, timesteps, batch, full, base)  # type: ignore[arg-type]
-    made.truth, made.weight = noise, weight  # type: ignore[attr-defined]
+    call = Call((noisy, timesteps), {"encoder_hidden_states": torch.full((2, 1, 1), 2.0)})
+    made = peers.Step(trainer, UNet(denoiser), call, bypassed, constant(0.5))  # type: ignore[arg-type]
+    made.truth, made.weight = noise, denoiser.weight  # type: ignore[attr-defined]
     return made
 
 
+def taken(peer: peers.Peer, step: peers.Step) -> tuple[Tensor, Tensor | None]:
+    """A peer's step around the trainer's own call."""
+    work = peer.step(step)
+    next(work)
+    with pytest.raises(StopIteration) as end:
+        work.send(step.predict(step.call))
+    return end.value.value
+
+
 def test_masked_loss_is_the_weighed_square_of_the_error(step: Any) -> None:
-    peer = peers.Masked(Task(), 0, outside=0.1, prior=2.0)
-    peer.prepare(Trainer)  # type: ignore[arg-type]
-    prediction, extra = peer.step(step)
+    peer = peers.Masked(outside=0.1, prior=2.0)
+    peer.prepare(Trainer(), Task(), 0)  # type: ignore[arg-type]
+    prediction, extra = taken(peer, step)
     mask = Task().masks(0)[[3, 5]]
     error = (3 * step.weight - step.truth) ** 2
     expected = torch.where(mask.bool(), error, 0.1 * error)
@@ -103,9 +129,9 @@ def test_masked_loss_is_the_weighed_square_of_the_error(step: Any) -> None:
 
 @pytest.mark.parametrize("blank", [False, True])
 def test_output_preservation_compares_the_same_text(step: Any, blank: bool) -> None:
-    peer = peers.OutputPreservation(Task(), 0, multiplier=3.0, blank=blank)
-    peer.prepare(Trainer)  # type: ignore[arg-type]
-    prediction, extra = peer.step(step)
+    peer = peers.OutputPreservation(multiplier=3.0, blank=blank)
+    peer.prepare(Trainer(), Task(), 0)  # type: ignore[arg-type]
+    prediction, extra = taken(peer, step)
     assert torch.equal(prediction, 3 * step.weight)
     assert extra is not None
     assert float(extra.detach()) == pytest.approx(300.0, rel=1e-5)  # the paths differ by 10 everywhere
@@ -115,7 +141,7 @@ def test_output_preservation_compares_the_same_text(step: Any, blank: bool) -> N
 
 
 def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> None:
-    peer = peers.PureCC(Task(), 0, eta=2.0)
+    peer = peers.PureCC(eta=2.0)
     direction = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
 
     class Extractor:
@@ -123,8 +149,8 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> No
             shown = direction * encoder_hidden_states.mean()  # the texts are 1 (target) and 0 (empty)
             return type("Output", (), {"sample": shown})
 
-    peer.unet, peer.texts = Extractor(), torch.tensor([[[1.0]], [[0.0]]])  # type: ignore[assignment]
-    full, extra = peer.step(step)
+    peer.unet, peer.target, peer.empty = Extractor(), constant(1), constant(0)
+    full, extra = taken(peer, step)
     base = 1.5 * step.weight + 10
     change = (full - base).detach().flatten(1).double().numpy()
     axis = direction.flatten(1).double().numpy()
@@ -137,9 +163,9 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> No
 
 
 def test_pure_cc_as_released_adds_the_base_models_direction_to_the_trained_models_base(step: Any) -> None:
-    peer = peers.PureCCReleased(Task(), 0, eta=2.0)
-    peer.texts = torch.tensor([[[1.0]], [[0.0]]])
-    full, extra = peer.step(step)
+    peer = peers.PureCCReleased(eta=2.0)
+    peer.target, peer.empty = constant(1), constant(0)
+    full, extra = taken(peer, step)
     assert torch.equal(full, 3 * step.weight)
     # f(full) - f(base) = 1.5 w; f_0(target) - f_0("") = (2 w + 10) - (w + 10) = w.
     assert extra is not None
@@ -155,7 +181,7 @@ def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     original = peers.OutputPreservation.step
 
     def spy(self: Any, step: peers.Step) -> Any:
-        seen.append((step.trainer, step.prior(step.base), step.predict(step.base).detach()))
+        seen.append((step.trainer, step.prior(step.base), step.predict(step.showing(step.base)).detach()))
         return original(self, step)
 
     monkeypatch.setattr(peers.OutputPreservation, "step", spy)
@@ -165,7 +191,14 @@ def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(seen) == 2
     assert torch.equal(seen[0][1], seen[0][2])  # a fresh LoRA changes nothing
     assert not torch.allclose(seen[1][1], seen[1][2], atol=1e-5)
-    assert "call_unet" not in vars(seen[0][0])
+    assert not hooks(seen[0][0])
+
+
+def hooks(trainer: Any) -> list[Any]:
+    """What is still attached to a trainer."""
+    unet = trainer.model.unet
+    left = [*unet._forward_pre_hooks.values(), *unet._forward_hooks.values()]
+    return [*left, *(name for name in vars(trainer.accelerator) if name == "backward")]
 
 
 def dense_penalty(factors: Sequence[Tensor], scale: float = 1.0) -> tuple[float, list[Tensor]]:
@@ -204,7 +237,7 @@ def test_the_weight_penalty_is_the_squared_change_of_the_weights(adapted: Any) -
     _, network = adapted
     network.append(LoConModule("kernel", nn.Conv2d(4, 6, 3), 1.0, 4, 2, bypass_mode=True))
     nn.init.normal_(network[-1].lora_up.weight)
-    peer = peers.WeightPenalty(Task(), 0)
+    peer = peers.WeightPenalty()
     with peer.applied(network):
         penalty = peer.penalty()
     factors = list(network.parameters())
@@ -216,7 +249,7 @@ def test_the_weight_penalty_is_the_squared_change_of_the_weights(adapted: Any) -
 
 def test_t_lora_masks_the_ranks_of_every_sample_by_its_timestep(adapted: Any) -> None:
     unet, network = adapted
-    peer = peers.TLoRA(Task(), 0, minimum=0.25)
+    peer = peers.TLoRA(minimum=0.25)
     peer.unet, peer.rank, peer.timesteps = unet, 4, 1000
     noisy, timesteps = torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
     ranks = [4, 2, 1]  # 1 + floor(3 (1 - t / 1000))
@@ -260,7 +293,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
 
 def test_a_weight_penalty_adds_to_spf(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainers = []
-    monkeypatch.setattr(peers.WeightPenalty, "prepare", lambda _, trainer: trainers.append(trainer))
+    monkeypatch.setattr(peers.WeightPenalty, "prepare", lambda _, trainer, *__: trainers.append(trainer))
     weights, alone = trained()[1]
     present, both = trained(peer="weight_penalty", options={"multiplier": 0.1}, with_spf=True)[1]
     assert all(map(torch.equal, present, weights))  # the first step has no change to penalise
@@ -268,8 +301,7 @@ def test_a_weight_penalty_adds_to_spf(trained: Any, monkeypatch: pytest.MonkeyPa
     assert max(added.abs().max() for added in penalty) > 1e-3
     for found, without, added in zip(both, alone, penalty, strict=True):
         assert torch.allclose(found, without + 0.1 * added.float(), rtol=1e-3, atol=1e-6)
-    assert "call_unet" not in vars(trainers[0])
-    assert "backward" not in vars(trainers[0].accelerator)
+    assert not hooks(trainers[0])
 
 
 def test_t_lora_masks_both_steps_of_a_pair(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
