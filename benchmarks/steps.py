@@ -238,7 +238,7 @@ class Workbench:
                 return self.unet(*args, **kwargs)
 
         peer = peers.PureCC()
-        peer.unet, peer.target, peer.empty = extractor, self.full, self.base
+        peer.unet, peer.target, peer.empty = extractor, self.full, self.base  # type: ignore[assignment]
         self._peer(peer, mark)
 
     def _peer(self, peer: peers.Peer, mark: Mark) -> None:

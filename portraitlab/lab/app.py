@@ -203,7 +203,7 @@ def list_rows() -> None:
     """Show every row and its settings."""
     for name, row in ROWS.items():
         words = [f"{k}={v}" for k, v in {**row.spf, **row.options}.items()]
-        print(f"{name:<28}{' '.join([*([row.peer] if row.peer else []), *words])}")
+        print(f"{name:<28}{' '.join([*filter(None, (row.peer, row.variant)), *words])}")
 
 
 @app.command()

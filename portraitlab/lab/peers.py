@@ -221,7 +221,7 @@ class PureCC(Peer):
 
     extractor: Path = field(default_factory=Path)
     eta: float = 2.0
-    unet: Callable[..., Any] = field(init=False, repr=False)  # the model with the first LoRA
+    unet: nn.Module = field(init=False, repr=False)  # the model with the first LoRA
     target: Text = field(init=False, repr=False)
     empty: Text = field(init=False, repr=False)
 

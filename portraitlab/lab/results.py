@@ -56,6 +56,7 @@ def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Pat
         facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, MIN_SNR_GAMMA]
         facts += [row.steps] if row.steps else []
         facts += [dict(row.constants)] if row.constants else []
+        facts += [row.variant] if row.variant else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ class Row:
         with_spf: the peer trains on top of SPF, not in its place; for peers that predict once a step.
         constants: what SPF has no setting for: `module.NAME` of `spf_plugin.core` -> another value.
         steps: another number of steps than the task's: plain training that is stopped early.
+        variant: a key of `variants.KINDS`, around SPF: other pairs than in time.
     """
 
     spf: Mapping[str, Any] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Row:
     with_spf: bool = False
     constants: Mapping[str, float] = field(default_factory=dict)
     steps: int | None = None
+    variant: str = ""
 
     def config(self, task: Task) -> SPFConfig:
         """The SPF settings, defaults included; without any weight where a peer trains in its place."""
@@ -45,6 +47,7 @@ PLAIN = {
     "text_consistent_multiplier": 0, "fine_grained_multiplier": 0, "output_multiplier": 0,
     "base_preservation_multiplier": 0, "log_every": 1000,
 }  # fmt: skip
+_VARIANTS = ("pairs_in_batch", "base_captions", "every_second_pair", "pairs_noisy", "pairs_clear", "batch_1")
 _PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2)
 _ONLY_OUTPUT = {"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}
 _GUIDED = {"response": "anchor", "clip": str(CLIP_FOLDERS[0])}
@@ -100,5 +103,7 @@ ROWS: dict[str, Row] = {
     "spf-stage2-0.25": Row({"stage2_start": 0.25}),
     "spf-cross-attention": Row({"train": "cross_attention"}),
     "spf-anchor": Row(_GUIDED),
+    # Other pairs than in time, and pairs of single pictures.
+    **{f"spf-{kind.replace('_', '-')}": Row(variant=kind) for kind in _VARIANTS},
     **{f"spf-published-{kind}": Row({**_PUBLISHED, "map": kind}) for kind in ("paper", "soft")},
 }  # fmt: skip

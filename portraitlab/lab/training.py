@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from portraitlab.demo import Show, timed_training
-from portraitlab.lab import peers
+from portraitlab.lab import peers, variants
 from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
 from spf_plugin import patching
@@ -19,7 +19,7 @@ RANK, MIN_SNR_GAMMA = 8, 5.0
 def train_row(
     task: Task, row: Row, learning_rate: float, seed: int, model: Path, out: Path, device: str, label: str, show: Show
 ) -> float:
-    """Train a LoRA into the file `out`; returns the seconds of a step.
+    """Train a LoRA into the file `out`; returns the seconds of an optimiser step.
 
     Raises:
         KeyboardInterrupt: it was stopped.
@@ -38,7 +38,11 @@ def train_row(
         min_snr_gamma=MIN_SNR_GAMMA,
         device=device,
     )
-    attach = None
+    attach, batches = None, 1  # of an optimiser step
+    if row.variant:
+        variant = variants.KINDS[row.variant]()
+        attach, steps, run = variants.attach(variant, task, seed), run.steps, variant.settings(run)
+        batches = run.steps // steps
     if row.peer:
         options = dict(row.options)
         if row.peer == "pure_cc":
@@ -51,4 +55,4 @@ def train_row(
         for name, value in row.constants.items():
             module, constant = name.split(".")
             changed.enter_context(patching.patched(import_module(f"spf_plugin.core.{module}"), constant, value))
-        return timed_training(run, f"{label}: training", show, attach)[1]
+        return batches * timed_training(run, f"{label}: training", show, attach)[1]

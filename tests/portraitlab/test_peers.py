@@ -149,7 +149,7 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> No
             shown = direction * encoder_hidden_states.mean()  # the texts are 1 (target) and 0 (empty)
             return type("Output", (), {"sample": shown})
 
-    peer.unet, peer.target, peer.empty = Extractor(), constant(1), constant(0)
+    peer.unet, peer.target, peer.empty = Extractor(), constant(1), constant(0)  # type: ignore[assignment]
     full, extra = taken(peer, step)
     base = 1.5 * step.weight + 10
     change = (full - base).detach().flatten(1).double().numpy()
