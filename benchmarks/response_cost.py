@@ -17,6 +17,7 @@ from torch import Tensor
 from spf_plugin.core.schedule import one_step_prediction
 from spf_plugin.enhancement import decoders, limits
 from spf_plugin.enhancement.clip import ClipEncoder
+from spf_plugin.families.latents import SD
 
 LATENTS, CLIP_SIZE = 64, 224
 SCALING = 0.18215
@@ -50,9 +51,8 @@ def all_decoders() -> dict[str, decoders.Decoder]:
     vae = AutoencoderKL(
         3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512), 2, latent_channels=4
     ).requires_grad_(False)
-    weight, bias = decoders.LINEAR["sd"]
     return {
-        "linear": decoders.LinearDecoder(torch.tensor(weight), torch.tensor(bias)),
+        "linear": decoders.LinearDecoder(torch.tensor(SD.weight), torch.tensor(SD.bias)),
         "tiny": decoders.TinyDecoder(AutoencoderTiny().requires_grad_(False)),
         "vae": decoders.VaeDecoder(vae, SCALING),
     }

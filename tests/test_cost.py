@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.cases import PLAIN, PRESERVATION, SPF, TIMED, Record, timed, tracked
+from benchmarks.cases import DOP, PLAIN, PRESERVATION, PURE_CC, SPF, TIMED, Record, timed, tracked
 from benchmarks.report import NOT_MEASURED, markdown, rows
 from benchmarks.steps import Setup, Workbench
 from benchmarks.tracking import MetaGpu, Tracker, track
@@ -204,6 +204,18 @@ def test_a_timed_step_is_one_in_the_middle_of_a_run() -> None:
     alone = track(bench.step(SPF)).flops
     with bench.running(SPF) as step:
         assert track(step).flops == alone
+
+
+@pytest.mark.parametrize(("step", "passes"), [(DOP, "-++"), (PURE_CC, "---+"), (SPF, "-+"), (PRESERVATION, "+")])
+def test_the_passes_of_a_step(step: str, passes: str) -> None:
+    """`+` has a gradient. Nothing stays at the model."""
+    bench, seen = Workbench(TINY), []
+    bench.unet.register_forward_pre_hook(lambda *_: seen.append("+" if torch.is_grad_enabled() else "-"))
+    bench.step(step)(lambda _: None)
+    assert sorted(seen) == sorted(passes)
+    assert len(bench.unet._forward_pre_hooks) == 1
+    assert not bench.unet._forward_hooks
+    assert all(parameter.grad is not None for parameter in bench.parameters)
 
 
 def test_every_step_is_timed_in_every_round() -> None:

@@ -73,6 +73,10 @@ class Trainer:
     class accelerator:
         device = torch.device("cpu")
 
+        @staticmethod
+        def backward(loss: Tensor) -> None:
+            loss.backward()
+
     batch: Any = None
 
 
@@ -192,6 +196,26 @@ def test_a_peer_trains_and_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(seen[0][1], seen[0][2])  # a fresh LoRA changes nothing
     assert not torch.allclose(seen[1][1], seen[1][2], atol=1e-5)
     assert not hooks(seen[0][0])
+
+
+def test_a_peer_lets_calls_pass_that_are_no_training_step(step: Any) -> None:
+    trainer, denoiser, taken = step.trainer, step.family.denoiser, []
+    trainer.batch = {**trainer.batch, "captions": ["a", "b"]}
+
+    class Peer(peers.OutputPreservation):
+        def step(self, step: peers.Step) -> peers.Work:
+            taken.append(step)
+            return super().step(step)
+
+    with peers.stepping(Peer(), trainer, step.family, step.bypassed, lambda _: step.base):
+        with torch.no_grad():
+            step.call.on(denoiser)
+        trainer.batch, batch = None, trainer.batch
+        step.call.on(denoiser)
+        assert not taken
+        trainer.batch = batch
+        step.call.on(denoiser)
+        assert len(taken) == 1
 
 
 def hooks(trainer: Any) -> list[Any]:
