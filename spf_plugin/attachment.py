@@ -343,8 +343,6 @@ class Attachment:
         with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
             output = call.on(self.family.denoiser)
             found = pass_of(self.family, self.layers, call, output, seen, text.base_groups)
-        # Autocast keeps casts of trained weights until its outermost block ends; none of this pass may be used again.
-        torch.clear_autocast_cache()
         self.family.before_pass()
         return replace(found, eps=found.eps.detach())
 
