@@ -23,6 +23,7 @@ from portraitlab.captions import TARGETS
 from portraitlab.customisation import write_set
 from spf_plugin.config import parse, split_words
 from spf_plugin.errors import SPFError
+from spf_plugin.families.unet import UNet
 from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.text import TextSide
 from spf_plugin.tools.check import borders, tokens
@@ -113,8 +114,9 @@ def test_spans_are_those_of_training(run: Run) -> None:
     def tokenize(text: str) -> list[int]:
         return loaded(text, add_special_tokens=False).input_ids
 
-    side = TextSide(SimpleNamespace(tokenize=tokenize), parse({"spf_target": "blonde hair"}).target, lambda: None)  # type: ignore[arg-type]
-    batch = side.for_batch(CAPTIONS, torch.zeros(len(CAPTIONS), 77, 4))
+    host: Any = SimpleNamespace(tokenize=tokenize)
+    side = TextSide(host, UNet(torch.nn.Module()), parse({"spf_target": "blonde hair"}).target, lambda: None)
+    batch = side.for_batch(CAPTIONS, {"hidden": torch.zeros(len(CAPTIONS), 77, 4)})
     for i, row in enumerate(report.as_json()["captions"]):
         assert row["base"] == batch.base[i]
         assert batch.full_groups[i, :, -1].nonzero().flatten().tolist() == row["target_tokens"]
@@ -391,6 +393,7 @@ FAULTS: dict[str, Callable[[Run], object]] = {
     "checkpoint": lambda r: r.set(save_model_as="ckpt"),
     "offload": lambda r: r.set(cpu_offload_checkpointing=True),
     "compiled": lambda r: r.set(torch_compile=True),
+    "inpainting": lambda r: r.set(train_inpainting=True),
     "no output": lambda r: r.set(output_dir="run.toml/loras"),
     "prefix not cached": lambda r: (r.dataset(_own_subset(caption_prefix="a photo of")), _xl(r)),
     "old cache": _changed_caption,

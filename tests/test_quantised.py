@@ -203,8 +203,9 @@ def test_a_failed_application_leaves_plain_layers(monkeypatch: pytest.MonkeyPatc
     network.apply_to = lambda *_, **__: None  # type: ignore[assignment]  # replaces nothing
     model = unet()
     config = SPFConfig(target=CAPTION_TARGET, base="int8", preview_every=0)
+    bench.host.denoiser = model
     monkeypatch.setattr(bench.host.accelerator, "is_main_process", False, raising=False)
-    lora.attach(network, bench.host, config, model)
+    lora.attach(network, bench.host, config)
     with pytest.raises(SPFError, match="replaced no module's forward"):
         network.apply_to([], model)  # type: ignore[operator]
     assert not any(hasattr(layer, NAME) for layer in UNet(model).linear_layers())
