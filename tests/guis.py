@@ -28,13 +28,35 @@ def _host(config: str, argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv, namespace=argparse.Namespace(**flat))
 
 
-def kohya_ss(preset: dict[str, Any]) -> Arrived:
+def kohya_ss(preset: dict[str, Any], *, opened: bool = True) -> Arrived:
     """The GUI writes networks.lora into its TOML; the additional parameters lose their double quotes, are cut at space,
-    quoted for a shell that there is not, and put last."""
+    quoted for a shell that there is not, and put last.
+
+    Args:
+        preset: the JSON.
+        opened: whether Parameters was ever opened. Else Gradio gives null for what the JSON does not name, and the GUI
+            compares the name of `network_weights` with "" (v26.0.0).
+    """
+    if not opened and preset.get("network_weights") is None:
+        raise TypeError("stat: path should be string, bytes, os.PathLike or integer, not NoneType")
     config = toml.dumps({"network_module": "networks.lora", "network_args": ["conv_dim=1"]})
     words = [shlex.quote(word) for word in preset["additional_parameters"].replace('"', "").split()]
     args = _host(config, words)
     return args.network_module, args.network_args
+
+
+def lora_easy_window(preset: dict[str, Any]) -> dict[str, Any]:
+    """What the window shows after File > Load Toml: everything that the file does not name is as in a new window."""
+    general = preset.get("general_args", {})
+    own = preset.get("network_args", {}).get("args", {})
+    return {
+        "base_model": "", "subsets": [], "seed": 23,
+        "sdxl": general.get("args", {}).get("sdxl", False),
+        "resolution": general.get("dataset_args", {}).get("resolution", 512),
+        "max_train": ("epochs", general["args"]["max_train_epochs"])
+        if "max_train_epochs" in general.get("args", {}) else ("steps", 1),
+        "train_on": "Unet Only" if own.get("network_train_unet_only") else "Both",
+    }  # fmt: skip
 
 
 def lora_easy(preset: dict[str, Any]) -> Arrived:

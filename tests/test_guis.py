@@ -63,6 +63,20 @@ def test_ready_file(path: Path) -> None:
     assert {"network_dim", "network_alpha"} <= set(values)
 
 
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_panels_that_were_never_opened_and_windows_that_were_reset(model: str) -> None:
+    side = 1024 if model == "sdxl" else 512
+    arrived = guis.kohya_ss(guis.load(ROOT / "presets" / "guis" / f"kohya_ss-{model}.json"), opened=False)
+    assert received(arrived).target
+    window = guis.lora_easy_window(guis.load(ROOT / "presets" / "guis" / f"lora-easy-{model}.toml"))
+    assert window["sdxl"] == (model == "sdxl")
+    assert window["resolution"] == side
+    assert window["train_on"] == "Unet Only"
+    assert window["max_train"] == ("epochs", 10)
+    data = guis.load(ROOT / "presets" / "guis" / f"lora-scripts-{model}.toml")["data"]
+    assert (data["resolution"], data["gradient_checkpointing"]) == (f"{side},{side}", True)
+
+
 def test_there_is_a_file_and_a_page_for_each() -> None:
     for gui in RULES:
         assert {p.stem for p in FILES if p.name.startswith(gui)} == {f"{gui}-sd15", f"{gui}-sdxl"}

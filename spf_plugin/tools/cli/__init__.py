@@ -9,7 +9,10 @@ from pathlib import Path
 try:
     import typer
 except ImportError:
-    raise SystemExit('The spf command needs typer and rich: pip install "spf-plugin[cli]"') from None
+    raise SystemExit(
+        "The spf command needs typer and rich. Beside a trainer, whose packages stay as they are: pip install --no-deps "
+        'typer==0.15.4 shellingham rich. Elsewhere: pip install "spf-plugin[cli]"'
+    ) from None
 
 from spf_plugin.tools.cli.decoder import decoder
 from spf_plugin.tools.cli.plan import plan
