@@ -128,6 +128,7 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("near-miss-hyphen", "warning", lambda r: r.caption(0, "a woman, curtain, blonde-hair")),
     ("near-miss-typo", "warning", lambda r: r.caption(0, "a woman, curtain, blond hair")),
     ("near-miss-order", "warning", lambda r: r.caption(0, "a woman, curtain, hair blonde")),
+    ("broken-base", "warning", lambda r: r.caption(0, "a woman's blonde hair, curtain")),
     ("underscore", "warning", lambda r: r.caption(0, "a woman in a coat, curtain, blonde_hair")),
     ("other-case", "note", lambda r: r.caption(0, "a woman in a coat, curtain, Blonde Hair")),
     ("unused-target", "warning", lambda r: r.args("spf_target=blonde hair|freckles")),

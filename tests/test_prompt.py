@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import CLIPTokenizer
 
-from spf_plugin.core.prompt import Prompt, Spans, Target, parse_targets, split, strip_weights
+from spf_plugin.core.prompt import Prompt, Spans, Target, broken, parse_targets, split, strip_weights
 from spf_plugin.families.clip_tokens import spans
 from tests import tiny
+from tests.base_prompts import BASE_PROMPTS, BROKEN
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,46 @@ def test_split(caption: str, targets: str, base: str, phrases: list[str]) -> Non
     assert prompt.base == base
     assert prompt.phrases == phrases
     assert prompt.has_target == (base != caption)
+
+
+@pytest.mark.parametrize(("caption", "targets", "base"), BASE_PROMPTS)
+def test_captions_as_people_write_them(caption: str, targets: str, base: str) -> None:
+    prompt = split(caption, parse_targets(targets))
+    assert prompt.base == base
+    assert prompt.full == caption
+    assert prompt.has_target == (base != caption)
+
+
+def test_the_table_is_long_and_of_many_kinds() -> None:
+    assert len(BASE_PROMPTS) >= 120
+    assert len({caption for caption, *_ in BASE_PROMPTS}) >= 110
+
+
+@pytest.mark.parametrize(("base", "where"), BROKEN)
+def test_a_base_prompt_that_reads_broken(base: str, where: str) -> None:
+    assert broken(base) == where
+
+
+def test_the_tables_own_base_prompts_read_well() -> None:
+    assert {base for *_, base in BASE_PROMPTS if broken(base)} == {"a woman's, snow"}
+
+
+@pytest.mark.parametrize(
+    "caption", ["a" + " " * 8000 + "blonde hair", ", ".join(["blonde hair"] * 700), "a woman with a " * 550, "(" * 8000]
+)
+def test_long_captions_take_time_in_proportion(caption: str) -> None:
+    """8 kB of anything: the tokenizer reads the caption's beginning a few times, and not each prefix of it."""
+    read = 0
+
+    def tokenize(text: str) -> list[str]:
+        nonlocal read
+        read += len(text)
+        return text.split()
+
+    prompt = split(caption, parse_targets("blonde hair"))
+    assert prompt.full == caption
+    spans(prompt, tokenize, 77, full=True)
+    assert read <= 100 * 1000 + 10 * len(caption)
 
 
 def test_long_sentence_becomes_several_phrases() -> None:

@@ -8,6 +8,7 @@ in the base prompt and in the full prompt differs when the target stands before 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,11 +16,39 @@ from enum import Enum
 LONG_PHRASE_WORDS = 8
 _CONNECTIVES = "with|wearing|wears|has|having|in|and|plus"
 _ARTICLES = "a|an|the|her|his|their|its"
-_LEAD = re.compile(rf"(?:(?:\s+|^)(?:{_CONNECTIVES}))?(?:(?:\s+|^)(?:{_ARTICLES}))?\s*$", re.IGNORECASE)
+# What a target can be the object of: it goes with the target. (English; other languages lose their target alone.)
+_PREPOSITIONS = (
+    "on|at|by|of|to|for|from|under|over|above|below|near|beside|behind|before|between|among|against|around|across|along|"
+    "through|inside|outside|into|onto|next to|in front of|on top of|without"
+)
+_TAKES_OBJECT = (
+    "holding|holds|carrying|carries|sporting|sports|riding|rides|using|uses|showing|shows|featuring|features"
+)
+# Words that cannot be the noun of which the target says something: what follows stays.
+_FOLLOWS = (
+    f"{_CONNECTIVES}|{_PREPOSITIONS}|{_TAKES_OBJECT}|while|during|as|when|where|who|that|which|is|are|was|were|but|or|off|"
+    "standing|sitting|looking|walking|running|smiling|posing|lying|leaning|playing|reading|drinking|eating|dancing|"
+    "laughing|staring|facing|kneeling|jumping|sleeping|talking|waving|working"
+)
+_LEAD = re.compile(
+    rf"(?:(?:\s+|^)(?:(?:who|that|which)\s+)?(?:{_CONNECTIVES}|{_PREPOSITIONS}|{_TAKES_OBJECT}))?"
+    rf"(?:(?:\s+|^)(?:{_ARTICLES}))?\s*$",
+    re.IGNORECASE,
+)
+_LEAD_LENGTH = 60  # characters before a target that are looked at: searching all of a long caption is quadratic
 _ARTICLE_ONLY = re.compile(rf"(?<=\s)(?:{_ARTICLES})\s+$", re.IGNORECASE)
 _AND_FOLLOWS = re.compile(r"\s+(?:and|plus)\s+", re.IGNORECASE)
-_CONNECTIVE_FOLLOWS = re.compile(
-    rf"\s*(?:$|[,.;:)\]]|(?:{_CONNECTIVES}|on|at|by|standing|sitting|looking)\b)", re.IGNORECASE
+_CONNECTIVE_FOLLOWS = re.compile(rf"\s*(?:$|[.;:)\]]|(?:{_FOLLOWS})\b)", re.IGNORECASE)
+_COMMAS = re.compile("([,\uff0c\u3001])")  # also the Chinese and the Japanese one
+# Words behind which something must come. (Not "behind" or "her": "from behind", "the sea behind her".)
+_NEVER_LAST = (
+    "with|wearing|wears|having|and|plus|of|to|for|from|at|against|among|between|into|onto|without|near|next to|"
+    f"{_TAKES_OBJECT}"
+)
+_BROKEN = re.compile(
+    rf"(?:^|(?<=[\s,\uff0c\u3001]))(?:(?:{_ARTICLES})(?=\s+(?:{_FOLLOWS})\b)|"
+    rf"(?:{_NEVER_LAST}|an?|the|their|its|\S+'s)(?=\s*(?:$|[,\uff0c\u3001.;:])))",
+    re.IGNORECASE,
 )
 _JOINS_TARGETS = re.compile(rf"\s*(?:(?:{_CONNECTIVES})\s+)?(?:(?:{_ARTICLES})\s+)?", re.IGNORECASE)
 _LONG_SPLIT = re.compile(r"(?=\s(?:with|wearing|in|and|on|at|by|standing|sitting|looking)\s)", re.IGNORECASE)
@@ -33,7 +62,16 @@ _UNSPACED_RANGES = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 )
 _UNSPACED = re.compile(f"[{_UNSPACED_RANGES}]")
+_ACCENTS = "\u0300-\u036f"  # of a decomposed letter
 _LETTER = rf"[^\W{_UNSPACED_RANGES}]"  # a letter, digit or underscore of a script that separates words
+
+
+def _either(letter: str) -> str:
+    """A regular expression for a letter in its composed and decomposed form, or a bracket with or without backslash."""
+    if letter in "()[]":
+        return rf"\\?{re.escape(letter)}"
+    apart = unicodedata.normalize("NFD", letter)
+    return re.escape(letter) if apart == letter else f"(?:{letter}|{apart})"
 
 
 @dataclass(frozen=True)
@@ -50,13 +88,14 @@ class Target:
     def pattern(self) -> re.Pattern[str]:
         """Matches the phrase in any case, with spaces or underscores between its words, as whole words only.
 
-        Underscores and hyphens join words: `hair` is not in `hair_bow`, nor `shirt` in "t-shirt".
+        Underscores and hyphens join words: `hair` is not in `hair_bow`, nor `shirt` in "t-shirt". Brackets match with
+        or without a backslash, accented letters in one character or two.
         """
-        words = [word for word in re.split(r"[\s_]+", self.phrase) if word]
-        text = r"[\s_]+".join(map(re.escape, words))
+        words = [word for word in re.split(r"[\s_]+", self.phrase.replace("\\", "")) if word]
+        text = r"[\s_]+".join("".join(map(_either, unicodedata.normalize("NFC", word))) for word in words)
         # Beside a letter of a script without spaces there is no word boundary to look for.
         start = "" if _UNSPACED.fullmatch(words[0][0]) else rf"(?<!{_LETTER})(?<!{_LETTER}-)"
-        end = "" if _UNSPACED.fullmatch(words[-1][-1]) else rf"(?!-?{_LETTER})"
+        end = "" if _UNSPACED.fullmatch(words[-1][-1]) else rf"(?!-?{_LETTER}|[{_ACCENTS}])"
         return re.compile(start + text + end, re.IGNORECASE)
 
 
@@ -141,10 +180,11 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
     hair"), also a comma next to it, and attention-weight signs around it ("(blonde hair:1.2)").
     """
     raw: list[Piece] = []
-    for i, part in enumerate(caption.split(",")):
-        if i:
-            raw.append(Piece(",", Kind.SEPARATOR))
-        raw.extend(_split_part(part, targets))
+    for i, part in enumerate(_COMMAS.split(caption)):
+        if i % 2:
+            raw.append(Piece(part, Kind.SEPARATOR))
+        else:
+            raw.extend(_split_part(part, targets))
     return Prompt(tuple(_number_phrases(_drop_lone_commas(raw))))
 
 
@@ -164,6 +204,8 @@ def _split_part(part: str, targets: Sequence[Target]) -> list[Piece]:
         if not run[0][1].replacement:
             lead, tail = _serving_words(before, after)
             before = before[: len(before) - len(lead)]
+            if not (pieces or before or tail or lead[:1].isspace()):  # nothing is left before it: no space, either
+                tail = after[: len(after) - len(after.lstrip())]
         pieces += [Piece(before, Kind.BASE), Piece(lead + signs_before, Kind.DROPPED)]
         joined_from = start
         for match, target in run:
@@ -202,7 +244,7 @@ def _serving_words(before: str, after: str) -> tuple[str, str]:
         match = _ARTICLE_ONLY.search(before)
         return (match.group() if match else ""), following_and.group()
     if _CONNECTIVE_FOLLOWS.match(after):  # "a woman [with blonde hair] in a jacket"
-        match = _LEAD.search(before)
+        match = _LEAD.search(before[-_LEAD_LENGTH:])
         return (match.group() if match else ""), ""
     return before[len(before.rstrip()) :], ""  # "a [blonde hair] woman": one of the two spaces is enough
 
@@ -210,9 +252,11 @@ def _serving_words(before: str, after: str) -> tuple[str, str]:
 def _drop_lone_commas(pieces: list[Piece]) -> list[Piece]:
     """A comma next to a part that is gone from the base prompt goes too; so does the space that followed it."""
     parts: list[list[Piece]] = [[]]
+    commas = [""]
     for piece in pieces:
         if piece.kind is Kind.SEPARATOR:
             parts.append([])
+            commas.append(piece.text)
         else:
             parts[-1].append(piece)
     empty = ["".join(p.text for p in part if p.in_base).strip() == "" for part in parts]
@@ -223,7 +267,7 @@ def _drop_lone_commas(pieces: list[Piece]) -> list[Piece]:
         gone = empty[i] and had_target[i]
         if i:
             # The base prompt needs this comma only between two parts of which the later one stays.
-            out.append(Piece(",", Kind.SEPARATOR if kept_any and not gone else Kind.DROPPED))
+            out.append(Piece(commas[i], Kind.SEPARATOR if kept_any and not gone else Kind.DROPPED))
         if gone:
             part = [Piece(p.text, Kind.DROPPED) if p.kind is Kind.BASE else p for p in part]
         elif i and not kept_any and part and part[0].kind is Kind.BASE:
@@ -241,7 +285,7 @@ def _number_phrases(pieces: list[Piece]) -> list[Piece]:
     phrase = -1
     fresh = True  # the next base piece opens a new phrase
     for piece in pieces:
-        if piece.text == "," and piece.kind in (Kind.SEPARATOR, Kind.DROPPED):
+        if _COMMAS.fullmatch(piece.text) and piece.kind in (Kind.SEPARATOR, Kind.DROPPED):
             fresh = True
             out.append(piece)
         elif piece.kind is not Kind.BASE:
@@ -258,6 +302,15 @@ def _number_phrases(pieces: list[Piece]) -> list[Piece]:
                 out.append(Piece(chunk, Kind.BASE, phrase))
                 fresh = False
     return out
+
+
+def broken(base: str) -> str | None:
+    """What in a base prompt reads as if something were missing behind it: "with a", "holding", "her"; None if nothing.
+
+    It can only see English words that need another one.
+    """
+    found = _BROKEN.search(base)
+    return found.group() if found else None
 
 
 def strip_weights(text: str) -> str:
@@ -308,7 +361,7 @@ def spans(
         if not (piece.in_full if full else piece.in_base):
             continue
         text += piece.text
-        end = min(len(tokenize(text)), limit)
+        end = limit if begin >= limit else min(len(tokenize(text)), limit)  # behind the limit there is nothing to count
         positions = [position(token) for token in range(begin, end)]
         if piece.kind is Kind.TARGET:
             target.extend(positions)

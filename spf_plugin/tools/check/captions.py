@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, split
+from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, broken, split
 from spf_plugin.families.clip_tokens import spans
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
@@ -103,6 +103,7 @@ def look(rows: Sequence[Described], *, weighted: bool) -> list[Finding]:
         *_near(rows),
         *_spelled(rows),
         *_swallowed(rows),
+        *_broken(rows),
         *_signs(rows, weighted),
     ]
 
@@ -209,6 +210,23 @@ def _near(rows: Sequence[Described]) -> list[Finding]:
             )
         )
     return found
+
+
+def _broken(rows: Sequence[Described]) -> list[Finding]:
+    """A base prompt that lacks a word: the reference is drawn for it, and the LoRA learns what it does not say."""
+    mine = [row for row in rows if row.prompt.has_target and broken(row.prompt.base) and not broken(row.prompt.full)]
+    if not mine:
+        return []
+    return [
+        Finding(
+            "warning",
+            "broken-base",
+            f"{of(len(names(mine)), count_of(rows))} read as if something were missing without the target: "
+            f"{quoted([row.prompt.base for row in mine])}",
+            "Let the target name the words around it too, or say what stands in its place: spf_target=TARGET->WORDS",
+            names(mine),
+        )
+    ]
 
 
 def _spelled(rows: Sequence[Described]) -> list[Finding]:

@@ -10,7 +10,7 @@ try:
     import typer
 except ImportError:
     raise SystemExit(
-        "The spf command needs typer and rich. Beside a trainer, whose packages stay as they are: pip install --no-deps "
+        "The spf command needs typer and rich. Beside a trainer, whose packages stay: pip install --no-deps "
         'typer==0.15.4 shellingham rich. Elsewhere: pip install "spf-plugin[cli]"'
     ) from None
 
