@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from torch import nn
 from spf_plugin.adapter import files as saving
 from spf_plugin.adapter.files import save_normalised
 from spf_plugin.config import parse
-from spf_plugin.lorafile import sidecars
+from spf_plugin.errors import SPFError
+from spf_plugin.lorafile import inspect, sidecars
+from spf_plugin.lorafile.normalise import normalise
 
 
 class Network(nn.Module):
@@ -72,11 +75,32 @@ def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_not_a_number_does_not_replace_a_good_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = saved(tmp_path, Network()).read_bytes()
+    with pytest.raises(SPFError, match=r"NaN or infinity in .* kept as .*out\.rejected\.safetensors"):
+        saved(tmp_path, Network(float("nan")))  # the run's last: it does not end as if it had its LoRA
+    assert (tmp_path / "out.safetensors").read_bytes() == good
+    (tmp_path / "out.rejected.safetensors").unlink()
+    network = Network(float("nan"))
+    save_normalised(network, parse({"spf_target": "hat"}))
     with caplog.at_level(logging.ERROR):
-        file = saved(tmp_path, Network(float("nan")))
-    assert file.read_bytes() == good
+        network.save_weights(str(tmp_path / "out-000001.safetensors"), torch.float16, METADATA)
     assert "NaN or infinity" in caplog.text
-    assert (tmp_path / "out.rejected.safetensors").is_file()
+    assert (tmp_path / "out-000001.rejected.safetensors").is_file()
+
+
+def test_lokr_of_whole_factors_whose_alpha_fp16_makes_infinite_is_saved(tmp_path: Path) -> None:
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+    tensors = {
+        f"{stem}.lokr_w1": torch.randn(4, 4).half(), f"{stem}.lokr_w2": torch.randn(80, 80).half(),
+        f"{stem}.alpha": torch.tensor(float("inf")).half(),
+    }  # fmt: skip
+    out, _, notes = normalise(tensors, METADATA)
+    assert float(out[f"{stem}.alpha"]) == 1
+    assert torch.equal(out[f"{stem}.lokr_w2"], tensors[f"{stem}.lokr_w2"])
+    assert any("no loader reads it" in note for note in notes)
+    found = inspect.gather(tensors.items(), METADATA)
+    assert not found.non_finite
+    parts = {f"{stem}.lokr_w1": torch.randn(4, 4).half(), f"{stem}.lokr_w2_a": torch.randn(80, 2).half()}
+    assert inspect.gather({**parts, f"{stem}.alpha": tensors[f"{stem}.alpha"]}.items(), {}).non_finite  # it is read
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
@@ -131,7 +155,8 @@ def test_a_name_as_long_as_a_file_can_have(tmp_path: Path, letter: str, monkeypa
     for value, wanted in ((1.0, name), (float("nan"), "rejected")):
         network = Network(value)
         save_normalised(network, parse({"spf_target": "hat"}))
-        network.save_weights(str(tmp_path / name), torch.float16, METADATA)
+        with nullcontext() if wanted == name else pytest.raises(SPFError):
+            network.save_weights(str(tmp_path / name), torch.float16, {**METADATA, "ss_output_name": Path(name).stem})
         assert any(wanted in p.name and len(load_file(p)) == 3 for p in tmp_path.glob("*.safetensors"))
     assert not list(tmp_path.glob(".*"))
 
@@ -256,7 +281,8 @@ def test_a_card_that_cannot_be_written_loses_no_lora(
 
 
 def test_a_rejected_file_gets_no_card(tmp_path: Path) -> None:
-    finish(tmp_path, value=float("nan"))
+    with pytest.raises(SPFError, match="NaN or infinity"):
+        finish(tmp_path, value=float("nan"))
     assert [p.name for p in tmp_path.iterdir()] == ["out.rejected.safetensors"]
 
 

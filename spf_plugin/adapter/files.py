@@ -33,9 +33,9 @@ def save_normalised(network: nn.Module, config: SPFConfig) -> None:
     """Make `network.save_weights` write every SPF setting into `ss_network_args`, and a file that loads everywhere.
 
     What is on the disk stays there, whatever happens: hours of training are in it. A LoRA that cannot be normalised
-    (not a number somewhere) is kept beside the wanted name, as `NAME.rejected.safetensors`, and logged as an error; a
-    good earlier file is not replaced by it. Where there is no room for a second, normalised file, the network's own is
-    kept, under the wanted name if that is free.
+    (not a number somewhere) is kept beside the wanted name, as `NAME.rejected.safetensors`, and logged as an error, or
+    raised at the end of the run; a good earlier file is not replaced by it. Where there is no room for a second,
+    normalised file, the network's own is kept, under the wanted name if that is free.
     """
     original: Callable[..., None] = network.save_weights  # type: ignore[assignment]
 
@@ -101,7 +101,10 @@ def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[st
     try:
         tensors, metadata, notes = normalise(*reader.load(partial), dtype=dtype)
     except SPFError as error:
-        logger.error(f"{error} It was kept as {_keep(partial, final)}; {final.name} was not written.")
+        said = f"{error} It was kept as {_keep(partial, final)}; {final.name} was not written."
+        if is_last(final, run):  # a run without its LoRA is not done
+            raise SPFError(said) from error
+        logger.error(said)
         return
     try:
         writer.save(final, tensors, metadata)

@@ -126,6 +126,8 @@ def gather(tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping[str, s
                 zero.add(key)
         if key.endswith(".alpha") and tensor.numel() == 1:
             alphas[key[: -len(".alpha")]] = float(values.reshape(-1)[0])
+    unread = {f"{stem}.alpha" for stem in names.whole_lokr(infos)}
+    non_finite, over = ([key for key in keys if key not in unread] for keys in (non_finite, over))
     return Contents(infos, metadata, alphas, tuple(non_finite), tuple(over), frozenset(zero), quote)
 
 

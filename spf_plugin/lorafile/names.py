@@ -15,6 +15,7 @@ In a kohya file every dot of the path becomes an underscore behind a prefix (``l
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -282,3 +283,14 @@ def resolve(base: Base, name: str) -> Resolved | None:
 def fused_attention(base: Base, component: Component) -> bool:
     """Whether the text encoder keeps q, k and v in one `in_proj` in the original checkpoint (OpenCLIP)."""
     return (base == "sdxl" and component == "te2") or (base == "sd2" and component == "te1")
+
+
+def whole_lokr(keys: Iterable[str]) -> list[str]:
+    """LoKr modules whose two factors are whole matrices. They have no rank, and every loader ignores their alpha:
+    LyCORIS writes the rank that was asked for, which fp16 may store as infinity."""
+    stems: dict[str, set[str]] = {}
+    for key in keys:
+        stem, _, suffix = key.rpartition(".")
+        if suffix in ("lokr_w1", "lokr_w2"):
+            stems.setdefault(stem, set()).add(suffix)
+    return [stem for stem, found in stems.items() if len(found) == 2]

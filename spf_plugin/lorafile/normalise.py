@@ -73,6 +73,7 @@ def normalise(
         raise SPFError(f"lora_up and lora_down do not multiply in {some(broken)}. The file is damaged: save it again.")
     notes: list[str] = []
     modules, table = _renamed(state_dict, description, notes)
+    _finite_lokr_alphas(modules, notes)
     _adopt_adapter_alpha(modules, strings, description, notes)
     _collapse_tucker(modules, notes)
     _reshape(modules, table, notes)
@@ -144,6 +145,17 @@ def _renamed(
     if renamed:
         notes.append(f"{len(renamed)} modules renamed to kohya's names ({some(renamed, 1)})")
     return modules, table
+
+
+def _finite_lokr_alphas(modules: Modules, notes: list[str]) -> None:
+    """An alpha that nobody reads (`names.whole_lokr`) shall at least be a number."""
+    done = 0
+    for parts in modules.values():
+        if {"lokr_w1", "lokr_w2", ALPHA} <= set(parts) and not bool(parts[ALPHA].isfinite().all()):
+            parts[ALPHA] = torch.ones((), dtype=parts[ALPHA].dtype)
+            done += 1
+    if done:
+        notes.append(f"{done} LoKr modules of whole factors: alpha 1 in place of infinity; no loader reads it")
 
 
 def _adopt_adapter_alpha(
