@@ -1,4 +1,4 @@
-"""The only module that changes somebody else's objects, and puts back exactly what was there.
+"""How somebody else's objects are changed, and exactly what was there is put back: nothing else does it for a while.
 
 What changes something for a while is a context manager: put several on one `contextlib.ExitStack`. `Exchange` stays
 until it is undone.

@@ -52,6 +52,11 @@ def room(module: str) -> str:
     return first
 
 
+def level(name: str) -> int:
+    """A host that is new stands where the reference trainer's does."""
+    return LEVEL["hosts.reference"] if name.startswith("hosts.") and name not in LEVEL else LEVEL[name]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows_point_down(module: str) -> None:
     own = room(module)
@@ -61,7 +66,7 @@ def test_arrows_point_down(module: str) -> None:
         if parts[0] != "spf_plugin" or not (inside.is_dir() or inside.with_suffix(".py").is_file()):
             continue  # another package's, or something in a module
         other = room("/".join(parts[1:])) if len(parts) > 1 else "__init__"
-        assert other == own or LEVEL[other] < LEVEL[own] or {own, other} == {"trainer", "hosts.reference"}, name
+        assert other == own or level(other) < level(own) or {own, other} == {"trainer", "hosts.reference"}, name
 
 
 def test_every_package_has_a_door_that_says_what_it_is() -> None:

@@ -1,4 +1,5 @@
-"""Kinds of denoisers. `base` says what one is, `known.find` tells which; the others are one kind each.
+"""Kinds of denoisers. `base` says what one is, `known.find` tells which; `unet` is one. `clip_tokens` and `latents` are
+what several may share.
 
 May import `core`, `seam`, `errors`; nothing of a host, an adapter or a run.
 """

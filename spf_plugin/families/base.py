@@ -41,6 +41,13 @@ class Family(Protocol):
 
     denoiser: nn.Module
 
+    def __init__(self, denoiser: nn.Module): ...
+
+    @classmethod
+    def fits(cls, denoiser: nn.Module) -> bool:
+        """Whether a model is of this kind."""
+        ...
+
     @property
     def latents(self) -> LatentSpace | None:
         """Whose latents it predicts, for pictures and the response term; None where no colours are known."""

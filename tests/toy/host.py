@@ -1,4 +1,4 @@
-"""The toy loop as `spf_plugin.hosts.base.Host`: what `docs/hosts.md` walks through."""
+"""The toy loop as `spf_plugin.hosts.base.Host`: the smallest that `docs/hosts.md` names."""
 
 from __future__ import annotations
 
