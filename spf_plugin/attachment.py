@@ -243,7 +243,7 @@ class Attachment:
         queries = [
             self.family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name], call)[0] for layer in self.layers
         ]
-        if not any(query.requires_grad for query in queries):
+        if self.config.compares_attention and not any(query.requires_grad for query in queries):
             raise SPFError(
                 "the cross-attention queries carry no gradient (reentrant gradient checkpointing?), so the alignment "
                 "losses would train nothing. Run without --gradient_checkpointing, or report this host."

@@ -211,6 +211,11 @@ class SPFConfig:
         }
 
     @property
+    def compares_attention(self) -> bool:
+        """Whether a term is made of queries and keys."""
+        return bool(self.text_consistent_multiplier or self.fine_grained_multiplier)
+
+    @property
     def enhances(self) -> bool:
         """Whether the response term is on."""
         return self.response != "off"

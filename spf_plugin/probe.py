@@ -61,9 +61,10 @@ def pass_of(family: Family, layers: Sequence[Layer], call: Call, output: Any, se
     """
     eps = family.prediction(output, call)
     size = (eps.shape[-2], eps.shape[-1])
+    mask = family.text_mask(call)
     queries, attention = [], []
     for layer in layers:
         query, key = family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name], call)
         queries.append(query)
-        attention.append(group_attention(query, key, layer.heads, groups))
+        attention.append(group_attention(query, key, layer.heads, groups, mask))
     return Pass(eps, queries, attention, [family.grid(query.shape[1], size) for query in queries])

@@ -30,6 +30,19 @@ class Call:
         """Make this call."""
         return denoiser(*self.args, **self.kwargs)
 
+    def part(self, position: int, *names: str) -> Any:
+        """An argument, by position or under one of its names; None where it is missing."""
+        if len(self.args) > position:
+            return self.args[position]
+        return next((self.kwargs[name] for name in names if name in self.kwargs), None)
+
+    def with_part(self, value: Any, position: int, *names: str) -> Call:
+        """The same call with another value for an argument that it has."""
+        if len(self.args) > position:
+            return Call((*self.args[:position], value, *self.args[position + 1 :]), self.kwargs)
+        name = next(name for name in names if name in self.kwargs)
+        return Call(self.args, {**self.kwargs, name: value})
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The same call with `function` applied to every tensor in it."""
         return Call(_mapped(function, self.args), _mapped(function, dict(self.kwargs)))

@@ -97,10 +97,14 @@ def _row(i: int, part: Tensor) -> Tensor:
 
 
 def vectors(text: Text, ends: Sequence[int]) -> Tensor:
-    """One vector per prompt, `[B, E]`: the pooled output if there is one, else the state at EOS, position `ends[b]`."""
+    """One vector per prompt, `[B, E]`: the pooled output if there is one; of a language model the mean of its states,
+    as none of them stands for the whole; else the state at EOS, position `ends[b]`."""
     if "pooled" in text:
         return text["pooled"]
     hidden = text["hidden"]
+    if "hidden_mask" in text:
+        valid = text["hidden_mask"].to(hidden.device, torch.float32)[..., None]  # [B, S, 1]
+        return (hidden.float() * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)
     last = hidden.shape[1] - 1
     return torch.stack([hidden[b, min(end, last)] for b, end in enumerate(ends)])
 
@@ -176,10 +180,11 @@ class TextSide:
             text: the host's conditioning for them; gives T and the device.
             overrides: per sample the targets that replace the run's, or None.
         """
-        hidden = text["hidden"]
-        length = hidden.shape[1]
+        length, dropped = self.family.length(text), self.family.dropped(text)
         rows = []
         for i, caption in enumerate(captions):
+            if i < len(dropped) and dropped[i]:
+                caption = ""
             override = overrides[i] if i < len(overrides) else None
             rows.append(self._split(caption, tuple(override) if override is not None else self.targets, length))
         count = max((len(base.phrases) for _, base, _ in rows), default=0)
@@ -195,7 +200,7 @@ class TextSide:
             full_groups[i, full.end :, count] = 1
             present[i, count] = 1
             full_groups[i, list(full.target), count + 1] = 1
-        device = hidden.device
+        device = text["hidden"].device
         return BatchText(
             prompts=tuple(prompt for prompt, _, _ in rows),
             base_groups=base_groups.to(device),
@@ -223,7 +228,7 @@ class TextSide:
             like: the host's conditioning for the full prompts.
             text_encoder_trained: if not, a caption without target needs no second encoding: its row of `like` is it.
         """
-        length = like["hidden"].shape[1]
+        length = self.family.length(like)
         rows = []
         for i, (base, full) in enumerate(zip(text.base, text.full, strict=True)):
             if base == full and not text_encoder_trained:
@@ -244,7 +249,7 @@ class TextSide:
             prompt = split(caption, self.targets if own is None else own)
             if prompt.base != prompt.full:
                 encoded = self._encode(prompt.base, [prompt.full])
-                key = (prompt.base, encoded["hidden"].shape[1])
+                key = (prompt.base, self.family.length(encoded))
                 self._encoded.get_or(key, partial(dict, encoded))
                 if key not in self._encoded:
                     raise SPFError(

@@ -351,7 +351,11 @@ def test_the_pages_on_hosts_and_families_name_every_member() -> None:
     for file in ("spf_plugin/hosts/kohya/loop.py", "spf_plugin/hosts/reference.py", "tests/toy/host.py"):
         assert members(Host) <= offered(file, "Host"), file
     assert named(FAMILY_PAGE, "| member |", "## What holds") == members(Family) - {"denoiser"}
-    for file, ending in (("spf_plugin/families/unet.py", "UNet"), ("tests/toy/family.py", "Toy")):
+    for file, ending in (
+        ("spf_plugin/families/unet.py", "UNet"),
+        ("spf_plugin/families/anima.py", "Anima"),
+        ("tests/toy/family.py", "Toy"),
+    ):
         assert members(Family) <= offered(file, ending), file
 
 

@@ -39,6 +39,17 @@ def test_group_attention() -> None:
     torch.testing.assert_close(group_attention(query, key, heads, groups).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_masked_keys_are_as_if_they_were_not_there() -> None:
+    query, key = random(2, 5, 12, seed=1), random(2, 7, 12, seed=2)
+    groups = (random(2, 7, 2, seed=3) > 0).float()
+    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
+    with_mask = group_attention(query, key, 3, groups, mask)
+    assert torch.equal(with_mask[0], group_attention(query, key, 3, groups)[0])
+    torch.testing.assert_close(with_mask[1:], group_attention(query[1:], key[1:, :3], 3, groups[1:, :3]))
+    nothing = group_attention(query, key, 3, groups, torch.zeros(2, 7, dtype=torch.bool))
+    assert nothing.isfinite().all()
+
+
 GRID = UNet(torch.nn.Module()).grid
 
 

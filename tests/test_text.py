@@ -73,3 +73,12 @@ def test_a_cache_counts_values_or_weighs_them() -> None:
         weighed.get_or(i, lambda value=value: value)  # type: ignore[misc]
     assert list(weighed) == [0, 2]
     assert weighed.used == 4
+
+
+def test_the_vector_of_a_phrase() -> None:
+    hidden = torch.arange(12.0).view(1, 3, 4)
+    pooled = torch.ones(1, 2)
+    assert torch.equal(text.vectors({"hidden": hidden, "pooled": pooled}, [1]), pooled)
+    assert torch.equal(text.vectors({"hidden": hidden}, [1]), hidden[:, 1])
+    mask = torch.tensor([[1, 1, 0]])
+    assert torch.equal(text.vectors({"hidden": hidden, "hidden_mask": mask}, [1]), hidden[:, :2].mean(dim=1))

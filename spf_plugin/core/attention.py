@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
+def group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention probability that each position gives to each group of tokens, averaged over the heads.
 
     Only the result is kept for backward; the probabilities `[B, heads, N, T]`, in float32 four times as large as a
@@ -18,21 +18,24 @@ def group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> T
         key: `[B, T, C]`.
         heads: number of heads; C is split into `heads` parts.
         groups: `[B, T, G]`, 1 where token t belongs to group g, else 0.
+        mask: `[B, T]` bool, False for keys that get no attention at all; None for none of them.
 
     Returns:
         `[B, N, G]`, float32.
     """
     if not torch.is_grad_enabled():
-        return _group_attention(query, key, heads, groups)
-    return checkpoint(_group_attention, query, key, heads, groups, use_reentrant=False, preserve_rng_state=False)
+        return _group_attention(query, key, heads, groups, mask)
+    return checkpoint(_group_attention, query, key, heads, groups, mask, use_reentrant=False, preserve_rng_state=False)
 
 
-def _group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
+def _group_attention(query: Tensor, key: Tensor, heads: int, groups: Tensor, mask: Tensor | None = None) -> Tensor:
     b, n, c = query.shape
     d = c // heads
     q = query.reshape(b, n, heads, d).transpose(1, 2)  # [B, heads, N, d]
     k = key.reshape(b, key.shape[1], heads, d).transpose(1, 2)  # [B, heads, T, d]
     with torch.autocast(device_type=query.device.type, enabled=False):
         scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * d**-0.5  # [B, heads, N, T]
+        if mask is not None:  # not infinity: a row without any key would not be a number
+            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
         probability = scores.softmax(dim=-1).mean(dim=1)  # [B, N, T]
         return torch.matmul(probability, groups.float())

@@ -14,8 +14,9 @@ from spf_plugin.families.latents import LatentSpace
 from spf_plugin.seam import Call
 
 Text = Mapping[str, Tensor]
-"""The conditioning of prompts by name, each tensor with the batch first: `hidden` `[B, T, E]`, the sequence that the
-layers attend to, and whatever else the family takes (`pooled` `[B, E2]`). Hosts make it, families put it into calls."""
+"""The conditioning of prompts by name, each tensor with the batch first: `hidden` `[B, S, E]`, the text encoder's
+states, and whatever else the family takes: `pooled` `[B, E2]`; `hidden_mask` `[B, S]`, which of the states are no
+padding; ids of a second tokenizer. The names are the contract: hosts make it, families put it into calls."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Family(Protocol):
         """The layers to compare.
 
         Args:
-            which: `all`; `last`, the last block of each stack; or a regular expression that is searched in the names.
+            which: `all`; `last`, a few that cost little (the last block of each stack; of one long stack, the ones
+                that tell the words apart); or a regular expression that is searched in the names.
 
         Raises:
             SPFError: none matches (with the nearest names).
@@ -95,6 +97,19 @@ class Family(Protocol):
 
     def with_text(self, call: Call, text: Text) -> Call:
         """The same call with another text, cast to the type and device of the present one."""
+        ...
+
+    def length(self, text: Text) -> int:
+        """T, the length of the sequence that the layers' keys are of and `spans` counts in."""
+        ...
+
+    def text_mask(self, call: Call) -> Tensor | None:
+        """`[B, T]` bool, the keys that are no padding; None where the model treats padding as it treats words."""
+        ...
+
+    def dropped(self, text: Text) -> Sequence[bool]:
+        """Per sample, whether this is an empty caption's text, whatever the loop says of its captions: some drop text
+        that is encoded already. Empty where the loop's word counts."""
         ...
 
     def prediction(self, output: Any, call: Call) -> Tensor:

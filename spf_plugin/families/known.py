@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from spf_plugin.errors import SPFError
+from spf_plugin.families.anima import Anima
 from spf_plugin.families.base import Family
 from spf_plugin.families.unet import UNet
 
-FAMILIES = (UNet,)
+FAMILIES = (UNet, Anima)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -22,5 +23,5 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x or SDXL"
+        "SD1.x, SD2.x, SDXL or Anima"
     )

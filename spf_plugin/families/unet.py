@@ -29,20 +29,6 @@ _HIDDEN, _VECTOR = ("encoder_hidden_states", "context"), ("y",)
 _ADDED, _POOLED = "added_cond_kwargs", "text_embeds"
 
 
-def _part(call: Call, position: int, names: Sequence[str]) -> Any:
-    """An argument of a call, by position or under one of its names; None where it is missing."""
-    if len(call.args) > position:
-        return call.args[position]
-    return next((call.kwargs[name] for name in names if name in call.kwargs), None)
-
-
-def _with_part(call: Call, position: int, names: Sequence[str], value: Any) -> Call:
-    if len(call.args) > position:
-        return Call((*call.args[:position], value, *call.args[position + 1 :]), call.kwargs)
-    name = next(name for name in names if name in call.kwargs)
-    return Call(call.args, {**call.kwargs, name: value})
-
-
 class UNet:
     """`spf_plugin.families.base.Family`.
 
@@ -102,10 +88,10 @@ class UNet:
     # -- calls ----------------------------------------------------------------------------------------------------
 
     def noisy_latents(self, call: Call) -> Tensor:
-        return _part(call, 0, _NOISY)
+        return call.part(0, *_NOISY)
 
     def timesteps(self, call: Call) -> Tensor:
-        return _part(call, 1, _TIMESTEPS)
+        return call.part(1, *_TIMESTEPS)
 
     def schedule(self, of_loop: Discrete | None) -> Schedule:
         if of_loop is None:
@@ -113,23 +99,33 @@ class UNet:
         return of_loop
 
     def text(self, call: Call) -> Text:
-        hidden, vector = _part(call, 2, _HIDDEN), _part(call, 3, _VECTOR)
+        hidden, vector = call.part(2, *_HIDDEN), call.part(3, *_VECTOR)
         if isinstance(vector, Tensor):
             return {"hidden": hidden, "pooled": vector[:, :-SIZES]}
         added = call.kwargs.get(_ADDED) or {}
         return {"hidden": hidden, "pooled": added[_POOLED]} if _POOLED in added else {"hidden": hidden}
 
     def with_text(self, call: Call, text: Text) -> Call:
-        hidden, vector = _part(call, 2, _HIDDEN), _part(call, 3, _VECTOR)
-        call = _with_part(call, 2, _HIDDEN, text["hidden"].to(hidden.device, hidden.dtype))
+        hidden, vector = call.part(2, *_HIDDEN), call.part(3, *_VECTOR)
+        call = call.with_part(text["hidden"].to(hidden.device, hidden.dtype), 2, *_HIDDEN)
         if "pooled" not in text:
             return call
         if isinstance(vector, Tensor):
             pooled = text["pooled"].to(vector.device, vector.dtype)
-            return _with_part(call, 3, _VECTOR, torch.cat([pooled, vector[:, pooled.shape[1] :]], dim=1))
+            return call.with_part(torch.cat([pooled, vector[:, pooled.shape[1] :]], dim=1), 3, *_VECTOR)
         added = call.kwargs[_ADDED]
         pooled = text["pooled"].to(added[_POOLED].device, added[_POOLED].dtype)
         return Call(call.args, {**call.kwargs, _ADDED: {**added, _POOLED: pooled}})
+
+    def length(self, text: Text) -> int:
+        return text["hidden"].shape[1]
+
+    def text_mask(self, call: Call) -> None:
+        """None: CLIP's padding is attended to as its words are."""
+        return None
+
+    def dropped(self, text: Text) -> Sequence[bool]:
+        return ()  # the loops say it of their captions
 
     def prediction(self, output: Any, call: Call) -> Tensor:
         if isinstance(output, Tensor):

@@ -81,6 +81,15 @@ class Toy:
         hidden, pooled = (text[name].to(like.device, like.dtype) for name in ("hidden", "pooled"))
         return Call((), {**call.kwargs, "words": hidden, "style": pooled})
 
+    def length(self, text: Text) -> int:
+        return text["hidden"].shape[1]
+
+    def text_mask(self, call: Call) -> None:
+        return None  # the model attends to padding
+
+    def dropped(self, text: Text) -> Sequence[bool]:
+        return ()
+
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return unpack(output, call.kwargs["grid"])
 
