@@ -25,8 +25,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.families import known as families
 from spf_plugin.hosts.base import Host
 from spf_plugin.hosts.kohya.frames import raw_network_args
-from spf_plugin.hosts.kohya.loop import KohyaHost
-from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK
+from spf_plugin.hosts.kohya.loop import KohyaHost, default_network
 from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.shown.watch import Watch
 
@@ -58,7 +57,7 @@ def _prepare(
     except SPFError as error:
         problems += error.problems
     problems += host.problems(config)
-    name = (config.network if config else str(ours.get("spf_network", ""))) or DEFAULT_NETWORK
+    name = (config.network if config else str(ours.get("spf_network", ""))) or default_network()
     try:
         adapters.load_module(name)
     except SPFError as error:
@@ -92,7 +91,7 @@ def create_network(
         SPFError: with every mistake found, before anything is created.
     """
     host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
-    inner = adapters.load_module(config.network or DEFAULT_NETWORK)
+    inner = adapters.load_module(config.network or default_network())
     network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
     save_normalised(network, config)
     load_normalised(network)
@@ -117,13 +116,13 @@ def create_network_from_weights(
         if not keys and str(file).endswith(".safetensors"):
             with safe_open(file, "pt") as reader:  # type: ignore[attr-defined]
                 keys = list(reader.keys())
-        inner = adapters.load_module(adapters.module_for_weights(keys, DEFAULT_NETWORK))
+        inner = adapters.load_module(adapters.module_for_weights(keys, default_network()))
         network, weights = inner.create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
         )
         return network, fitted(weights, own_tensors(network))
     host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
-    inner = adapters.load_module(config.network or DEFAULT_NETWORK)
+    inner = adapters.load_module(config.network or default_network())
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
     )

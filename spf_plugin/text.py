@@ -245,9 +245,11 @@ class TextSide:
         Raises:
             SPFError: it does not fit into the cache.
         """
+        done: set[str] = set()
         for caption, own in captions:
             prompt = split(caption, self.targets if own is None else own)
-            if prompt.base != prompt.full:
+            if prompt.base != prompt.full and prompt.base not in done:
+                done.add(prompt.base)
                 encoded = self._encode(prompt.base, [prompt.full])
                 key = (prompt.base, self.family.length(encoded))
                 self._encoded.get_or(key, partial(dict, encoded))

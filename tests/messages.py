@@ -15,7 +15,14 @@ GAP = "\0"
 MADE = {
     "config.py": set(),
     "core/prompt.py": {"parse_targets"},
-    "hosts/kohya/rules.py": {"trainer_problem", "look", "_cached_text_problems", "_base_problems", "_target_problems"},
+    "hosts/kohya/rules.py": {
+        "trainer_problem",
+        "look",
+        "_cached_text_problems",
+        "_base_problems",
+        "_target_problems",
+        "_dit_problems",
+    },
     "adapter/quantised.py": {"problems", "device_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},

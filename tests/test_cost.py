@@ -169,8 +169,8 @@ def test_no_captured_tensor_survives_its_step(monkeypatch: pytest.MonkeyPatch) -
     captured: list[weakref.ref[Tensor]] = []
     original = attention.group_attention
 
-    def noting(query: Tensor, key: Tensor, heads: int, groups: Tensor) -> Tensor:
-        out = original(query, key, heads, groups)
+    def noting(query: Tensor, key: Tensor, heads: int, groups: Tensor, mask: None) -> Tensor:
+        out = original(query, key, heads, groups, mask)
         captured.extend(weakref.ref(t) for t in (query, key, out))
         return out
 

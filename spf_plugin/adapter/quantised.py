@@ -20,6 +20,7 @@ from spf_plugin.patching import Exchange
 
 NAME = "spf_weight"
 BLOCK = 64  # nf4: weights that share a scale
+KOHYA = ("networks.lora", "networks.lora_anima")  # keep a layer's sizes and its forward, and nothing else of it
 # Adapters of LyCORIS that, in bypass mode, only add to the layer's output.
 LYCORIS = ("lora", "locon", "loha", "lokr")
 
@@ -33,12 +34,12 @@ def problems(kind: str, network: str, arguments: Mapping[str, Any]) -> list[str]
         arguments: its arguments.
     """
     found: list[str] = []
-    if kind == "off" or network == "networks.lora":
+    if kind == "off" or network in KOHYA:
         return found
     if network != "lycoris.kohya":
         found.append(
-            f"spf_base={kind} works with spf_network=networks.lora, and with lycoris.kohya in bypass mode; {network} "
-            "may read the weights that are no longer there."
+            f"spf_base={kind} works with spf_network={', '.join(KOHYA)}, and with lycoris.kohya in bypass mode; "
+            f"{network} may read the weights that are no longer there."
         )
         return found
 

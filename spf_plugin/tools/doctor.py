@@ -255,7 +255,7 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
         if problem:
             problems.append(f"{script}: {problem}")
     if refused:
-        said["refused"] = f"{', '.join(refused)}: their models are no UNets"
+        said["refused"] = f"{', '.join(refused)}: SPF does not know their models"
     if not (folder / "networks" / "lora.py").is_file():
         problems.append(f"{folder / 'networks' / 'lora.py'} is missing: the copy of sd-scripts is not complete.")
     shim = (folder / "networks" / "spf_lora.py").is_file()

@@ -1,14 +1,15 @@
 """The training loop of sd-scripts, as `spf_plugin.hosts.base.Host`.
 
 Supported loops: the monolithic one (v0.8.7 to v0.9.1), whose steps pass `trainer.call_unet(...)`, and `process_batch`
-(2025 branches, v0.10 on), for SD1.x, SD2.x and SDXL. Both end in `accelerator.backward(loss)`.
+(2025 branches, v0.10 on), for SD1.x, SD2.x and SDXL, and for the transformers in `trainers.DITS`. Both end in
+`accelerator.backward(loss)`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,20 @@ from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
 from spf_plugin.hosts.kohya import rules
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
-from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, SUPPORTED, Image, trainer_problem
+from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, DEFAULT_NETWORK, SUPPORTED, Image, trainer_problem
 from spf_plugin.hosts.kohya.state import register
 from spf_plugin.hosts.kohya.text import TextEncoding
+from spf_plugin.hosts.kohya.trainers import dit_of
 from spf_plugin.pairs import State
 
 logger = logging.getLogger(__name__)
+
+
+def default_network() -> str:
+    """The inner network module for the trainer that is calling now: the host's own for its model."""
+    frame = training_frame()
+    dit = None if frame is None else dit_of(local_variables(frame, "self")["self"])
+    return dit.network if dit else DEFAULT_NETWORK
 
 
 class KohyaHost:
@@ -43,6 +52,7 @@ class KohyaHost:
         self.vae, self.denoiser = vae, denoiser
         self.batch: Any = None  # of the training step that is predicted now
         self.trainer = names["self"]
+        self.dit = dit_of(self.trainer)
         self.args = names["args"]
         self.accelerator: Any = names.get("accelerator")
         self._dataset = names["train_dataset_group"]
@@ -109,23 +119,26 @@ class KohyaHost:
         """Where a relative `spf_config` is looked for."""
         return rules.folders(self.args)
 
-    def _images(self) -> list[Image]:
-        """The whole data set, as far as it is known before training."""
-        return [
-            Image.of(
-                info.caption if isinstance(info.caption, list) else [info.caption or ""],
-                getattr(dataset, "image_to_subset", {}).get(key),
-                is_reg=bool(getattr(info, "is_reg", False)),
-                path=getattr(info, "absolute_path", None) or "",
-            )
-            for dataset in getattr(self._dataset, "datasets", [])
-            for key, info in getattr(dataset, "image_data", {}).items()
-        ]
+    def _entries(self) -> Iterator[tuple[list[str], Image]]:
+        """The whole data set, as far as it is known before training: what each caption file says, and the image."""
+        for dataset in getattr(self._dataset, "datasets", []):
+            for key, info in getattr(dataset, "image_data", {}).items():
+                captions = info.caption if isinstance(info.caption, list) else [info.caption or ""]
+                yield (
+                    captions,
+                    Image.of(
+                        captions,
+                        getattr(dataset, "image_to_subset", {}).get(key),
+                        is_reg=bool(getattr(info, "is_reg", False)),
+                        path=getattr(info, "absolute_path", None) or "",
+                    ),
+                )
 
     def problems(self, config: SPFConfig | None) -> list[str]:
         """What would make this run wrong. Warns about what only might."""
         device = None if self.accelerator is None else self.accelerator.device
-        found = rules.look(self.args, self._images(), config, sdxl=self.is_sdxl, device=device, trying=True)
+        images = [image for _, image in self._entries()]
+        found = rules.look(self.args, images, config, sdxl=self.is_sdxl, dit=self.dit, device=device, trying=True)
         for warning in found.warnings:
             logger.warning(f"SPF: {warning}")
         return found.errors
@@ -133,8 +146,16 @@ class KohyaHost:
     # -- per batch ------------------------------------------------------------------------------------------------
 
     @property
-    def captions_before_training(self) -> None:
-        return None  # text encoders stay, on the CPU at least
+    def captions_before_training(self) -> Iterable[tuple[str, Sequence[Target] | None]] | None:
+        """Of a UNet None: its text encoders stay, on the CPU at least."""
+        return self._captions_at_hand() if self._text.freed else None
+
+    def _captions_at_hand(self) -> Iterator[tuple[str, Sequence[Target] | None]]:
+        """What the caption files say and the host has encoded: cached text is neither shuffled nor framed."""
+        with self._text.at_hand():
+            for captions, image in self._entries():
+                targets = parse_targets(image.target) if image.target else None
+                yield from ((caption, targets) for caption in captions)
 
     def captions(self, batch: Any) -> list[str]:
         return [str(caption or "") for caption in batch["captions"]]
@@ -150,11 +171,13 @@ class KohyaHost:
         return float(self.trainer.vae_scale_factor)
 
     @property
-    def noise_schedule(self) -> Discrete:
-        """Of the loop that is calling, zero-terminal-SNR changes included."""
+    def noise_schedule(self) -> Discrete | None:
+        """Of the loop that is calling, zero-terminal-SNR changes included; None for flow, which has no such table."""
         scheduler = callers_variable("noise_scheduler")  # made after the network
         if scheduler is None:
             raise SPFError(f"found no noise_scheduler among the callers. {SUPPORTED}")
+        if not hasattr(scheduler, "alphas_cumprod"):
+            return None
         return Discrete(scheduler.alphas_cumprod, "v_prediction" if self.args.v_parameterization else "epsilon")
 
     def clean_images(self, batch: Any) -> tuple[Any, Any]:

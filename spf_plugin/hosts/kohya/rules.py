@@ -17,6 +17,7 @@ from spf_plugin.config import SPFConfig, split_words
 from spf_plugin.core.coverage import Coverage, coverage
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.hosts.kohya.captions import prompts
+from spf_plugin.hosts.kohya.trainers import Dit, dit_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ CUSTOM_TARGET = "spf_target"  # in a subset's custom_attributes: its own targets
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")  # the second turns the first on
 TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
-SUPPORTED = "SPF supports train_network.py and sdxl_train_network.py of sd-scripts v0.8.7 to v0.11.x"
+SUPPORTED = "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_train_network.py"
 
 
 def unwritable(folder: Path, *, trying: bool) -> str | None:
@@ -72,10 +73,10 @@ def trainer_problem(trainer: Any) -> str | None:
     seam, prediction = _overrides(cls, "call_unet"), _overrides(cls, "get_noise_pred_and_target")
     if seam is None:
         return f"{cls.__name__} has no call_unet, as the trainers that SPF knows have. {SUPPORTED}"
-    if prediction is not None and prediction is not seam and issubclass(prediction, seam):
+    if prediction is not None and prediction is not seam and issubclass(prediction, seam) and dit_of(trainer) is None:
         return (
-            f"{cls.__name__} is not supported: its model is no UNet (FLUX, SD3, Lumina, HunyuanImage and Anima are "
-            f"none). {SUPPORTED}"
+            f"{cls.__name__} is not supported: its model is neither a UNet nor Anima (FLUX, SD3, Lumina and "
+            f"HunyuanImage are not). {SUPPORTED}"
         )
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
@@ -142,6 +143,7 @@ def look(
     config: SPFConfig | None,
     *,
     sdxl: bool,
+    dit: Dit | None = None,
     device: torch.device | None = None,
     trying: bool,
 ) -> Found:
@@ -152,6 +154,7 @@ def look(
         images: the whole data set; may be empty where it is known only when training has begun.
         config: SPF's settings, or None where they are wrong.
         sdxl: the script is sdxl_train_network.py.
+        dit: of the trainer, where its model is no UNet.
         device: what would be trained on; None where the run may be on another machine.
         trying: the output folder may be touched (`unwritable`).
     """
@@ -164,7 +167,10 @@ def look(
     if getattr(args, "save_model_as", "safetensors") not in (None, "safetensors"):
         errors.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
     if getattr(args, "cpu_offload_checkpointing", False):
-        errors.append("--cpu_offload_checkpointing is not made for SD and SDXL UNets. Remove the option.")
+        errors.append(
+            "--cpu_offload_checkpointing is not supported: it is not made for UNets, and SPF has not been tried with "
+            "it. Remove the option; --gradient_checkpointing works."
+        )
     if getattr(args, "torch_compile", False):
         errors.append(
             "--torch_compile: compiled code no longer calls the hooks with which SPF reads the attention layers. "
@@ -178,9 +184,11 @@ def look(
         reason = unwritable(Path(args.output_dir), trying=trying)
         if reason:  # the host would find out when it saves, after hours
             errors.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
-    errors += _cached_text_problems(args, images, sdxl=sdxl)
+    errors += _cached_text_problems(args, images, sdxl=sdxl, dit=dit)
+    if dit is not None:
+        errors += _dit_problems(args, config)
     if config is not None:
-        errors += _base_problems(args, config, device)
+        errors += _base_problems(args, config, device, dit)
         try:
             said = coverage(list(_captions(images)), config.target)
         except ValueError as error:
@@ -191,12 +199,41 @@ def look(
     return Found(errors, warnings)
 
 
-def _cached_text_problems(args: Any, images: Sequence[Image], *, sdxl: bool) -> list[str]:
+def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
+    """What SPF cannot do with a diffusion transformer."""
+    found: list[str] = []
+    if getattr(args, "compile", False):  # from v0.11 on
+        found.append(
+            "--compile: compiled blocks no longer call the hooks with which SPF reads the attention layers. Remove the "
+            "option."
+        )
+    if config is None:
+        return found
+    if config.enhances:
+        found.append(
+            f"spf_response={config.response} needs pixels of latents, and SPF has decoders for those of SD and SDXL "
+            "only. Leave it out."
+        )
+    if getattr(args, "unsloth_offload_checkpointing", False) and config.compares_attention:
+        found.append(
+            "--unsloth_offload_checkpointing computes the blocks without a graph, so the losses on attention and "
+            "queries would train nothing. Use --gradient_checkpointing alone, or set spf_text_consistent_multiplier=0 "
+            "and spf_fine_grained_multiplier=0."
+        )
+    if config.base != "off" and getattr(args, "blocks_to_swap", None):
+        found.append(
+            f"spf_base={config.base} and --blocks_to_swap cannot go together: the host moves weights that are no "
+            "longer there. Leave one of them out."
+        )
+    return found
+
+
+def _cached_text_problems(args: Any, images: Sequence[Image], *, sdxl: bool, dit: Dit | None = None) -> list[str]:
     """Where the text that the host has cached is not the text that it reports as the caption."""
     on_disk = getattr(args, "cache_text_encoder_outputs_to_disk", False)
-    if not any(getattr(args, name, False) for name in TEXT_CACHES) or not sdxl:
-        return []  # without SDXL they are in the arguments only where a file names them, and do nothing
-    found, stale = [], []
+    if not any(getattr(args, name, False) for name in TEXT_CACHES) or not (sdxl or dit):
+        return []  # of SD they are in the arguments only where a file names them, and do nothing
+    found, stale, ending = [], [], dit.text_cache if dit else TEXT_CACHE
     if any(image.framed for image in images):
         found.append(
             "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs: sd-scripts "
@@ -204,25 +241,26 @@ def _cached_text_problems(args: Any, images: Sequence[Image], *, sdxl: bool) -> 
         )
     for image in images:
         stem = os.path.splitext(image.path)[0]
-        caption, cache = stem + image.caption_extension, stem + TEXT_CACHE
+        caption, cache = stem + image.caption_extension, stem + ending
         if stem and os.path.isfile(caption) and os.path.isfile(cache):
             stale += [cache] if os.path.getmtime(caption) > os.path.getmtime(cache) else []
     if stale and on_disk:
         found.append(
             f"{len(stale)} captions were changed after their encoding was cached, and sd-scripts would train with "
-            f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{TEXT_CACHE} files."
+            f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{ending} files."
         )
     return found
 
 
-def _base_problems(args: Any, config: SPFConfig, device: torch.device | None) -> list[str]:
+def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, dit: Dit | None) -> list[str]:
     """Why `spf_base` would not work here."""
     if config.base == "off":
         return []
     from spf_plugin.adapter import quantised  # imports torch
 
     _, theirs = split_words(args.network_args or [])
-    found = quantised.problems(config.base, config.network or DEFAULT_NETWORK, theirs)
+    default = dit.network if dit else DEFAULT_NETWORK
+    found = quantised.problems(config.base, config.network or default, theirs)
     fp8 = [name for name in FP8_BASES if getattr(args, name, False)]
     if fp8:
         found.append(

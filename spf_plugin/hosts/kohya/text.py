@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 from spf_plugin.core.prompt import strip_weights
+from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
+from spf_plugin.hosts.kohya.trainers import dit_of
 
 
 class TextEncoding:
@@ -36,7 +39,17 @@ class TextEncoding:
         weight_dtype: Any,
     ):
         self.trainer, self.args, self.accelerator = trainer, args, accelerator
-        self.text_encoders, self._tokenizers, self.weight_dtype = list(text_encoders), tokenizers, weight_dtype
+        self._tokenizers, self.weight_dtype = tokenizers, weight_dtype
+        self.dit = dit_of(trainer)
+        self.freed = self.dit is not None and bool(trainer.is_text_encoder_not_needed_for_training(args))
+        # What the host frees, nobody may hold.
+        self._held = [] if self.freed else list(text_encoders)
+        self._seen = [weakref.ref(encoder) for encoder in text_encoders] if self.freed else []
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """Those that are still there."""
+        return self._held or [encoder for seen in self._seen if (encoder := seen()) is not None]
 
     @property
     def is_new(self) -> bool:
@@ -52,6 +65,8 @@ class TextEncoding:
         if self.is_new:
             from library.strategy_base import TokenizeStrategy
 
+            if self.dit is not None:
+                return [getattr(TokenizeStrategy.get_strategy(), self.dit.tokenizer)]
             return list(self.trainer.get_tokenizers(TokenizeStrategy.get_strategy()))
         tokenizers = self._tokenizers
         return list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
@@ -62,6 +77,8 @@ class TextEncoding:
         return self.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        if self.dit is not None:
+            return self._encode_for(self.dit.text, list(prompts))
         with self._threads():
             conds = self._encode(prompts, beside)
         if not isinstance(conds, list | tuple):
@@ -69,6 +86,52 @@ class TextEncoding:
         if len(conds) == 1:
             return {"hidden": conds[0]}
         return {"hidden": torch.cat(list(conds[:2]), dim=-1), "pooled": conds[2]}  # SDXL: two encoders, one pooled
+
+    def _encode_for(self, names: Sequence[str], prompts: list[str]) -> Text:
+        """As the trainer of a transformer does it: with its own list of conditions, under autocast."""
+        from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
+
+        encoders = self.text_encoders
+        if not encoders:
+            raise SPFError(
+                f"the host has freed its text encoders, and {prompts[0]!r} was not encoded before: no caption of the "
+                "data set led to it. Run without --cache_text_encoder_outputs."
+            )
+        tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
+        with self._undisturbed(encoders), self.accelerator.autocast():
+            parts = encoding.encode_tokens(tokenizing, encoders, tokenizing.tokenize(prompts))
+        return dict(zip(names, parts, strict=True))
+
+    @contextmanager
+    def _undisturbed(self, encoders: Sequence[Any]) -> Iterator[None]:
+        """No dropout, and the run's random state as it was: with --gradient_checkpointing the host keeps its encoders
+        in training mode. A trained encoder's own step, which has a graph, is left as it is."""
+        if torch.is_grad_enabled():
+            yield
+            return
+        device = self.accelerator.device
+        modes = [(module, module.training) for encoder in encoders for module in encoder.modules()]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                for encoder in encoders:
+                    encoder.eval()
+                yield
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """The text encoders where the run computes, as the host has them when it caches; afterwards where they were."""
+        encoders = self.text_encoders
+        places = [encoder.device for encoder in encoders]
+        try:
+            for encoder in encoders:
+                encoder.to(self.accelerator.device)
+            yield
+        finally:
+            for encoder, place in zip(encoders, places, strict=True):
+                encoder.to(place)
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
