@@ -29,13 +29,18 @@ from spf_plugin.lorafile.normalise import fitted, normalise
 logger = logging.getLogger(__name__)
 
 
-def save_normalised(network: nn.Module, config: SPFConfig) -> None:
+def save_normalised(network: nn.Module, config: SPFConfig, *, judged: bool = True) -> None:
     """Make `network.save_weights` write every SPF setting into `ss_network_args`, and a file that loads everywhere.
 
     What is on the disk stays there, whatever happens: hours of training are in it. A LoRA that cannot be normalised
     (not a number somewhere) is kept beside the wanted name, as `NAME.rejected.safetensors`, and logged as an error, or
     raised at the end of the run; a good earlier file is not replaced by it. Where there is no room for a second,
     normalised file, the network's own is kept, under the wanted name if that is free.
+
+    Args:
+        network: the inner network.
+        config: the settings.
+        judged: say which loaders cannot read the file; what is known of them is of SD and SDXL.
     """
     original: Callable[..., None] = network.save_weights  # type: ignore[assignment]
 
@@ -53,7 +58,7 @@ def save_normalised(network: nn.Module, config: SPFConfig) -> None:
                 raise SPFError(f"{final} was not written: {error}. Nothing was changed.") from error
             raise
         try:
-            _land(partial, final, dtype, metadata or {})
+            _land(partial, final, dtype, metadata or {}, judged=judged)
         except BaseException:  # Ctrl-C too
             if partial.exists():
                 _keep(partial, final)
@@ -96,10 +101,10 @@ def load_normalised(network: nn.Module) -> None:
     network.load_weights = load_weights  # type: ignore[assignment]  # the network is ours: nothing to put back
 
 
-def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[str, str]) -> None:
+def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[str, str], *, judged: bool) -> None:
     """Put the inner network's file under its final name, normalised, and its card beside it."""
     try:
-        tensors, metadata, notes = normalise(*reader.load(partial), dtype=dtype)
+        tensors, metadata, notes = normalise(*reader.load(partial), dtype=dtype, judged=judged)
     except SPFError as error:
         said = f"{error} It was kept as {_keep(partial, final)}; {final.name} was not written."
         if is_last(final, run):  # a run without its LoRA is not done

@@ -38,6 +38,7 @@ def normalise(
     *,
     dtype: torch.dtype | None = None,
     one_rank: bool = False,
+    judged: bool = True,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], list[str]]:
     """Make a LoRA state dict fit the safe subset as far as its algorithm allows.
 
@@ -52,6 +53,7 @@ def normalise(
         metadata: Metadata of any value type, or None.
         dtype: Save factors and alphas in this dtype; None keeps each tensor's own where loaders read it.
         one_rank: Pad smaller ranks with zeros to the largest, for diffusers 0.32, which ignores alpha otherwise.
+        judged: Note what loaders of SD and SDXL cannot read; of another model's LoRA that would be everything.
 
     Returns:
         The new state dict, the completed metadata (strings only), and one note per change or remaining limitation.
@@ -90,7 +92,7 @@ def normalise(
     strings, corrections = complete(contents, description)
     notes += corrections
     contents = gather(out.items(), strings)
-    for verdict in verdicts(contents, describe(contents)):
+    for verdict in verdicts(contents, describe(contents)) if judged else ():
         notes += [f"{verdict.loader}: {f.message}" for f in verdict.findings if f.level != "note"]
     return out, strings, notes
 
