@@ -8,7 +8,8 @@ Serving imports the heavy packages once and forks for every job, so that each ru
 
 Beside transformers 5 it gives CLIPTextModel back the `text_model` that sd-scripts reads, as v0.12 does by itself.
 
-sd-scripts takes UNet widths from module constants; they are set to those of the model before a script starts.
+sd-scripts takes UNet widths from module constants; they are set to those of the model before a script starts. The
+transformers' are in `dits.py`.
 `torchvision` may be a build whose C++ operators do not load beside a CPU-only torch: the schemas it registers at import
 are declared first. Both belong to the tests, not to the plugin.
 """
@@ -103,7 +104,13 @@ def set_widths(model: Path) -> None:
 
 
 def run(script: Path, arguments: list[str]) -> None:
-    set_widths(Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1]))
+    if script.name == "anima_train_network.py":
+        import dits
+
+        dits.shrink()
+        dits.swap_in_place()
+    else:
+        set_widths(Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1]))
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 

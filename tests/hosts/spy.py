@@ -1,15 +1,16 @@
-"""A network module for tests: spf_plugin.lora, with each reference prediction compared to an untouched UNet.
+"""A network module for tests: spf_plugin.lora, with each reference prediction compared to an untouched denoiser.
 
 Writes `spy.json` into the output folder, an entry for every pair of steps: whether the reference equalled the copy bit
 for bit, the largest difference between reference and response, the shape of the noisy latents, and whether the second
 step had the first one's noisy latents, timesteps and SDXL's sizes; in the first also the bytes of the UNet before and
-now. With `spf_base` the copy is quantised by itself.
+now. With `spf_base` the copy is quantised by itself. `encoders` says how many text encoders were still there.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def create_network(
         QuantisedBase(find(pristine).linear_layers(), kwargs["spf_base"], frame.f_locals["accelerator"].device)
     network = lora.create_network(multiplier, dim, alpha, vae, text_encoder, unet, **kwargs)
     host, family = network.spf.host, network.spf.family  # type: ignore[union-attr]
+    encoders = [weakref.ref(e) for e in (text_encoder if isinstance(text_encoder, list) else [text_encoder])]
+    del text_encoder
     seen: list[dict[str, Any]] = []
     last: dict[str, Any] = {}
 
@@ -60,7 +63,8 @@ def create_network(
             like = next(model.parameters())
             pristine.train(model.training).to(like.device, like.dtype)
             base = family.prediction(pristine(*args, **kwargs), call)
-            seen.append({"equal": bool(torch.equal(base.float(), prediction.float()))})
+            there = sum(encoder() is not None for encoder in encoders)
+            seen.append({"equal": bool(torch.equal(base.float(), prediction.float())), "encoders": there})
             if len(seen) == 1:
                 seen[0]["bytes"] = [before, size(model)]
             last["reference"] = prediction

@@ -1,0 +1,177 @@
+"""sd-scripts' diffusion transformers in small: constructor arguments overridden in memory, and weights of their shapes.
+
+    python dits.py HOST FOLDER     random weights and tokenizers of Anima, in the formats that the host loads
+
+The host's own loaders build and load the small models; nothing of a checkout is changed. Sizes that a loader writes
+into its constructor call are overridden there, so the classes, their names and everything they do stay the host's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 600
+CAPTIONS = (
+    "a woman in a brown jacket, curtain background, smiling, blonde hair, with a red hat and sunglasses",
+    "portrait of an old sailor at a harbour, blue shirt, a man, standing on a ship at night",
+)
+
+
+class _Seen(Exception):
+    """The shapes are known; nothing need be loaded."""
+
+
+def overridden(cls: type, **arguments: Any) -> None:
+    """Let `cls(...)` be called with these arguments, whatever the caller says of them."""
+    original, signature = cls.__init__, inspect.signature(cls.__init__)  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.arguments.update(arguments)
+        original(*bound.args, **bound.kwargs)
+
+    cls.__init__ = init  # type: ignore[misc]
+
+
+def shrink() -> None:
+    """Anima with three blocks of four heads, an adapter of one block, and its VAE with few channels."""
+    from library import anima_models, qwen_image_autoencoder_kl
+
+    overridden(
+        anima_models.Anima, model_channels=96, num_heads=4, num_blocks=3, crossattn_emb_channels=64, adaln_lora_dim=16
+    )
+    overridden(anima_models.LLMAdapter, source_dim=64, target_dim=64, model_dim=64, num_layers=1, num_heads=4)
+    overridden(qwen_image_autoencoder_kl.AutoencoderKLQwenImage, base_dim=16, num_res_blocks=1)
+
+
+def swap_in_place() -> None:
+    """Let block swap move nothing where the device is the CPU.
+
+    There the host's exchange of two blocks' weights copies one over the other, for both lie in the same memory: it
+    trains on broken weights. Everything around the copy stays: the order, the waiting, and what a pass must prepare.
+    """
+    from library import custom_offloading_utils
+
+    original = custom_offloading_utils.swap_weight_devices_no_cuda
+
+    def swap(device: Any, *layers: nn.Module) -> None:
+        if torch.device(device).type != "cpu":
+            original(device, *layers)
+
+    custom_offloading_utils.swap_weight_devices_no_cuda = swap
+
+
+def shapes(cls: type[nn.Module], load: Callable[[], object]) -> dict[str, torch.Size]:
+    """Of the tensors that a loader wants to load into a `cls`."""
+    found: dict[str, torch.Size] = {}
+
+    def record(self: nn.Module, *_args: Any, **_kwargs: Any) -> None:
+        found.update({name: tensor.shape for name, tensor in self.state_dict().items()})
+        raise _Seen
+
+    with mock.patch.object(cls, "load_state_dict", record):
+        try:
+            load()
+        except _Seen:
+            return found
+    raise AssertionError("the loader loads nothing")
+
+
+def random_weights(wanted: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
+    """Matrices that keep a signal's size, scales about 1, biases about 0: nothing is 0, so that everything counts."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, shape in wanted.items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) > 1 and math.prod(shape[1:]) > 1:
+            out[name] = noise / math.sqrt(math.prod(shape[1:]))
+        else:
+            out[name] = 0.05 * noise if name.endswith("bias") else 1 + 0.1 * noise
+    return out
+
+
+def t5_tokenizer(texts: Iterable[str]) -> Any:
+    """Built as T5's: cut at white space, then pieces of a unigram model; one `</s>` behind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import T5TokenizerFast
+
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    made.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    made.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>")
+    )
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=made, extra_ids=0, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def qwen_tokenizer(texts: Iterable[str]) -> Any:
+    """Built as Qwen's: bytes, merged; nothing before the text and nothing behind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def make(folder: Path) -> None:
+    """`dit.safetensors`, `vae.safetensors`, and the folders `qwen3` and `t5`. The host must be importable."""
+    from library import anima_models, anima_utils, qwen_image_autoencoder_kl
+    from safetensors.torch import save_file
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shrink()
+    folder.mkdir(parents=True, exist_ok=True)
+    vae = qwen_image_autoencoder_kl.AutoencoderKLQwenImage
+    with (
+        mock.patch.object(anima_utils, "load_safetensors_with_lora_and_fp8", return_value={}),
+        mock.patch.object(qwen_image_autoencoder_kl, "load_safetensors", return_value={}),
+    ):
+        dit = shapes(
+            anima_models.Anima,
+            lambda: anima_utils.load_anima_model("cpu", "", "torch", False, "cpu", torch.float32),
+        )
+        autoencoder = shapes(vae, lambda: qwen_image_autoencoder_kl.load_vae(""))
+    dit = {name: shape for name, shape in dit.items() if not name.startswith("pos_embedder.")}  # tables, not weights
+    save_file({f"net.{name}": weight for name, weight in random_weights(dit, 1).items()}, folder / "dit.safetensors")
+    save_file(random_weights(autoencoder, 2), folder / "vae.safetensors")
+    texts = [*CAPTIONS, *(chr(i) for i in range(33, 127))] * 3
+    t5_tokenizer(texts).save_pretrained(folder / "t5")
+    qwen_tokenizer(texts).save_pretrained(folder / "qwen3")
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
+
+
+if __name__ == "__main__":
+    import launcher
+
+    launcher.prepare(Path(sys.argv[1]).resolve())
+    make(Path(sys.argv[2]))
