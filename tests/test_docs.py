@@ -182,7 +182,7 @@ class _Done:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "accelerate"], ids=str)
 def test_launch_lines(command: Command) -> None:
     assert command.words[1] == "launch"
-    assert command.words[2] in ("train_network.py", "sdxl_train_network.py")
+    assert command.words[2] in ("train_network.py", "sdxl_train_network.py", "anima_train_network.py")
     existing(list(command.words))
     host_words(list(command.words[3:]))
 

@@ -49,7 +49,8 @@ def preset(folder: Path, text: str = GOOD, **changes: str) -> Path:
 
 
 def test_every_preset_is_here() -> None:
-    assert {path.stem for path in (ROOT / "presets").glob("*.toml")} == {*PRESETS, "dataset"}
+    unknown = {"anima-12gb"}  # there are no figures for Anima
+    assert {path.stem for path in (ROOT / "presets").glob("*.toml")} == {*PRESETS, *unknown, "dataset"}
 
 
 @pytest.mark.parametrize(("name", "card"), PRESETS.items())
