@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from spf_plugin.config import parse
@@ -67,6 +68,7 @@ def pictures(folder: Path) -> None:
     for i, size in enumerate(SHAPES):
         tiny.images(folder / str(i), size=size, seed=i)
         (folder / str(i) / "1_set").rename(folder / f"1_set{i}")
+        (folder / str(i)).rmdir()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -159,7 +161,7 @@ def test_the_reference_is_the_base_model_bit_for_bit(anima: Anima) -> None:
 @pytest.mark.parametrize(
     ("settings", "flags"),
     [
-        pytest.param((), {"mixed_precision": "bf16"}, id="bf16"),
+        pytest.param(("spf_train=cross_attention",), {"mixed_precision": "bf16"}, id="bf16,cross-attention"),
         pytest.param((), {"network_train_unet_only": None}, id="text-encoder"),
         pytest.param(("spf_base=int8",), CACHED, id="int8"),
         pytest.param(
@@ -168,9 +170,36 @@ def test_the_reference_is_the_base_model_bit_for_bit(anima: Anima) -> None:
     ],
 )
 def test_the_reference_of_other_runs(anima: Anima, settings: tuple[str, ...], flags: dict[str, object]) -> None:
-    seen = spied(anima.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **flags))
+    result = anima.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **flags)
+    seen = spied(result)
     assert len(seen) == 2
+    if "spf_train=cross_attention" in settings:
+        assert len(result.tensors()) == 3 * 4 * 3  # q, k, v and output of each block
     assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+def test_an_earlier_lora_is_part_of_the_reference(anima: Anima) -> None:
+    """`--base_weights` goes through SPF too, and is Anima's own network there."""
+    earlier = anima.train(*EVERY_STEP, once=True).file
+    result = anima.train(*EVERY_STEP, module="tests.hosts.spy", base_weights=earlier, max_train_steps=2)
+    assert "all weights merged" in result.said
+    assert all(pair["equal"] and pair["repeats"] for pair in spied(result))
+
+
+def test_resume_between_the_two_steps_of_a_pair(anima: Anima) -> None:
+    """The second step follows first, on what the first one showed: five dimensions, and text by name."""
+    first = anima.train(*EVERY_STEP, module="tests.hosts.spy", max_train_steps=3, save_state=True)
+    assert len(spied(first)) == 2
+    state = next(path for path in first.folder.glob("*-state") if path.is_dir())
+    kept = load_file(state / "spf_pair.safetensors")
+    assert kept["args.0"].squeeze(2).shape == kept["eps_ref"].shape
+    assert kept["kwargs.target_input_ids"].dtype == torch.long
+    second = anima.train(
+        *EVERY_STEP, module="tests.hosts.spy", max_train_steps=6, resume=state, skip_until_initial_step=True
+    )
+    pairs = spied(second)
+    assert len(pairs) == 1  # steps 3 (the second of a pair), 4 and 5
+    assert pairs[0]["equal"]
 
 
 @contract
