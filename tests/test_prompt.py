@@ -7,7 +7,7 @@ from transformers import CLIPTokenizer
 
 from spf_plugin.core.prompt import Prompt, Spans, Target, broken, parse_targets, split, strip_weights
 from spf_plugin.families.clip_tokens import spans
-from tests import tiny
+from tests import captions_table, tiny
 from tests.base_prompts import BASE_PROMPTS, BROKEN
 
 
@@ -49,7 +49,7 @@ def test_split(caption: str, targets: str, base: str, phrases: list[str]) -> Non
     assert prompt.has_target == (base != caption)
 
 
-@pytest.mark.parametrize(("caption", "targets", "base"), BASE_PROMPTS)
+@pytest.mark.parametrize(("caption", "targets", "base"), [*BASE_PROMPTS, *captions_table.ROWS])
 def test_captions_as_people_write_them(caption: str, targets: str, base: str) -> None:
     prompt = split(caption, parse_targets(targets))
     assert prompt.base == base
