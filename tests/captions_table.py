@@ -1,7 +1,7 @@
 """Captions of the kinds that people write, each with its target and the base prompt that is right for it.
 
 Written by hand, before the code that has to meet it: what a person who reads the caption would leave when the target is
-not there. What serves only the target goes with it, all else stays, and signs and spaces are as a tidy writer sets them.
+not there. What serves only the target goes with it, all else stays, signs and spaces are as a tidy writer sets them.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ SPLITS = [
     ("blonde hair", "blonde hair", "", []),
     ("", "blonde hair", "", []),
     ("chat, that hats, thatch", "hat", "chat, that hats, thatch", ["chat", "that hats", "thatch"]),
-    ("金髪の女性, 公園", "金髪", "の女性, 公園", ["の女性", "公園"]),
-    ("femme aux cheveux blonds, été", "cheveux blonds", "femme aux, été", ["femme aux", "été"]),
+    ("金髪の女性, 公園", "金髪", "女性, 公園", ["女性", "公園"]),
+    ("femme aux cheveux blonds, été", "cheveux blonds", "femme, été", ["femme", "été"]),
     ("hat, woman, hat", "hat", "woman", ["woman"]),
 ]
 

@@ -8,70 +8,22 @@ in the base prompt and in the full prompt differs when the target stands before 
 from __future__ import annotations
 
 import re
-import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
+
+from spf_plugin.core import matching, serving, tidying
+from spf_plugin.core.serving import Clause
+from spf_plugin.core.words import AND, DETERMINERS, UNSPACED_AND_BEHIND, is_adjective
 
 LONG_PHRASE_WORDS = 8
-_CONNECTIVES = "with|wearing|wears|has|having|in|and|plus"
-_ARTICLES = "a|an|the|her|his|their|its"
-# What a target can be the object of: it goes with the target. (English; other languages lose their target alone.)
-_PREPOSITIONS = (
-    "on|at|by|of|to|for|from|under|over|above|below|near|beside|behind|before|between|among|against|around|across|along|"
-    "through|inside|outside|into|onto|next to|in front of|on top of|without"
-)
-_TAKES_OBJECT = (
-    "holding|holds|carrying|carries|sporting|sports|riding|rides|using|uses|showing|shows|featuring|features"
-)
-# Words that cannot be the noun of which the target says something: what follows stays.
-_FOLLOWS = (
-    f"{_CONNECTIVES}|{_PREPOSITIONS}|{_TAKES_OBJECT}|while|during|as|when|where|who|that|which|is|are|was|were|but|or|off|"
-    "standing|sitting|looking|walking|running|smiling|posing|lying|leaning|playing|reading|drinking|eating|dancing|"
-    "laughing|staring|facing|kneeling|jumping|sleeping|talking|waving|working"
-)
-_LEAD = re.compile(
-    rf"(?:(?:\s+|^)(?:(?:who|that|which)\s+)?(?:{_CONNECTIVES}|{_PREPOSITIONS}|{_TAKES_OBJECT}))?"
-    rf"(?:(?:\s+|^)(?:{_ARTICLES}))?\s*$",
-    re.IGNORECASE,
-)
-_LEAD_LENGTH = 60  # characters before a target that are looked at: searching all of a long caption is quadratic
-_ARTICLE_ONLY = re.compile(rf"(?<=\s)(?:{_ARTICLES})\s+$", re.IGNORECASE)
-_AND_FOLLOWS = re.compile(r"\s+(?:and|plus)\s+", re.IGNORECASE)
-_CONNECTIVE_FOLLOWS = re.compile(rf"\s*(?:$|[.;:)\]]|(?:{_FOLLOWS})\b)", re.IGNORECASE)
-_COMMAS = re.compile("([,\uff0c\u3001])")  # also the Chinese and the Japanese one
-# Words behind which something must come. (Not "behind" or "her": "from behind", "the sea behind her".)
-_NEVER_LAST = (
-    "with|wearing|wears|having|and|plus|of|to|for|from|at|against|among|between|into|onto|without|near|next to|"
-    f"{_TAKES_OBJECT}"
-)
-_BROKEN = re.compile(
-    rf"(?:^|(?<=[\s,\uff0c\u3001]))(?:(?:{_ARTICLES})(?=\s+(?:{_FOLLOWS})\b)|"
-    rf"(?:{_NEVER_LAST}|an?|the|their|its|\S+'s)(?=\s*(?:$|[,\uff0c\u3001.;:])))",
-    re.IGNORECASE,
-)
-_JOINS_TARGETS = re.compile(rf"\s*(?:(?:{_CONNECTIVES})\s+)?(?:(?:{_ARTICLES})\s+)?", re.IGNORECASE)
+_SURE = 32  # tokens beyond the limit; what follows in the same word merges with fewer
+_COMMA = re.compile("[,\uff0c\u3001]")  # also full-width, and Chinese and Japanese lists'
 _LONG_SPLIT = re.compile(r"(?=\s(?:with|wearing|in|and|on|at|by|standing|sitting|looking)\s)", re.IGNORECASE)
-_WEIGHT_OPEN = re.compile(r"(?:\\?[(\[])+$")
-_WEIGHT_CLOSE = re.compile(r"^(?::[+-]?[.\d]+)?(?:\\?[)\]])+")
 _WEIGHT_SYNTAX = re.compile(r"\\([()\[\]\\])|:[+-]?[.\d]+\)|[()\[\]]")
-
-
-# Chinese, Japanese, Thai and their kin write no spaces; Korean hangs its particles on the word.
-_UNSPACED_RANGES = (
-    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-)
-_UNSPACED = re.compile(f"[{_UNSPACED_RANGES}]")
-_ACCENTS = "\u0300-\u036f"  # of a decomposed letter
-_LETTER = rf"[^\W{_UNSPACED_RANGES}]"  # a letter, digit or underscore of a script that separates words
-
-
-def _either(letter: str) -> str:
-    """A regular expression for a letter in its composed and decomposed form, or a bracket with or without backslash."""
-    if letter in "()[]":
-        return rf"\\?{re.escape(letter)}"
-    apart = unicodedata.normalize("NFD", letter)
-    return re.escape(letter) if apart == letter else f"(?:{letter}|{apart})"
+_JOINING = AND | {"with", "wearing", "wears", "has", "having", "in"}
 
 
 @dataclass(frozen=True)
@@ -86,17 +38,8 @@ class Target:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the phrase in any case, with spaces or underscores between its words, as whole words only.
-
-        Underscores and hyphens join words: `hair` is not in `hair_bow`, nor `shirt` in "t-shirt". Brackets match with
-        or without a backslash, accented letters in one character or two.
-        """
-        words = [word for word in re.split(r"[\s_]+", self.phrase.replace("\\", "")) if word]
-        text = r"[\s_]+".join("".join(map(_either, unicodedata.normalize("NFC", word))) for word in words)
-        # Beside a letter of a script without spaces there is no word boundary to look for.
-        start = "" if _UNSPACED.fullmatch(words[0][0]) else rf"(?<!{_LETTER})(?<!{_LETTER}-)"
-        end = "" if _UNSPACED.fullmatch(words[-1][-1]) else rf"(?!-?{_LETTER}|[{_ACCENTS}])"
-        return re.compile(start + text + end, re.IGNORECASE)
+        """See `matching.pattern`."""
+        return matching.pattern(self.phrase)
 
 
 def parse_targets(value: str | Sequence[str]) -> tuple[Target, ...]:
@@ -176,106 +119,123 @@ class Prompt:
 def split(caption: str, targets: Sequence[Target]) -> Prompt:
     """Split a caption into base phrases and target.
 
-    Every occurrence of every target counts. Words that only introduce the target go with it ("a woman *with* blonde
-    hair"), also a comma next to it, and attention-weight signs around it ("(blonde hair:1.2)").
+    Every occurrence of every target counts. Words that only serve the target go with it ("a woman *with* blonde hair",
+    see `serving`), so do a comma next to it, and attention-weight signs around it ("(blonde hair:1.2)").
     """
-    raw: list[Piece] = []
-    for i, part in enumerate(_COMMAS.split(caption)):
-        if i % 2:
-            raw.append(Piece(part, Kind.SEPARATOR))
-        else:
-            raw.extend(_split_part(part, targets))
-    return Prompt(tuple(_number_phrases(_drop_lone_commas(raw))))
+    kinds = [Kind.BASE] * len(caption)
+    hits: list[_Hit] = []
+    start = 0
+    for comma in (*_COMMA.finditer(caption), None):
+        end = comma.start() if comma else len(caption)
+        found = _hits(caption[start:end], targets)
+        if found:
+            _mark_part(kinds, caption[start:end], start, found)
+            hits += [(first + start, last + start, target) for first, last, target in found]
+        if comma:
+            kinds[end] = Kind.SEPARATOR
+            start = comma.end()
+    for first, last, _ in hits:
+        kinds[first:last] = [Kind.TARGET] * (last - first)
+    if hits:
+        gone = [kind in (Kind.TARGET, Kind.DROPPED) for kind in kinds]
+        for i in tidying.leftovers(caption, gone, {last for _, last, target in hits if target.replacement}):
+            kinds[i] = Kind.DROPPED
+    return Prompt(tuple(_number_phrases(_pieces(caption, kinds, hits))))
 
 
-def _split_part(part: str, targets: Sequence[Target]) -> list[Piece]:
-    """One comma-separated part; its pieces are BASE, TARGET, DROPPED or REPLACEMENT."""
-    pieces: list[Piece] = []
-    position = 0
-    for run in _runs(part, targets):
-        start, end = run[0][0].start(), run[-1][0].end()
-        before, after = part[position:start], part[end:]
-        opening, closing = _WEIGHT_OPEN.search(before), _WEIGHT_CLOSE.search(after)
-        signs_before = signs_after = ""
-        if opening and closing:  # "(blonde hair:1.2)"
-            signs_before, signs_after = opening.group(), closing.group()
-            before, after = before[: opening.start()], after[closing.end() :]
-        lead = tail = ""
-        if not run[0][1].replacement:
-            lead, tail = _serving_words(before, after)
-            before = before[: len(before) - len(lead)]
-            if not (pieces or before or tail or lead[:1].isspace()):  # nothing is left before it: no space, either
-                tail = after[: len(after) - len(after.lstrip())]
-        pieces += [Piece(before, Kind.BASE), Piece(lead + signs_before, Kind.DROPPED)]
-        joined_from = start
-        for match, target in run:
-            pieces.append(Piece(part[joined_from : match.start()], Kind.DROPPED))
-            pieces.append(Piece(match.group(), Kind.TARGET))
-            pieces.append(Piece(target.replacement, Kind.REPLACEMENT))
-            joined_from = match.end()
-        pieces.append(Piece(signs_after + tail, Kind.DROPPED))
-        position = end + len(signs_after) + len(tail)
-    pieces.append(Piece(part[position:], Kind.BASE))
-    return [p for p in pieces if p.text]
+_Hit = tuple[int, int, Target]  # first character, the one behind the last, target
 
 
-def _runs(part: str, targets: Sequence[Target]) -> list[list[tuple[re.Match[str], Target]]]:
-    """Occurrences of targets; added targets that only "and" or the like separates form one run."""
-    hits = [(match, target) for target in targets for match in target.pattern.finditer(part)]
-    hits.sort(key=lambda hit: (hit[0].start(), -hit[0].end()))
-    runs: list[list[tuple[re.Match[str], Target]]] = []
-    end = 0
-    for match, target in hits:
-        if match.start() < end:  # overlaps the one before: the earlier, longer match has it
+def _hits(part: str, targets: Sequence[Target]) -> list[_Hit]:
+    """Where targets stand; of two that overlap, the earlier has it, or the longer."""
+    found = [(match.start(), match.end(), target) for target in targets for match in target.pattern.finditer(part)]
+    found.sort(key=lambda hit: (hit[0], -hit[1]))
+    hits: list[_Hit] = []
+    for hit in found:
+        if not hits or hit[0] >= hits[-1][1]:
+            hits.append(hit)
+    return hits
+
+
+def _mark_part(kinds: list[Kind], part: str, offset: int, hits: Sequence[_Hit]) -> None:
+    """Mark as dropped what goes with the targets of one comma-separated part, and the targets themselves."""
+    clause = Clause.read(part)
+
+    def drop(start: int, end: int) -> None:
+        kinds[offset + start : offset + end] = [Kind.DROPPED] * (end - start)
+
+    for first, last, target in _runs(part, clause, hits):
+        start, end = _with_signs(part, first, last)
+        drop(start, first)
+        drop(last, end)
+        if target.replacement:
             continue
-        joins = runs and not target.replacement and not runs[-1][-1][1].replacement
-        if joins and _JOINS_TARGETS.fullmatch(part[end : match.start()]):
-            runs[-1].append((match, target))
+        beside = (part[max(start - 1, 0) : start], part[end : end + 1], part[first], part[last - 1])
+        if any(map(matching.is_unspaced, beside)):
+            start, end = serving.around_unspaced(part, start, end)
         else:
-            runs.append([(match, target)])
-        end = match.end()
+            start, end = serving.around(clause, start, end)
+        drop(start, end)
+    stays = [first for first, _, target in hits if target.replacement]
+    _drop_small_words(kinds, clause, offset, stays)
+
+
+def _drop_small_words(kinds: list[Kind], clause: Clause, offset: int, stays: Sequence[int]) -> None:
+    """Where nothing but "she" or "there" is left of a clause that had a target, that goes too."""
+    begin = 0
+    for i in range(len(clause.words) + 1):
+        if clause.word(i):
+            continue
+        if begin < i:
+            start, end = clause.starts[begin], clause.ends[i - 1]
+            left = []
+            for word, first, last in zip(
+                *(x[begin:i] for x in (clause.words, clause.starts, clause.ends)), strict=True
+            ):
+                if Kind.BASE in kinds[offset + first : offset + last]:
+                    left.append(word)
+            replaced = any(start <= first < end for first in stays)
+            if len(left) < i - begin and not replaced and serving.says_nothing(left):
+                kinds[offset + start : offset + end] = [Kind.DROPPED] * (end - start)
+        begin = i + 1
+
+
+def _runs(part: str, clause: Clause, hits: Sequence[_Hit]) -> list[_Hit]:
+    """Added targets that only "and" or the like separates are one, from the first to the last."""
+    runs: list[_Hit] = []
+    for start, end, target in hits:
+        if runs and not target.replacement and not runs[-1][2].replacement:
+            gap = part[runs[-1][1] : start].strip()
+            first, last = bisect_left(clause.starts, runs[-1][1]), bisect_left(clause.starts, start)
+            between = clause.words[first:last] if last - first <= LONG_PHRASE_WORDS else [""]
+            small = all(word in _JOINING | DETERMINERS or is_adjective(word) for word in between)
+            if not gap or small or UNSPACED_AND_BEHIND.fullmatch(gap):
+                runs[-1] = (runs[-1][0], end, target)
+                continue
+        runs.append((start, end, target))
     return runs
 
 
-def _serving_words(before: str, after: str) -> tuple[str, str]:
-    """The words around an added target that make no sense without it: `(leading, trailing)`."""
-    following_and = _AND_FOLLOWS.match(after)
-    if following_and:  # "with [blonde hair and] a hat": what introduces the list stays
-        match = _ARTICLE_ONLY.search(before)
-        return (match.group() if match else ""), following_and.group()
-    if _CONNECTIVE_FOLLOWS.match(after):  # "a woman [with blonde hair] in a jacket"
-        match = _LEAD.search(before[-_LEAD_LENGTH:])
-        return (match.group() if match else ""), ""
-    return before[len(before.rstrip()) :], ""  # "a [blonde hair] woman": one of the two spaces is enough
+def _with_signs(part: str, start: int, end: int) -> tuple[int, int]:
+    """The range with the brackets right around it that close each other, and their weight."""
+    while start and part[start - 1] in "([" and (closing := tidying.CLOSES.match(part, end)):
+        start -= 1 + (start > 1 and part[start - 2] == "\\" and "\\" in closing.group())
+        end = closing.end()
+    return start, end
 
 
-def _drop_lone_commas(pieces: list[Piece]) -> list[Piece]:
-    """A comma next to a part that is gone from the base prompt goes too; so does the space that followed it."""
-    parts: list[list[Piece]] = [[]]
-    commas = [""]
-    for piece in pieces:
-        if piece.kind is Kind.SEPARATOR:
-            parts.append([])
-            commas.append(piece.text)
-        else:
-            parts[-1].append(piece)
-    empty = ["".join(p.text for p in part if p.in_base).strip() == "" for part in parts]
-    had_target = [any(p.kind is Kind.TARGET for p in part) for part in parts]
-    out: list[Piece] = []
-    kept_any = False
-    for i, part in enumerate(parts):
-        gone = empty[i] and had_target[i]
-        if i:
-            # The base prompt needs this comma only between two parts of which the later one stays.
-            out.append(Piece(commas[i], Kind.SEPARATOR if kept_any and not gone else Kind.DROPPED))
-        if gone:
-            part = [Piece(p.text, Kind.DROPPED) if p.kind is Kind.BASE else p for p in part]
-        elif i and not kept_any and part and part[0].kind is Kind.BASE:
-            text = part[0].text  # the first part that stays: its leading space belonged to the dropped comma
-            space = text[: len(text) - len(text.lstrip())]
-            part = [Piece(space, Kind.DROPPED), Piece(text[len(space) :], Kind.BASE), *part[1:]]
-        kept_any = kept_any or not gone
-        out += [p for p in part if p.text]
+def _pieces(caption: str, kinds: Sequence[Kind], hits: Sequence[_Hit]) -> list[Piece]:
+    """Runs of one kind; every comma and every target is a piece of its own."""
+    borders = {0, len(caption), *(place for first, last, _ in hits for place in (first, last))}
+    borders |= {place for comma in _COMMA.finditer(caption) for place in comma.span()}
+    borders |= {i for i in range(1, len(caption)) if kinds[i] is not kinds[i - 1]}
+    replacements = {last: target.replacement for _, last, target in hits}
+    places = sorted(borders)
+    out = []
+    for start, end in pairwise(places):
+        out.append(Piece(caption[start:end], kinds[start]))
+        if replacements.get(end) and kinds[start] is Kind.TARGET:
+            out.append(Piece(replacements[end], Kind.REPLACEMENT))
     return out
 
 
@@ -285,7 +245,7 @@ def _number_phrases(pieces: list[Piece]) -> list[Piece]:
     phrase = -1
     fresh = True  # the next base piece opens a new phrase
     for piece in pieces:
-        if _COMMAS.fullmatch(piece.text) and piece.kind in (Kind.SEPARATOR, Kind.DROPPED):
+        if piece.kind in (Kind.SEPARATOR, Kind.DROPPED) and _COMMA.fullmatch(piece.text):
             fresh = True
             out.append(piece)
         elif piece.kind is not Kind.BASE:
@@ -302,15 +262,6 @@ def _number_phrases(pieces: list[Piece]) -> list[Piece]:
                 out.append(Piece(chunk, Kind.BASE, phrase))
                 fresh = False
     return out
-
-
-def broken(base: str) -> str | None:
-    """What in a base prompt reads as if something were missing behind it: "with a", "holding", "her"; None if nothing.
-
-    It can only see English words that need another one.
-    """
-    found = _BROKEN.search(base)
-    return found.group() if found else None
 
 
 def strip_weights(text: str) -> str:
@@ -344,7 +295,8 @@ def spans(
     """Where each phrase lies among the tokens.
 
     A piece ends where the tokenized text up to its end has that many tokens. CLIP's tokenizer cuts at spaces, and
-    between letters and punctuation, before it merges: exact there, and within a token for scripts without spaces.
+    between letters and punctuation, before it merges: exact there, and within a token for scripts without spaces. What
+    ends at a space is counted once, and nothing behind the limit, so the time is that of tokenizing the text once.
 
     Args:
         prompt: a split caption.
@@ -356,16 +308,25 @@ def spans(
     count = 1 + max((p.phrase for p in prompt.pieces), default=-1)
     phrases: list[list[int]] = [[] for _ in range(count)]
     target: list[int] = []
-    text, begin = "", 0
+    words, tokens, begin = (
+        "",
+        0,
+        0,
+    )  # the text that is not counted yet; tokens before it; tokens of all before the piece
     for piece in prompt.pieces:
         if not (piece.in_full if full else piece.in_base):
             continue
-        text += piece.text
-        end = limit if begin >= limit else min(len(tokenize(text)), limit)  # behind the limit there is nothing to count
-        positions = [position(token) for token in range(begin, end)]
+        if tokens < limit and begin < limit + _SURE:
+            words += piece.text
+            cut = max(words.rfind(space) for space in " \t\n")
+            if cut > 0:
+                tokens += len(tokenize(words[:cut]))
+                words = words[cut:]
+            now = tokens + len(tokenize(words)) if words.strip() else tokens
+        positions = [position(token) for token in range(min(begin, limit), min(now, limit))]
         if piece.kind is Kind.TARGET:
             target.extend(positions)
         elif piece.phrase >= 0:
             phrases[piece.phrase].extend(positions)
-        begin = max(begin, end)
-    return Spans(tuple(tuple(p) for p in phrases), tuple(target), position(begin))
+        begin = max(begin, now)
+    return Spans(tuple(tuple(p) for p in phrases), tuple(target), position(min(begin, limit)))

@@ -1,0 +1,273 @@
+"""Which words of a caption serve only an added target, and go with it. Pure text, no torch.
+
+The rule, for scripts with spaces. Backwards from the target: what describes it ("long red"), its article, and what
+introduces it: a preposition ("with", "next to"), a verb that needs it ("is holding", "who has"), or "and". Forwards:
+where it is on the body ("around her neck"), how it is arranged ("tied in a bun"), "of ..." and "that ...". All of that
+goes where the phrase ends there: at a sign, or at a word that begins something of its own ("against", "who"). If a noun
+follows, the target describes it ("a *blonde* woman"), and goes alone. If "and" follows, what introduced the
+target introduces what stands behind the "and", and stays, unless that has an introduction of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from spf_plugin.core import words as w
+
+_TOKEN = re.compile(r"(?:[ldnsjmtc]|qu)['’](?=\w)|[\w\u0300-\u036f]+(?:['’-][\w\u0300-\u036f]+)*|\S", re.IGNORECASE)
+_NEAR = 24  # characters beside a target that are looked at in scripts without spaces
+_LONG = 4  # words of a phrase behind "of" and the like
+# Where a word of these begins, the language is not one whose nouns stand side by side ("a hat box").
+_NO_COMPOUNDS = re.compile(r"[\u0400-\u04ff].*|avec|sans|aux?|à|en|dans|portant|tenant|porte|qui|coiffée?|vêtue?")
+
+
+@dataclass(frozen=True)
+class Clause:
+    """The words of a part of a caption, with `""` for a sign, and where each lies."""
+
+    words: list[str]
+    starts: list[int]
+    ends: list[int]
+
+    @classmethod
+    def read(cls, text: str) -> Clause:
+        words, starts, ends = [], [], []
+        for match in _TOKEN.finditer(text):
+            word = unicodedata.normalize("NFC", match.group().lower().replace("’", "'"))
+            words.append(word if word[0].isalnum() or word in w.AND else "")
+            starts.append(match.start())
+            ends.append(match.end())
+        return cls(words, starts, ends)
+
+    def word(self, i: int) -> str:
+        return self.words[i] if 0 <= i < len(self.words) else ""
+
+
+def _unit_before(clause: Clause, end: int, units: frozenset[tuple[str, ...]]) -> int:
+    """Where a unit of several words that ends at `end` begins; `end` if there is none."""
+    for size in (4, 3, 2):
+        if end >= size and tuple(clause.words[end - size : end]) in units:
+            return end - size
+    return end
+
+
+def _unit_behind(clause: Clause, begin: int) -> bool:
+    return any(tuple(clause.words[begin : begin + n]) in w.PREPOSITION_UNITS | w.VERB_UNITS for n in (2, 3, 4))
+
+
+def _is_participle(word: str) -> bool:
+    return word.endswith("ing") and len(word) > 4 and word not in w.NO_VERBS
+
+
+@dataclass(frozen=True)
+class _Lead:
+    """What introduces a target, as indices of words.
+
+    Attributes:
+        phrase: where its phrase begins, with article and what describes it.
+        opener: where the preposition, verb or conjunction before that begins.
+        predicate: the same, with "is" before a verb.
+        everything: the same, with "who" or "and" before it.
+        kind: of the opener: `prep`, `verb`, `is`, `and`, `of`, `whose`, or empty.
+    """
+
+    phrase: int
+    opener: int
+    predicate: int
+    everything: int
+    kind: str
+
+
+def _opener(clause: Clause, phrase: int) -> tuple[int, str]:
+    last = clause.word(phrase - 1)
+    if last == "whose":
+        return phrase - 1, "whose"
+    if (begin := _unit_before(clause, phrase, w.VERB_UNITS)) < phrase:
+        return begin, "verb"
+    if (begin := _unit_before(clause, phrase, w.PREPOSITION_UNITS)) < phrase:
+        return begin, "prep"
+    if last in w.VERBS:
+        return phrase - 1, "verb"
+    if last in w.PREPOSITIONS:
+        return phrase - 1, "prep"
+    if last in w.OF:
+        return phrase - 1, "of"
+    if last in w.AND:
+        return phrase - 1, "and"
+    if last in w.AUXILIARIES:
+        return phrase - 1, "is"
+    if _is_participle(last) and last not in w.INTRANSITIVE and clause.word(phrase - 2) not in w.DETERMINERS:
+        return phrase - 1, "verb"
+    return phrase, ""
+
+
+def _describes(clause: Clause, i: int, target: int) -> bool:
+    """Whether the word before the target's phrase describes it."""
+    word = clause.word(i)
+    if _is_participle(
+        word
+    ):  # "in shining armor", "a flowing dress"; but "without wearing a hat", where an article is next
+        return clause.word(i - 1) in w.PREPOSITIONS | w.DETERMINERS and word not in w.VERBS
+    return w.is_adjective(word) or (i + 1 < target and word in w.ADVERBS)
+
+
+def _lead(clause: Clause, target: int) -> _Lead:
+    described = target
+    while _describes(clause, described - 1, target):
+        described -= 1
+    phrase = described
+    while clause.word(phrase - 1) in w.DETERMINERS:
+        phrase -= 1
+    if clause.word(phrase - 1) in w.OF and clause.word(phrase - 2) in w.MEASURES:  # "a pair of sunglasses"
+        phrase -= 2
+        while clause.word(phrase - 1) in w.DETERMINERS:
+            phrase -= 1
+    opener, kind = _opener(clause, phrase)
+    if not kind and phrase == described:  # "long blonde hair" alone: "long" is not ours to take
+        return _Lead(target, target, target, target, "")
+    predicate = opener
+    if kind in ("verb", "is"):
+        while clause.word(predicate - 1) in w.AUXILIARIES | w.ADVERBS:
+            predicate -= 1
+    everything = predicate
+    whose = next((i for i in range(opener - 1, max(opener - _LONG, 0) - 1, -1) if clause.word(i) == "whose"), None)
+    if kind == "is" and whose is not None:  # "whose hair is blonde"
+        everything = whose
+    elif (kind in ("verb", "is") and clause.word(everything - 1) in w.RELATIVES) or (
+        kind in ("verb", "is", "prep") and clause.word(everything - 1) in w.AND | w.WHILE
+    ):
+        everything -= 1
+    return _Lead(phrase, opener, predicate, everything, kind)
+
+
+def _begins_own(clause: Clause, i: int) -> bool:
+    """Whether the word begins something of its own, or there is none."""
+    word = clause.word(i)
+    return (
+        not word
+        or word
+        in w.PREPOSITIONS | w.VERBS | w.AUXILIARIES | w.RELATIVES | w.WHILE | w.BEGINS | w.PRONOUNS | w.ADVERBS | w.AND
+        or (word.endswith("ed") and clause.word(i + 1) in w.PREPOSITIONS)
+        or _unit_behind(clause, i)
+    )
+
+
+def _phrase_end(clause: Clause, i: int) -> int:
+    """The end of a phrase of at most a few words that begins at `i`."""
+    while clause.word(i) in w.DETERMINERS:
+        i += 1
+    for _ in range(_LONG):
+        if _begins_own(clause, i) or _is_participle(clause.word(i)) or clause.word(i) in w.OF:
+            break
+        i += 1
+    return i
+
+
+def _belongings(clause: Clause, i: int) -> int:
+    """The end of what is said of the target behind it, which begins at `i`."""
+    while True:
+        begin, word = i, clause.word(i)
+        if word in w.OF:
+            i = _phrase_end(clause, i + 1)
+        elif word in ("that", "which"):
+            while clause.word(i) and clause.word(i) not in w.WHILE | w.INTRANSITIVE:
+                i += 1
+        elif w.BEHIND.fullmatch(word):
+            i += 1
+        elif word in w.OF_THINGS:
+            i += 1
+            if clause.word(i) in w.PREPOSITIONS:
+                i = _phrase_end(clause, i + 1)
+        elif word in w.PLACES:
+            j = i + 1
+            while clause.word(j) in w.DETERMINERS:
+                j += 1
+            if clause.word(j) in w.BODY:
+                i = j + 1
+        if i == begin:
+            return i
+
+
+def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
+    """Whether the target's phrase ends before word `i`; else that is the noun that the target describes."""
+    word = clause.word(i)
+    if _begins_own(clause, i):
+        return True
+    if _is_participle(word):  # "with a scarf playing guitar", but "a blonde smiling woman"
+        after = i + 1
+        return bool(lead.kind) or _begins_own(clause, after) or clause.word(after) in w.DETERMINERS
+    return bool(lead.kind) and bool(_NO_COMPOUNDS.fullmatch(clause.word(lead.opener)))
+
+
+def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
+    """The range of characters that goes with the target at `start` to `end`, which is a part of it."""
+    first, behind = bisect_left(clause.starts, start), bisect_left(clause.starts, end)
+    lead = _lead(clause, first)
+    last = _belongings(clause, behind)
+    begin, stop = first, last
+    following = clause.word(last)
+    alone = lead.phrase == 0 or not clause.word(lead.phrase - 1)
+    if lead.kind == "whose" or (not lead.kind and alone and following in w.AUXILIARIES | {"has", "have", "had"}):
+        begin = lead.opener  # "her blonde hair is tied back": all of the clause is about the target
+        while clause.word(stop):
+            stop += 1
+    elif following in w.AND and clause.word(last + 1):
+        begin, stop = _before_and(clause, lead, last)
+    elif not _ends(clause, last, lead):
+        return start, clause.ends[last - 1] if last > behind else end
+    elif lead.kind == "of":
+        says = _is_participle(following) or following in w.BEGINS | w.VERBS | w.AUXILIARIES
+        begin = lead.phrase if says else lead.opener  # "a photo of [her] smiling": no photo smiles; `spf check` says so
+    elif lead.kind == "prep":
+        begin = lead.everything
+        if not clause.word(last):  # "a man who is in a car": nothing is left that he is
+            while clause.word(begin - 1) in w.AUXILIARIES | w.RELATIVES:
+                begin -= 1
+    else:
+        begin = lead.everything
+    left = clause.starts[begin] if begin < first else start
+    return left, clause.ends[stop - 1] if stop > behind else end
+
+
+def _before_and(clause: Clause, lead: _Lead, last: int) -> tuple[int, int]:
+    """The same as indices of words, where word `last` is "and"."""
+    word = clause.word(last + 1)
+    if word in w.PRONOUNS and lead.kind:
+        return lead.everything, last  # "a woman [with a scarf] and she smiles"
+    if _is_participle(word) or (_begins_own(clause, last + 1) and word not in w.VERBS | w.AUXILIARIES):
+        return lead.opener, last + (lead.kind != "and")  # "is [wearing a scarf and] holding a cup"
+    if word in w.VERBS | w.AUXILIARIES:
+        return lead.predicate, last + (lead.kind != "and")  # "who [is wearing a scarf and] has freckles"
+    j = last + 1
+    while clause.word(j) in w.DETERMINERS or w.is_adjective(clause.word(j)):
+        j += 1
+    if clause.word(j) in w.PERSONS and lead.kind in ("prep", "verb"):
+        return lead.everything, last  # "a woman [with a scarf] and a man": he is not what she has
+    return lead.phrase, last + 1  # "with [blonde hair and] a hat"
+
+
+def around_unspaced(text: str, start: int, end: int) -> tuple[int, int]:
+    """The same in a script without spaces, by what stands directly beside the target."""
+    before, after = text[max(0, start - _NEAR) : start], text[end : end + _NEAR]
+    if together := w.UNSPACED_AND_BEHIND.match(after):
+        return start, end + together.end()
+    if together := w.UNSPACED_AND_BEFORE.search(before):
+        return start - len(together.group()), end
+    for verb, adjective in ((w.JA_VERB, w.JA_ADJECTIVE), (w.KO_VERB, w.KO_ADJECTIVE)):
+        if found := verb.match(after):
+            described = adjective.search(before)
+            return start - (len(described.group()) if described else 0), end + found.end()
+    if (at := w.ZH_AT.search(before)) and (place := w.ZH_PLACE.match(after)):
+        return start - len(at.group()), end + place.end()
+    of = w.ZH_OF.match(after) or w.JA_OF.match(after) or w.KO_OF.match(after)
+    stop = end + (of.end() if of else 0)
+    lead = w.ZH_VERB.search(before) or (w.ZH_MEASURE.search(before) if not after.strip() else None)
+    return start - (len(lead.group()) if lead else 0), stop
+
+
+def says_nothing(words: list[str]) -> bool:
+    """Whether what is left of a clause is only small words, such as "she", "there is"."""
+    return all(word in w.FILLERS for word in words if word)
