@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from spf_plugin.core import matching, serving, tidying
 from spf_plugin.core.serving import Clause
@@ -85,6 +85,11 @@ class Piece:
     @property
     def in_base(self) -> bool:
         return self.kind not in (Kind.TARGET, Kind.DROPPED)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its tokens are asked for."""
+        return self.kind is Kind.TARGET or self.phrase >= 0
 
 
 @dataclass(frozen=True)
@@ -308,13 +313,12 @@ def spans(
     count = 1 + max((p.phrase for p in prompt.pieces), default=-1)
     phrases: list[list[int]] = [[] for _ in range(count)]
     target: list[int] = []
-    words, tokens, begin = (
-        "",
-        0,
-        0,
-    )  # the text that is not counted yet; tokens before it; tokens of all before the piece
-    for piece in prompt.pieces:
-        if not (piece.in_full if full else piece.in_base):
+    words, tokens = "", 0  # the text that is not counted yet, and the tokens before it
+    begin = now = 0  # tokens before the piece, and up to its end
+    pieces = [piece for piece in prompt.pieces if (piece.in_full if full else piece.in_base)]
+    for piece, following in zip_longest(pieces, pieces[1:]):
+        if following and not piece.is_placed and not following.is_placed:
+            words += piece.text  # nobody asks where the one ends and the other begins
             continue
         if tokens < limit and begin < limit + _SURE:
             words += piece.text

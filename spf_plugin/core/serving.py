@@ -20,6 +20,11 @@ from spf_plugin.core import words as w
 _TOKEN = re.compile(r"(?:[ldnsjmtc]|qu)['’](?=\w)|[\w\u0300-\u036f]+(?:['’-][\w\u0300-\u036f]+)*|\S", re.IGNORECASE)
 _NEAR = 24  # characters beside a target that are looked at in scripts without spaces
 _LONG = 4  # words of a phrase behind "of" and the like
+_CLAUSE = 12  # words of a clause behind "that"
+_OWN = w.PREPOSITIONS | w.VERBS | w.AUXILIARIES | w.RELATIVES | w.WHILE | w.BEGINS | w.PRONOUNS | w.ADVERBS | w.AND
+_UNITS = w.PREPOSITION_UNITS | w.VERB_UNITS
+_OTHERS = w.WHILE | w.INTRANSITIVE  # behind these, a clause tells of somebody else
+_BEFORE_NOUN = w.PREPOSITIONS | w.DETERMINERS
 # Where a word of these begins, the language is not one whose nouns stand side by side ("a hat box").
 _NO_COMPOUNDS = re.compile(r"[\u0400-\u04ff].*|avec|sans|aux?|à|en|dans|portant|tenant|porte|qui|coiffée?|vêtue?")
 
@@ -31,6 +36,7 @@ class Clause:
     words: list[str]
     starts: list[int]
     ends: list[int]
+    signs: list[int]  # which of them are
 
     @classmethod
     def read(cls, text: str) -> Clause:
@@ -40,7 +46,12 @@ class Clause:
             words.append(word if word[0].isalnum() or word in w.AND else "")
             starts.append(match.start())
             ends.append(match.end())
-        return cls(words, starts, ends)
+        return cls(words, starts, ends, [i for i, word in enumerate(words) if not word])
+
+    def end_from(self, i: int) -> int:
+        """The next sign, or the end."""
+        found = bisect_left(self.signs, i)
+        return self.signs[found] if found < len(self.signs) else len(self.words)
 
     def word(self, i: int) -> str:
         return self.words[i] if 0 <= i < len(self.words) else ""
@@ -55,7 +66,7 @@ def _unit_before(clause: Clause, end: int, units: frozenset[tuple[str, ...]]) ->
 
 
 def _unit_behind(clause: Clause, begin: int) -> bool:
-    return any(tuple(clause.words[begin : begin + n]) in w.PREPOSITION_UNITS | w.VERB_UNITS for n in (2, 3, 4))
+    return any(tuple(clause.words[begin : begin + n]) in _UNITS for n in (2, 3, 4))
 
 
 def _is_participle(word: str) -> bool:
@@ -107,11 +118,9 @@ def _opener(clause: Clause, phrase: int) -> tuple[int, str]:
 def _describes(clause: Clause, i: int, target: int) -> bool:
     """Whether the word before the target's phrase describes it."""
     word = clause.word(i)
-    if _is_participle(
-        word
-    ):  # "in shining armor", "a flowing dress"; but "without wearing a hat", where an article is next
-        return clause.word(i - 1) in w.PREPOSITIONS | w.DETERMINERS and word not in w.VERBS
-    return w.is_adjective(word) or (i + 1 < target and word in w.ADVERBS)
+    if _is_participle(word) and word not in w.ADJECTIVES:  # "in shining armor"; but "without wearing hats"
+        return clause.word(i - 1) in _BEFORE_NOUN and word not in w.TRANSITIVE
+    return (w.is_adjective(word) and word not in w.VERBS) or (i + 1 < target and word in w.ADVERBS)
 
 
 def _lead(clause: Clause, target: int) -> _Lead:
@@ -128,6 +137,12 @@ def _lead(clause: Clause, target: int) -> _Lead:
     opener, kind = _opener(clause, phrase)
     if not kind and phrase == described:  # "long blonde hair" alone: "long" is not ours to take
         return _Lead(target, target, target, target, "")
+    if (
+        clause.word(opener) in ("with", "by")
+        and len(clause.word(opener - 1)) > 4
+        and clause.word(opener - 1)[-2:] == "ed"
+    ):
+        opener, kind = opener - 1, "verb"  # "topped with"
     predicate = opener
     if kind in ("verb", "is"):
         while clause.word(predicate - 1) in w.AUXILIARIES | w.ADVERBS:
@@ -148,8 +163,7 @@ def _begins_own(clause: Clause, i: int) -> bool:
     word = clause.word(i)
     return (
         not word
-        or word
-        in w.PREPOSITIONS | w.VERBS | w.AUXILIARIES | w.RELATIVES | w.WHILE | w.BEGINS | w.PRONOUNS | w.ADVERBS | w.AND
+        or word in _OWN
         or (word.endswith("ed") and clause.word(i + 1) in w.PREPOSITIONS)
         or _unit_behind(clause, i)
     )
@@ -168,12 +182,13 @@ def _phrase_end(clause: Clause, i: int) -> int:
 
 def _belongings(clause: Clause, i: int) -> int:
     """The end of what is said of the target behind it, which begins at `i`."""
-    while True:
+    for _ in range(_LONG):
         begin, word = i, clause.word(i)
         if word in w.OF:
             i = _phrase_end(clause, i + 1)
         elif word in ("that", "which"):
-            while clause.word(i) and clause.word(i) not in w.WHILE | w.INTRANSITIVE:
+            stop = min(clause.end_from(i), i + _CLAUSE)
+            while i < stop and clause.word(i) not in _OTHERS:
                 i += 1
         elif w.BEHIND.fullmatch(word):
             i += 1
@@ -181,14 +196,19 @@ def _belongings(clause: Clause, i: int) -> int:
             i += 1
             if clause.word(i) in w.PREPOSITIONS:
                 i = _phrase_end(clause, i + 1)
-        elif word in w.PLACES:
-            j = i + 1
+        elif word == "on" and (
+            not clause.word(i + 1) or clause.word(i + 1) in _OWN or _is_participle(clause.word(i + 1))
+        ):
+            i += 1  # "with no shirt on"
+        elif word in w.PLACES or (word.endswith("ed") and clause.word(i + 1) in w.PLACES):
+            j = i + 1 + (word not in w.PLACES)
             while clause.word(j) in w.DETERMINERS:
                 j += 1
             if clause.word(j) in w.BODY:
                 i = j + 1
         if i == begin:
-            return i
+            break
+    return i
 
 
 def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
@@ -199,6 +219,8 @@ def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
     if _is_participle(word):  # "with a scarf playing guitar", but "a blonde smiling woman"
         after = i + 1
         return bool(lead.kind) or _begins_own(clause, after) or clause.word(after) in w.DETERMINERS
+    if clause.word(i + 1) in w.DETERMINERS:  # "opens the door": a verb that is in no list
+        return True
     return bool(lead.kind) and bool(_NO_COMPOUNDS.fullmatch(clause.word(lead.opener)))
 
 
@@ -212,10 +234,9 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     alone = lead.phrase == 0 or not clause.word(lead.phrase - 1)
     if lead.kind == "whose" or (not lead.kind and alone and following in w.AUXILIARIES | {"has", "have", "had"}):
         begin = lead.opener  # "her blonde hair is tied back": all of the clause is about the target
-        while clause.word(stop):
-            stop += 1
+        stop = clause.end_from(stop)
     elif following in w.AND and clause.word(last + 1):
-        begin, stop = _before_and(clause, lead, last)
+        begin, stop = _before_and(clause, lead, first, last)
     elif not _ends(clause, last, lead):
         return start, clause.ends[last - 1] if last > behind else end
     elif lead.kind == "of":
@@ -232,12 +253,23 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     return left, clause.ends[stop - 1] if stop > behind else end
 
 
-def _before_and(clause: Clause, lead: _Lead, last: int) -> tuple[int, int]:
-    """The same as indices of words, where word `last` is "and"."""
+def acts(clause: Clause, i: int) -> bool:
+    """Whether a participle is a verb: "smiling at her", "holding a cup", but not "piercing blue eyes"."""
+    word, after = clause.word(i), clause.word(i + 1)
+    return word in w.INTRANSITIVE or word in w.TRANSITIVE or not after or after in _OWN or after in w.DETERMINERS
+
+
+def _before_and(clause: Clause, lead: _Lead, first: int, last: int) -> tuple[int, int]:
+    """The same as indices of words, where the target is word `first`, and word `last` is "and"."""
     word = clause.word(last + 1)
-    if word in w.PRONOUNS and lead.kind:
+    bare = not lead.kind and lead.phrase == first
+    if bare and clause.word(first - 1):
+        return first, last  # "an unlisted [hat] and a scarf"
+    if (word in w.PRONOUNS and lead.kind) or (lead.kind == "is" and word in w.DETERMINERS):
         return lead.everything, last  # "a woman [with a scarf] and she smiles"
-    if _is_participle(word) or (_begins_own(clause, last + 1) and word not in w.VERBS | w.AUXILIARIES):
+    if (_is_participle(word) and acts(clause, last + 1)) or (
+        _begins_own(clause, last + 1) and word not in w.VERBS | w.AUXILIARIES
+    ):
         return lead.opener, last + (lead.kind != "and")  # "is [wearing a scarf and] holding a cup"
     if word in w.VERBS | w.AUXILIARIES:
         return lead.predicate, last + (lead.kind != "and")  # "who [is wearing a scarf and] has freckles"

@@ -26,7 +26,7 @@ AND = _set("and plus or nor & + et ou и или а")
 PREPOSITIONS = _set(
     "with without in on at by against under underneath beneath below above over behind beside besides near from "
     "into onto through among amid between around across along past toward towards inside outside within off to "
-    "during before after beyond opposite like for avec sans en à au aux dans sur sous contre devant derrière près "
+    "during before after beyond opposite like for as avec sans en à au aux dans sur sous contre devant derrière près "
     "chez vers pendant parmi entre с со в во на под над у возле около перед за из из-за к ко от без для при среди "
     "между через вдоль мимо о об"
 )
@@ -43,7 +43,8 @@ VERBS = _set(
     "надел надела несёт несет"
 )
 VERB_UNITS = _units(
-    "dressed in|clad in|dressed up in|covered in|covered with|covered by|filled with|full of|made of|surrounded by|"
+    "dressed in|dressed as|disguised as|clad in|dressed up in|covered in|covered with|covered by|filled with|full of|"
+    "made of|surrounded by|"
     "adorned with|decorated with|equipped with|armed with|coiffé de|coiffé d'|coiffée de|coiffée d'|vêtu de|vêtu d'|"
     "vêtue de|vêtue d'|vêtu en|vêtue en|habillé en|habillée en|"
     "держит в руках|держит в руке|одетый в|одетая в|одет в|одета в"
@@ -51,6 +52,10 @@ VERB_UNITS = _units(
 INTRANSITIVE = _set(
     "smiling laughing standing sitting walking running looking posing sleeping dancing crying jumping talking lying "
     "kneeling grinning frowning screaming leaning resting swimming staring gazing"
+)
+#: Participles that are verbs also where no article follows; of the others "-ing" may describe ("piercing blue eyes").
+TRANSITIVE = _set(
+    "wearing holding carrying riding playing eating reading drinking using hugging having showing making taking"
 )
 #: These end in "ing" and are nouns (or prepositions).
 NO_VERBS = _set(
@@ -76,7 +81,8 @@ PERSONS = _set(
 FILLERS = DETERMINERS | AND | AUXILIARIES | ADVERBS | RELATIVES | WHILE | PRONOUNS - {"on"}
 
 # What describes a thing and stands before it. Only between a target and the words that introduce it.
-_ADJECTIVES = _set(
+ADJECTIVES = _set(
+    "navy teal maroon turquoise cyan magenta cream khaki olive violet lavender scarlet crimson ivory burgundy auburn "
     "red orange yellow green blue purple pink brown black white grey gray golden gold silver blonde blond brunette "
     "beige dark light bright pale colorful colourful big large small little tiny huge long short medium wide narrow "
     "tall thick thin curly wavy straight messy fluffy fuzzy shiny soft old new vintage modern young beautiful "
@@ -92,7 +98,7 @@ BEHIND = re.compile(r"(?:roug|jaun)es?|(?:noir|bleu|vert|gris|brun)e?s?|blanc(?:
 #: Participles that tell of a garment or of hair, and not of who wears it.
 OF_THINGS = _set(
     "worn wrapped tied draped pulled styled braided parted swept flowing blowing cascading falling hanging framing "
-    "covering reaching loose fastened perched slung strapped hung dangling tucked pinned clipped"
+    "covering crossed reaching loose fastened perched slung strapped hung dangling tucked pinned clipped"
 )
 PLACES = _set("around on over in across behind under above between down")
 BODY = _set(
@@ -102,7 +108,7 @@ BODY = _set(
 
 
 def is_adjective(word: str) -> bool:
-    return word in _ADJECTIVES or bool(_ADJECTIVE.fullmatch(word))
+    return word in ADJECTIVES or bool(_ADJECTIVE.fullmatch(word))
 
 
 # -- scripts without spaces: what stands directly beside the target --------------------------------------------------
@@ -112,7 +118,7 @@ _ZH_MEASURE = "(?:[一两二三几]?[顶条件副个把只双头朵束位杯本�
 #: Chinese "wears a", with what describes the thing; a measure word alone counts only where nothing follows.
 ZH_VERB = re.compile(
     "(?:正在|正)?(?:头戴|佩戴|身穿|身着|手持|手拿|没有|[戴穿拿握抱背系围披带留撑打骑有])(?:着|了)?"
-    f"{_ZH_MEASURE}?{_ZH_COLOUR}{{0,3}}$"
+    f"(?:{_ZH_MEASURE}(?:[\u4e00-\u9fff]{{2}}的)?)?{_ZH_COLOUR}{{0,3}}$"
 )
 ZH_MEASURE = re.compile(f"{_ZH_MEASURE}{_ZH_COLOUR}{{0,3}}$")
 ZH_AT, ZH_PLACE = re.compile("[站坐躺靠走]?着?在$"), re.compile("前面?|上面?|里面?|中|旁边?|下面?|后面?")
@@ -123,7 +129,7 @@ JA_VERB = re.compile(
     "(?:ている|ていた|た|て)|[をがの](?:持つ|着る|かぶる|被る|かける|つける|する|さす|ある)"
     "|を[\u4e00-\u9fff]{1,2}[ぁ-ん]{0,3}?(?:[てで]いる|ながら|[むるうくぐすつぶただてで])(?![ぁ-ん])"
 )
-JA_OF = re.compile("姿?の")
+JA_OF = re.compile("姿?の|姿")
 JA_ADJECTIVE = re.compile("(?:(?:赤|青|黒|白|黄色|茶色|長|短|大き|小さ|新し|古)[いなの])+$")
 #: Korean: particle and verb behind the thing; and what describes it before.
 KO_VERB = re.compile(
@@ -133,4 +139,4 @@ KO_VERB = re.compile(
 KO_OF = re.compile("의")
 KO_ADJECTIVE = re.compile(r"(?:(?:빨간|파란|노란|검은|하얀|흰|긴|짧은|큰|작은)\s{1,2})+$")
 UNSPACED_AND_BEHIND = re.compile("和|与|跟|以及|及|还有|と|や|(?:와|과)(?=\\s)")
-UNSPACED_AND_BEFORE = re.compile("(?:和|与|跟|以及|及|还有|と|や)$")
+UNSPACED_AND_BEFORE = re.compile(r"(?:和|与|跟|以及|及|还有|と|や|(?:와|과)\s{1,2})$")
