@@ -46,7 +46,7 @@ BASE_PROMPTS: list[tuple[str, str, str]] = [
     ("a woman with a red scarf standing in the rain", "red scarf", "a woman standing in the rain"),
     ("a woman with a red scarf looking at the camera", "red scarf", "a woman looking at the camera"),
     ("a woman with a red scarf is smiling", "red scarf", "a woman is smiling"),
-    ("a woman with a red scarf that matches her coat", "red scarf", "a woman that matches her coat"),
+    ("a woman with a red scarf that matches her coat", "red scarf", "a woman"),
     ("a woman with a red scarf behind a window", "red scarf", "a woman behind a window"),
     ("a woman with a red scarf between two men", "red scarf", "a woman between two men"),
     ("a woman with a red scarf during a storm", "red scarf", "a woman during a storm"),
@@ -82,7 +82,7 @@ BASE_PROMPTS: list[tuple[str, str, str]] = [
     ("a woman, wearing a red hat, in a coat", "red hat", "a woman, in a coat"),
     ("with blonde hair, a woman", "blonde hair", "a woman"),
     ("wearing a red hat", "red hat", ""),
-    ("a woman with long blonde hair, park", "blonde hair", "a woman with long, park"),
+    ("a woman with long blonde hair, park", "blonde hair", "a woman, park"),
     ("a woman with long blonde hair, park", "long blonde hair", "a woman, park"),
     # -- the target is an adjective, or stands before its noun
     ("a blonde woman in a coat", "blonde", "a woman in a coat"),
@@ -140,12 +140,16 @@ BASE_PROMPTS: list[tuple[str, str, str]] = [
     ("the red scarf on a chair", "red scarf", "on a chair"),
 ]  # fmt: skip
 
-#: Base prompts that read as if something were missing, and where.
+#: Base prompts that read as if something were missing, which was where `~` is.
 BROKEN = [
-    ("a woman's, snow", "woman's"),
-    ("a man with a against a wall", "a"),
-    ("a man holding, fog", "holding"),
-    ("a photo of, street", "of"),
-    ("femme, a woman in the, park", "the"),
-    ("a cat on a", "a"),
+    "a woman's~, snow",
+    "a man with a~ against a wall",
+    "a man holding~, fog",
+    "a photo of~, street",
+    "femme, a woman in the~, park",
+    "a cat on a~",
+    "a man with long~, park",
+    "the man is~, park",
+    "~is standing, park",
+    "a woman ~ in a park",
 ]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import re
+from collections.abc import Callable, Sequence
+
 import pytest
 from transformers import CLIPTokenizer
 
-from spf_plugin.core.prompt import Prompt, Spans, Target, broken, parse_targets, split, strip_weights
+from spf_plugin.core.prompt import Kind, Piece, Prompt, Spans, Target, parse_targets, split, strip_weights
+from spf_plugin.core.prompt import spans as plain_spans
+from spf_plugin.core.serving import Clause
 from spf_plugin.families.clip_tokens import spans
+from spf_plugin.tools.check.reading import is_broken
 from tests import captions_table, tiny
 from tests.base_prompts import BASE_PROMPTS, BROKEN
 
@@ -62,31 +69,125 @@ def test_the_table_is_long_and_of_many_kinds() -> None:
     assert len({caption for caption, *_ in BASE_PROMPTS}) >= 110
 
 
-@pytest.mark.parametrize(("base", "where"), BROKEN)
-def test_a_base_prompt_that_reads_broken(base: str, where: str) -> None:
-    assert broken(base) == where
+@pytest.mark.parametrize("base", BROKEN)
+def test_a_base_prompt_that_reads_broken(base: str) -> None:
+    """The same words are no fault of ours where nothing was taken out."""
+    before, after = (Piece(text, Kind.BASE, 0) for text in base.split("~"))
+    assert is_broken(Prompt((before, Piece("x", Kind.TARGET), after)))
+    assert not is_broken(Prompt((before, after, Piece(", x", Kind.TARGET))))
 
 
 def test_the_tables_own_base_prompts_read_well() -> None:
-    assert {base for *_, base in BASE_PROMPTS if broken(base)} == {"a woman's, snow"}
+    """Each is what the code makes, which another test says."""
+    rows = [split(caption, parse_targets(targets)) for caption, targets, _ in [*BASE_PROMPTS, *captions_table.ROWS]]
+    assert {prompt.base for prompt in rows if is_broken(prompt)} == {"a woman's, snow", "a tall, woman"}
 
 
-@pytest.mark.parametrize(
-    "caption", ["a" + " " * 8000 + "blonde hair", ", ".join(["blonde hair"] * 700), "a woman with a " * 550, "(" * 8000]
-)
-def test_long_captions_take_time_in_proportion(caption: str) -> None:
-    """8 kB of anything: the tokenizer reads the caption's beginning a few times, and not each prefix of it."""
+@pytest.mark.parametrize(("caption", "targets"), captions_table.BROKEN)
+def test_what_no_rule_gets_right_is_said(caption: str, targets: str) -> None:
+    assert is_broken(split(caption, parse_targets(targets)))
+
+
+LONG = {
+    "spaces": "a woman with a" + " " * 8000 + "blonde hair",
+    "targets": "blonde hair " * 700,
+    "tags": ", ".join(["blonde hair"] * 700),
+    "no spaces": "blonde_hair," * 650,
+    "no target": "a woman with a " * 550,
+    "sentences": "a woman with blonde hair of that. " * 240,
+    "brackets": "(" * 4000 + "blonde hair" + ")" * 4000,
+    "more brackets": "(blonde hair ( " * 550,
+    "adjectives": "red " * 1900 + "blonde hair",
+    "who": "who is " * 1150 + "blonde hair",
+    "underscores": "blonde" + "_" * 8000 + "hair",
+    "Chinese": "戴着金发的女人" * 1150,
+}
+
+
+@pytest.mark.parametrize("limit", [75, 225])
+@pytest.mark.parametrize("caption", LONG.values(), ids=LONG)
+def test_long_captions_are_read_a_few_times_and_not_each_prefix(caption: str, limit: int) -> None:
     read = 0
 
     def tokenize(text: str) -> list[str]:
         nonlocal read
         read += len(text)
-        return text.split()
+        return re.findall(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[^\w\s]|_", text)
 
-    prompt = split(caption, parse_targets("blonde hair"))
+    prompt = split(caption, parse_targets("blonde hair|金发"))
     assert prompt.full == caption
-    spans(prompt, tokenize, 77, full=True)
-    assert read <= 100 * 1000 + 10 * len(caption)
+    for full in (True, False):
+        spans(prompt, tokenize, limit + 2, full=full)
+    # Words without spaces between them are read again for every piece, as far as the limit.
+    assert read <= 6 * len(caption) + (0 if " " in caption else limit * 40 * limit / 4)
+
+
+@pytest.mark.parametrize(
+    "caption", ["blonde hair " * 700, "a woman with blonde hair of that. " * 240, "blonde " * 1200]
+)
+def test_a_target_is_looked_for_once(caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at beside each of many targets is no more of the caption when there are more of them."""
+    looked = 0
+    word = Clause.word
+
+    def counted(self: Clause, i: int) -> str:
+        nonlocal looked
+        looked += 1
+        return word(self, i)
+
+    monkeypatch.setattr(Clause, "word", counted)
+    split(caption, parse_targets("blonde hair"))
+    assert looked < 30 * len(caption)
+
+
+def by_prefixes(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], limit: int, *, full: bool) -> list[list[int]]:
+    """The positions of every base phrase, and of the target, by tokenizing every prefix of the prompt."""
+    count = 1 + max((piece.phrase for piece in prompt.pieces), default=-1)
+    found: list[list[int]] = [[] for _ in range(count + 1)]
+    text, begin = "", 0
+    for piece in prompt.pieces:
+        if piece.in_full if full else piece.in_base:
+            text += piece.text
+            end = min(len(tokenize(text)), limit)
+            if piece.kind is Kind.TARGET or piece.phrase >= 0:
+                found[piece.phrase].extend(range(begin, end))
+            begin = max(begin, end)
+    return [*found, [begin]]
+
+
+def test_spans_are_those_of_every_prefix(tokenizer: CLIPTokenizer) -> None:
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(strip_weights(text), add_special_tokens=False, verbose=False).input_ids
+
+    generator = random.Random(3)
+    bits = [
+        "a",
+        "woman",
+        "with",
+        "blonde hair",
+        "hat",
+        ",",
+        ", ",
+        "(",
+        ":1.2)",
+        "帽子",
+        "赤い",
+        "の",
+        "e\u0301",
+        " ",
+        "\u3000",
+    ]
+    mixed = ["".join(generator.choice(bits) + generator.choice(["", " "]) for _ in range(25)) for _ in range(150)]
+    captions = [(caption, targets) for caption, targets, _ in captions_table.ROWS]
+    for caption, targets in [*captions, *((caption, "blonde hair|hat->cap|帽子") for caption in mixed)]:
+        prompt = split(caption, parse_targets(targets))
+        assert prompt.full == caption
+        assert prompt.has_target or prompt.base == caption
+        for limit in (6, 75):
+            for full in (True, False):
+                found = plain_spans(prompt, tokenize, limit, full=full)
+                expected = by_prefixes(prompt, tokenize, limit, full=full)
+                assert [*map(list, found.phrases), list(found.target), [found.end]] == expected, caption
 
 
 def test_long_sentence_becomes_several_phrases() -> None:

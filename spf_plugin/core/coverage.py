@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spf_plugin.core.prompt import Target, split
+from spf_plugin.core.prompt import COMMA, Target, split
 
 _SHOWN = 5
 
@@ -43,7 +43,7 @@ def coverage(captions: Sequence[tuple[str, Sequence[Target] | None]], targets: S
     without = tuple(
         caption for caption, own in captions if not split(caption, targets if own is None else own).has_target
     )
-    parts = Counter(part.strip() for caption in without for part in caption.split(",") if part.strip())
+    parts = Counter(part.strip() for caption in without for part in COMMA.split(caption) if part.strip())
     unused = tuple(
         target
         for target in targets

@@ -20,7 +20,7 @@ from spf_plugin.core.words import AND, DETERMINERS, UNSPACED_AND_BEHIND, is_adje
 
 LONG_PHRASE_WORDS = 8
 _SURE = 32  # tokens beyond the limit; what follows in the same word merges with fewer
-_COMMA = re.compile("[,\uff0c\u3001]")  # also full-width, and Chinese and Japanese lists'
+COMMA = re.compile("[,\uff0c\u3001]")  # also full-width, and Chinese and Japanese lists'
 _LONG_SPLIT = re.compile(r"(?=\s(?:with|wearing|in|and|on|at|by|standing|sitting|looking)\s)", re.IGNORECASE)
 _WEIGHT_SYNTAX = re.compile(r"\\([()\[\]\\])|:[+-]?[.\d]+\)|[()\[\]]")
 _JOINING = AND | {"with", "wearing", "wears", "has", "having", "in"}
@@ -129,16 +129,22 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
     """
     kinds = [Kind.BASE] * len(caption)
     hits: list[_Hit] = []
+    small: list[int] = []
     start = 0
-    for comma in (*_COMMA.finditer(caption), None):
+    for comma in (*COMMA.finditer(caption), None):
         end = comma.start() if comma else len(caption)
         found = _hits(caption[start:end], targets)
         if found:
             _mark_part(kinds, caption[start:end], start, found)
+            small += _small_words(kinds, caption[start:end], start, found)
             hits += [(first + start, last + start, target) for first, last, target in found]
         if comma:
             kinds[end] = Kind.SEPARATOR
             start = comma.end()
+    rest = set(small)
+    if any(kinds[i] is Kind.BASE and caption[i].isalnum() for i in range(len(caption)) if i not in rest):
+        for i in small:  # only where something else is left: "she" says more than nothing
+            kinds[i] = Kind.DROPPED
     for first, last, _ in hits:
         kinds[first:last] = [Kind.TARGET] * (last - first)
     if hits:
@@ -181,28 +187,23 @@ def _mark_part(kinds: list[Kind], part: str, offset: int, hits: Sequence[_Hit]) 
         else:
             start, end = serving.around(clause, start, end)
         drop(start, end)
-    stays = [first for first, _, target in hits if target.replacement]
-    _drop_small_words(kinds, clause, offset, stays)
 
 
-def _drop_small_words(kinds: list[Kind], clause: Clause, offset: int, stays: Sequence[int]) -> None:
-    """Where nothing but "she" or "there" is left of a clause that had a target, that goes too."""
+def _small_words(kinds: Sequence[Kind], part: str, offset: int, hits: Sequence[_Hit]) -> list[int]:
+    """The characters of clauses that had a target, and of which nothing is left but "she" or "there"."""
+    clause = Clause.read(part)
+    replaced = [first for first, _, target in hits if target.replacement]
+    found: list[int] = []
     begin = 0
-    for i in range(len(clause.words) + 1):
-        if clause.word(i):
-            continue
+    for i in (*clause.signs, len(clause.words)):
         if begin < i:
             start, end = clause.starts[begin], clause.ends[i - 1]
-            left = []
-            for word, first, last in zip(
-                *(x[begin:i] for x in (clause.words, clause.starts, clause.ends)), strict=True
-            ):
-                if Kind.BASE in kinds[offset + first : offset + last]:
-                    left.append(word)
-            replaced = any(start <= first < end for first in stays)
-            if len(left) < i - begin and not replaced and serving.says_nothing(left):
-                kinds[offset + start : offset + end] = [Kind.DROPPED] * (end - start)
+            places = zip(clause.words[begin:i], clause.starts[begin:i], clause.ends[begin:i], strict=True)
+            left = [word for word, first, last in places if Kind.BASE in kinds[offset + first : offset + last]]
+            if len(left) < i - begin and serving.says_nothing(left) and not any(start <= r < end for r in replaced):
+                found += range(offset + start, offset + end)
         begin = i + 1
+    return found
 
 
 def _runs(part: str, clause: Clause, hits: Sequence[_Hit]) -> list[_Hit]:
@@ -232,7 +233,7 @@ def _with_signs(part: str, start: int, end: int) -> tuple[int, int]:
 def _pieces(caption: str, kinds: Sequence[Kind], hits: Sequence[_Hit]) -> list[Piece]:
     """Runs of one kind; every comma and every target is a piece of its own."""
     borders = {0, len(caption), *(place for first, last, _ in hits for place in (first, last))}
-    borders |= {place for comma in _COMMA.finditer(caption) for place in comma.span()}
+    borders |= {place for comma in COMMA.finditer(caption) for place in comma.span()}
     borders |= {i for i in range(1, len(caption)) if kinds[i] is not kinds[i - 1]}
     replacements = {last: target.replacement for _, last, target in hits}
     places = sorted(borders)
@@ -250,7 +251,7 @@ def _number_phrases(pieces: list[Piece]) -> list[Piece]:
     phrase = -1
     fresh = True  # the next base piece opens a new phrase
     for piece in pieces:
-        if piece.kind in (Kind.SEPARATOR, Kind.DROPPED) and _COMMA.fullmatch(piece.text):
+        if piece.kind in (Kind.SEPARATOR, Kind.DROPPED) and COMMA.fullmatch(piece.text):
             fresh = True
             out.append(piece)
         elif piece.kind is not Kind.BASE:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, broken, split
+from spf_plugin.core.prompt import COMMA, Kind, Prompt, Spans, Target, split
 from spf_plugin.families.clip_tokens import spans
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
+from spf_plugin.tools.check.reading import is_broken
 from spf_plugin.tools.check.spelling import near_misses
 from spf_plugin.tools.check.tokens import Tokenizer
 
@@ -112,13 +113,13 @@ def _targets_themselves(rows: Sequence[Described]) -> list[Finding]:
     found = []
     targets = list(dict.fromkeys(target for row in rows for target in row.targets))
     for target in targets:
-        if "," in target.phrase:
+        if COMMA.search(target.phrase):
             found.append(
                 Finding(
                     "error",
                     "comma-in-target",
                     f"the target {target.phrase!r} has a comma, and captions are split at commas: it is never found",
-                    f"Name the parts: spf_target={'|'.join(p.strip() for p in target.phrase.split(','))}",
+                    f"Name the parts: spf_target={'|'.join(p.strip() for p in COMMA.split(target.phrase))}",
                 )
             )
         if _CONNECTIVE.search(target.phrase):
@@ -212,9 +213,13 @@ def _near(rows: Sequence[Described]) -> list[Finding]:
     return found
 
 
+def _first_target(row: Described) -> str:
+    return next(t.phrase for t in row.targets if not t.replacement and t.pattern.search(row.prompt.full))
+
+
 def _broken(rows: Sequence[Described]) -> list[Finding]:
     """A base prompt that lacks a word: the reference is drawn for it, and the LoRA learns what it does not say."""
-    mine = [row for row in rows if row.prompt.has_target and broken(row.prompt.base) and not broken(row.prompt.full)]
+    mine = [row for row in rows if is_broken(row.prompt)]
     if not mine:
         return []
     return [
@@ -223,7 +228,8 @@ def _broken(rows: Sequence[Described]) -> list[Finding]:
             "broken-base",
             f"{of(len(names(mine)), count_of(rows))} read as if something were missing without the target: "
             f"{quoted([row.prompt.base for row in mine])}",
-            "Let the target name the words around it too, or say what stands in its place: spf_target=TARGET->WORDS",
+            f"Say what stands in its place: spf_target={_first_target(mine[0])}->WORDS. Or let the target name the "
+            "words around it too",
             names(mine),
         )
     ]
