@@ -78,6 +78,7 @@ class Attachment:
         self._shown_loss: Tensor | None = None  # the host's loss of the last step that was its own
         self._schedule: Schedule | None = None
         self._started = False
+        self._aligned_before = False  # when the run was saved that this one resumes
         self._final: State | None = None  # of a run that has ended, whose host may save it only then
         self._pending: Tensor | None = None
         self._pending_response: tuple[Tensor, Tensor] | None = None  # prediction, gradient with respect to it
@@ -133,7 +134,7 @@ class Attachment:
     def _state(self) -> State:
         if self._final is not None:
             return self._final
-        values: dict[str, Any] = {"step": self.step}
+        values: dict[str, Any] = {"step": self.step, "stage": self.stage}
         if self._partner is None:
             return State(values)
         shown = 0.0 if self._shown_loss is None else float(self._shown_loss)
@@ -142,6 +143,12 @@ class Attachment:
 
     def _load_state(self, state: State) -> None:
         self.step, waiting = int(state.values["step"]), state.values.get("pair")
+        if state.values.get("stage") == 2 and self.stage == 1:
+            self._aligned_before = True
+            logger.warning(
+                f"SPF: the run was aligned when it was saved, at step {self.step}, and stays so, though its "
+                f"spf_stage2_start is a later step of the {self.host.max_train_steps} that it has now"
+            )
         if waiting and state.tensors and self.config.pairs:
             self._partner = Partner.of(waiting, state.tensors)
         self._shown_loss = torch.tensor(float(waiting["loss"])) if waiting else None
@@ -151,8 +158,8 @@ class Attachment:
 
     @property
     def stage(self) -> int:
-        """1: plain fine-tuning; 2: dual-path alignment."""
-        return 1 if self.step < self.config.stage2_step(self.host.max_train_steps) else 2
+        """1: plain fine-tuning; 2: dual-path alignment. A resumed run does not fall back to 1."""
+        return 2 if self._aligned_before or self.step >= self.config.stage2_step(self.host.max_train_steps) else 1
 
     def _aligns_now(self) -> bool:
         """Whether a prediction that is no second step runs both paths in order to train."""
@@ -208,7 +215,7 @@ class Attachment:
         self._started = True
         if self.host.first_step is not None:
             self.step = self.host.first_step
-        if self.config.active:
+        if self.config.active and not self._aligned_before:
             steps = self.host.max_train_steps
             start = self.config.stage2_step(steps)
             if start >= steps:
@@ -266,7 +273,7 @@ class Attachment:
         if self.numbers.taking:  # the mean over the samples that have it, as of every term
             self.numbers.values["spf/base_preservation"] = float(error.detach().sum() / which.sum().clamp_min(1))
         weight = self.schedule.error_weight(timesteps).to(error.device)
-        self._pending = self.config.base_preservation_multiplier * (weight * error).mean()
+        self._pending = self.config.base_preservation_multiplier * (weight * partner.weighted(error)).mean()
         link = linked(family.text(call))
         if link is not None:
             self._pending = self._pending + link
@@ -278,6 +285,7 @@ class Attachment:
         noisy_latents, timesteps = family.noisy_latents(call), family.timesteps(call)
         base_call = family.with_text(call, self.text.base_text(text, family.text(call), text_encoder_trained=trained))
         weights = self.text.distances(text)  # before the passes: this moves tensors, which would wait for them
+        sample_weights = self.host.sample_weights(self.host.batch)
         reference = self._reference(base_call, text)
         # A run that only measures keeps the host's own kind of checkpointing, and with it plain training's last bit.
         with self.host.recomputable() if config.active else nullcontext(), capture(self.layers) as seen:
@@ -299,6 +307,7 @@ class Attachment:
             multipliers=config.multipliers,
             preserve_multiplier=config.base_preservation_multiplier,
             noise_weight=self.schedule.error_weight(timesteps).to(prediction.device),
+            sample_weight=sample_weights,
         )
         step = Step(
             self.step, text, text.has_target & aligned, timesteps, noisy_latents, self.schedule, reference, response,
@@ -322,6 +331,7 @@ class Attachment:
                 not trained,
                 tuple(text.base),
                 tuple(text.full),
+                sample_weights,
             )
         if self.enhancement is not None:
             term = self.enhancement(step, self.host.batch)

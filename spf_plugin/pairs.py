@@ -18,7 +18,7 @@ from torch import Tensor
 from spf_plugin.families.base import Text
 from spf_plugin.seam import Call
 
-_EPS_REF, _WHICH = "eps_ref", "which"
+_EPS_REF, _WHICH, _WEIGHTS = "eps_ref", "which", "sample_weights"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Partner:
         encoded: whether the text in `call` is final; else the text encoder is trained and encodes `base` anew.
         base: the base prompts,
         full: and the full prompts, beside which the host pads them.
+        weights: `[B]`, of the samples' losses; None: 1.
     """
 
     call: Call
@@ -53,6 +54,11 @@ class Partner:
     encoded: bool
     base: tuple[str, ...]
     full: tuple[str, ...]
+    weights: Tensor | None = None
+
+    def weighted(self, error: Tensor) -> Tensor:
+        """An error of each sample, `[B]`, as much as it weighs."""
+        return error if self.weights is None else error * self.weights.to(error.device, error.dtype)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What JSON takes of it, and its tensors on the CPU, as a safetensors file takes them. None where the call has
@@ -63,6 +69,7 @@ class Partner:
         except TypeError:
             return None
         tensors |= {_EPS_REF: self.eps_ref, _WHICH: self.which}
+        tensors |= {} if self.weights is None else {_WEIGHTS: self.weights}
         kept = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         return {"call": structure, "encoded": self.encoded, "base": list(self.base), "full": list(self.full)}, kept
 
@@ -80,6 +87,7 @@ class Partner:
             bool(values["encoded"]),
             tuple(values["base"]),
             tuple(values["full"]),
+            tensors.get(_WEIGHTS),
         )
 
 

@@ -18,17 +18,18 @@ MADE = {
     "hosts/kohya/rules.py": {
         "trainer_problem",
         "look",
-        "_cached_text_problems",
         "_base_problems",
         "_target_problems",
         "_dit_problems",
+        "_dropout_problems",
     },
+    "hosts/kohya/cached_text.py": set(),
     "adapter/quantised.py": {"problems", "device_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.
-RETURNED = {"trainer_problem", "_read_file", "parse", "key_values"}
+RETURNED = {"trainer_problem", "_read_file", "parse", "key_values", "by_time", "by_encoding"}
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"core/sfcm.py", "core/losses.py"}
 

@@ -112,6 +112,9 @@ class ToyHost:
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         return batch.get("targets", [])
 
+    def sample_weights(self, batch: Any) -> Tensor | None:
+        return batch.get("weights")
+
     def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -143,11 +146,12 @@ class Run:
         config = parse({**usual, **settings})
         self.spf = Attachment(self.host, config, known.find(self.unet), adapter)
         self.spf.open()
+        self.weights: Tensor | None = None  # of the host's own loss
         self.t = 500  # half signal, half noise: `losses.noise_weight` is 1
         self.z, self.more = torch.randn(len(captions), 4, 12, 16), dict[str, Tensor]()
 
     def predict(self) -> Tensor:
-        self.host.batch = {"captions": self.captions}
+        self.host.batch = {"captions": self.captions, "weights": self.weights}
         t, hidden = torch.full((len(self.captions),), self.t), self.host.encode(self.captions)["hidden"]
         return self.unet(self.z, t, hidden, **self.more)
 
@@ -395,12 +399,15 @@ def test_a_partner_survives_being_saved() -> None:
         {"context": torch.randn(2, 3, 4), "added": {"sizes": [torch.ones(2, 2)], "y": None}, "return_dict": True},
     )
     eps = torch.randn(2, 4, 3, 3).to(torch.bfloat16)
-    given = Partner(call, eps, torch.tensor([True, False]), True, ("a", "b"), ("a c", "b"))
+    given = Partner(call, eps, torch.tensor([True, False]), True, ("a", "b"), ("a c", "b"), torch.tensor([1.0, 0.5]))
     kept = given.state()
     assert kept is not None
     read = Partner.of(json.loads(json.dumps(kept[0])), kept[1])
     assert torch.equal(read.eps_ref, given.eps_ref)
     assert torch.equal(read.which, given.which)
+    assert read.weights is not None
+    assert torch.equal(read.weights, torch.tensor([1.0, 0.5]))
+    assert Partner.of(kept[0], {name: t for name, t in kept[1].items() if name != "sample_weights"}).weights is None
     assert (read.encoded, read.base, read.full) == (True, ("a", "b"), ("a c", "b"))
     assert all(torch.equal(a, b) for a, b in zip(read.call.args, call.args, strict=True))
     assert torch.equal(read.call.kwargs["context"], call.kwargs["context"])
@@ -427,7 +434,7 @@ def test_a_run_resumed_within_a_pair_goes_on_as_an_uninterrupted_one() -> None:
     assert first.spf._partner is None
     assert first.host.saved().values == state.values
     assert first.host.saved().tensors.keys() == state.tensors.keys()
-    assert set(state.values) == {"step", "pair"}
+    assert set(state.values) == {"step", "stage", "pair"}
     second = Run(CAPTIONS)
     with torch.no_grad():
         second.weight.copy_(first.weight)
@@ -648,9 +655,49 @@ def test_state() -> None:
     for _ in range(3):
         run.step()
     assert run.host.saved is not None
-    assert run.host.saved() == State({"step": 3})
+    assert run.host.saved() == State({"step": 3, "stage": 2})
     run.spf._load_state(State({"step": 8}))
     assert run.spf.step == 8
+
+
+def test_more_steps_do_not_take_a_resumed_run_back_to_plain_training(caplog: pytest.LogCaptureFixture) -> None:
+    first = Run(CAPTIONS, **UNPAIRED, spf_stage2_start="0.5")
+    for _ in range(6):
+        first.step()
+    assert first.host.saved is not None
+    state = first.host.saved()
+    assert state.values == {"step": 6, "stage": 2}
+    for reached, stage in ((state, 2), (State({"step": 6, "stage": 1}), 1), (State({"step": 6}), 1)):
+        caplog.clear()
+        second = Run(CAPTIONS, **UNPAIRED, spf_stage2_start="0.5")
+        second.host.max_train_steps = 40
+        second.spf._load_state(reached)
+        second.step()
+        assert second.spf.stage == stage
+        assert ("stays so" in caplog.text) == (stage == 2)
+        assert ("spf/output" in second.spf.numbers.values) == (stage == 2)
+    same = Run(CAPTIONS, **UNPAIRED, spf_stage2_start="0.5")
+    caplog.clear()
+    same.spf._load_state(state)
+    assert (same.spf.stage, caplog.text) == (2, "")
+
+
+def test_a_sample_that_weighs_nothing_to_the_host_weighs_nothing_to_spf() -> None:
+    """A regularisation image with --prior_loss_weight 0: one that only preserves, or one that says the target."""
+    for other in ("a man, blue shirt", CAPTIONS[1]):
+        added = []
+        for weights in (None, torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])):
+            run = Run([CAPTIONS[0], other])
+            run.weights = weights
+            both = []
+            for _ in range(2):
+                shown = mean_square(run.step())
+                both.append(run.host.accelerator.losses[-1] - (shown if not both else run.host.losses[-1]))
+            added.append(torch.tensor(both))
+        assert torch.equal(added[0], added[1])
+        torch.testing.assert_close(added[2] + added[3], added[0])
+        assert (added[2] > 0).all()
+        assert bool(added[3][0] > 0)
 
 
 def test_config_without_weights_only_measures() -> None:

@@ -288,6 +288,94 @@ def test_a_check_changes_nothing_on_the_disk(run: Run) -> None:
     assert everything(run.folder) == before
 
 
+@pytest.mark.parametrize(
+    ("start", "options", "level"),
+    [
+        ("1000", {"max_train_epochs": 3}, "error"),  # 60 images an epoch
+        ("180", {"max_train_epochs": 3}, "error"),
+        ("179", {"max_train_epochs": 3}, None),
+        ("45", {"max_train_epochs": 3, "train_batch_size": 4}, "warning"),  # unless buckets make more batches
+        ("54", {"max_train_epochs": 3, "train_batch_size": 4}, "error"),
+        ("44", {"max_train_epochs": 3, "train_batch_size": 4}, None),
+        ("60", {"max_train_epochs": 3, "gradient_accumulation_steps": 3}, "error"),
+        ("59", {"max_train_epochs": 3, "gradient_accumulation_steps": 3}, None),
+        ("0.999", {"max_train_epochs": 3}, "error"),
+        ("0.5", {"max_train_epochs": 3}, None),
+    ],
+)
+def test_an_alignment_after_the_last_epoch(run: Run, start: str, options: dict[str, Any], level: str | None) -> None:
+    run.args("spf_target=blonde hair", f"spf_stage2_start={start}")
+    run.set(max_train_steps=None, **options)
+    found = [finding.level for finding in look(run).findings if finding.code == "never-aligned"]
+    assert found == ([level] if level else [])
+
+
+def test_the_batch_size_of_a_dataset_and_regularisation_images_count(run: Run) -> None:
+    run.args("spf_target=blonde hair", "spf_stage2_start=30")
+    run.dataset(_own_subset(num_repeats=10).replace("resolution = 512", "resolution = 512\nbatch_size = 6"))
+    run.set(max_train_steps=None, max_train_epochs=1, train_batch_size=1)
+    (finding,) = [finding for finding in look(run).findings if finding.code == "never-aligned"]
+    assert "the run ends at about step 10" in finding.message
+    both = {"image_dir": "data/10_hair", "caption_extension": ".txt", "num_repeats": 10}
+    reg = {**both, "is_reg": True, "num_repeats": 1}
+    run.dataset(toml.dumps({"datasets": [{"resolution": 512, "batch_size": 6, "subsets": [both, reg]}]}))
+    (finding,) = [finding for finding in look(run).findings if finding.code == "never-aligned"]
+    assert "about step 20" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("caption", "options", "lost"),
+    [
+        ("a man, tree, blonde hair", {"caption_tag_dropout_rate": 0.2}, True),
+        ("blonde hair, a man, tree", {"caption_tag_dropout_rate": 0.2, "keep_tokens": 1}, False),
+        ("a man ||| blonde hair, tree", {"caption_tag_dropout_rate": 0.2, "keep_tokens_separator": "|||"}, True),
+        ("blonde hair ||| a man, tree", {"caption_tag_dropout_rate": 0.2, "keep_tokens_separator": "|||"}, False),
+        ("a man ||| tree ||| blonde hair", {"caption_tag_dropout_rate": 0.2, "keep_tokens_separator": "|||"}, False),
+        ("blonde hair, a man", {"caption_tag_dropout_rate": 0.2, "keep_tokens_separator": "|||"}, True),
+        ("a man, tree, blonde hair", {"token_warmup_step": 0.5}, True),
+        ("blonde hair, a man, tree", {"token_warmup_step": 100}, False),
+        ("a man, blonde hair, tree", {"token_warmup_step": 100, "token_warmup_min": 2}, False),
+        ("a man, blonde hair, tree", {"token_warmup_step": 100, "keep_tokens": 1}, False),
+        ("a man;;;blonde hair, tree", {"token_warmup_step": 100, "secondary_separator": ";;;"}, False),
+        ("a man, blonde hair, tree", {}, False),
+    ],
+)
+def test_a_target_that_dropout_or_warm_up_takes_away(
+    run: Run, caption: str, options: dict[str, Any], lost: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.captions(lambda _: caption)
+    run.dataset(_own_subset(**options))
+    assert ("target-dropped" in codes(look(run))) == lost
+    with caplog.at_level("WARNING"):
+        assert stops_of_the_run(run) == []
+    assert ("takes the target out of 6 of 6 captions" in caplog.text) == lost
+
+
+def test_epochs_without_captions(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    for every, much in ((2, True), (5, False)):
+        caplog.clear()
+        run.dataset(_own_subset(caption_dropout_every_n_epochs=every))
+        assert ("caption-dropout" in codes(look(run))) == much
+        stops_of_the_run(run)
+        assert ("up to 50% of the captions of 6 of 6 images are dropped" in caplog.text) == much
+
+
+def test_captions_that_cache_info_keeps(run: Run) -> None:
+    """The host reads them and no file, the edited one and new images neither; not where there is nothing yet."""
+    run.dataset(_own_subset(cache_info=True))
+    assert not look(run).findings
+    _kept_info(run)
+    (run.images / "p6.png").write_bytes((run.images / "p0.png").read_bytes())
+    report = look(run)
+    assert report.rows[0].prompt.full == CAPTIONS[0]
+    assert report.images == 6
+    assert "1 captions are not those of their files, e.g. p0.txt" in str(report.findings)
+    run.caption(0, CAPTIONS[0])
+    assert "stops" not in codes(look(run))
+    (run.images / "metadata_cache.json").write_text("[", encoding="utf-8")
+    assert "metadata" in codes(look(run), "error")
+
+
 def test_an_output_folder_that_the_run_could_not_make(run: Run) -> None:
     run.set(output_dir="run.toml/loras")
     assert "output_dir run.toml/loras: nothing can be written there: Not a directory." in str(look(run).findings)
@@ -382,6 +470,16 @@ def _changed_caption(run: Run) -> None:
     os.utime(run.images / "p0_te_outputs.npz", (1000, 1000))
 
 
+def _kept_info(run: Run) -> None:
+    """What the host wrote at an earlier run; then a caption was edited."""
+    rows = {}
+    for path in sorted(run.images.glob("*.png")):
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+        rows[str(path)] = {"caption": caption, "resolution": [16, 16]}
+    (run.images / "metadata_cache.json").write_text(json.dumps(rows), encoding="utf-8")
+    run.caption(0, "a boy, blonde hair")
+
+
 def _every_option(run: Run) -> None:
     _xl(run, save_model_as="pt", torch_compile=True, fp8_base_unet=True, output_dir="run.toml/loras")
     run.args("spf_target=green hair", "spf_base=int8", "spf_network=lycoris.kohya", "algo=lokr")
@@ -410,6 +508,27 @@ FAULTS: dict[str, Callable[[Run], object]] = {
     "absent target": lambda r: r.args("spf_target=green hair"),
     "absent target of a subset": lambda r: r.dataset(_own_subset(custom_attributes={"spf_target": "hat|wings"})),
     "empty captions": lambda r: r.captions(lambda caption: ""),
+    "cut targets": lambda r: r.captions(lambda caption: "a tree, " * 40 + caption),
+    "cut targets of a longer text": lambda r: (
+        r.captions(lambda caption: "a tree, " * 80 + caption),
+        r.set(max_token_length=225),
+    ),
+    "no caption at any step": lambda r: r.dataset(_own_subset(caption_dropout_every_n_epochs=1)),
+    "captions kept by cache_info": lambda r: (r.dataset(_own_subset(cache_info=True)), _kept_info(r)),
+    "nothing but the target": lambda r: r.captions(lambda caption: "blonde hair"),
+    "masks drop a target": lambda r: r.dataset(
+        _own_subset(custom_attributes={"spf_target": "hat"}, conditioning_data_dir="masks")
+    ),
+    "wildcards not read": lambda r: (
+        r.dataset(_own_subset(enable_wildcard=True)),
+        r.caption(0, "a {man|woman}, blonde hair"),
+        _xl(r),
+    ),
+    "separator not read": lambda r: (
+        r.dataset(_own_subset(secondary_separator=";;;")),
+        r.caption(0, "a man;;;blonde hair"),
+        _xl(r),
+    ),
     "many": _every_option,
 }
 
@@ -417,6 +536,10 @@ FAULTS: dict[str, Callable[[Run], object]] = {
 def _own_subset(**options: object) -> str:
     own = {"image_dir": "data/10_hair", "caption_extension": ".txt", **options}
     return toml.dumps({"datasets": [{"resolution": 512, "subsets": [own]}]})
+
+
+def _estimating(text: str, **_: Any) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=tokens.estimate(text))
 
 
 def stops_of_the_run(run: Run) -> list[str]:
@@ -434,9 +557,19 @@ def stops_of_the_run(run: Run) -> list[str]:
         )
         for path in sorted(run.images.glob("*.png"))
     }
-    data = SimpleNamespace(image_data=images, image_to_subset=dict.fromkeys(images, subset))
+    kept = run.images / "metadata_cache.json"
+    if kept.is_file():
+        for key, row in json.loads(kept.read_text(encoding="utf-8")).items():
+            images[Path(key).name].caption = row["caption"]
+    subsets = {"image_to_subset": dict.fromkeys(images, subset)}
+    data = SimpleNamespace(image_data=images, **subsets)
+    if hasattr(subset, "conditioning_data_dir"):  # the host's ControlNetDataset
+        subset.custom_attributes = {}
+        data = SimpleNamespace(image_data=images, dreambooth_dataset_delegate=SimpleNamespace(**subsets))
     trainer = SimpleNamespace(is_sdxl="xl" in args.pretrained_model_name_or_path)
-    host = KohyaHost({"self": trainer, "args": args, "train_dataset_group": SimpleNamespace(datasets=[data])}, [])
+    args.weighted_captions = False
+    names = {"self": trainer, "args": args, "train_dataset_group": SimpleNamespace(datasets=[data])}
+    host = KohyaHost({**names, "tokenizers": _estimating}, [])
     return host.problems(parse(split_words(args.network_args)[0], host.folders()))
 
 
@@ -456,8 +589,12 @@ def test_every_rule_has_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.chdir(run.folder)
         spoil(run)
         said += stops_of_the_run(run)
-    elsewhere = ("trainer_problem", "_dit_problems")  # tests/test_kohya_host.py, tests/hosts/test_anima.py
-    rules = [m for m in all_messages() if m.place.startswith("hosts/kohya/rules.py") and m.function not in elsewhere]
+    elsewhere = ("trainer_problem", "_dit_problems", "by_encoding")  # of the run alone, as what the device says
+    rules = [
+        m
+        for m in all_messages()
+        if m.place.startswith(("hosts/kohya/rules.py", "hosts/kohya/cached_text.py")) and m.function not in elsewhere
+    ]
     rules += [m for m in all_messages() if m.place.startswith("adapter/quantised.py") and m.function == "problems"]
     assert len(rules) >= 15
     assert [message.text for message in rules if not any(map(message.made, said))] == []
@@ -584,8 +721,12 @@ def test_the_host_reads_the_same(tmp_path: Path, host: Path, monkeypatch: pytest
     }
     names |= {"image-missing", "folder-without-repeats", "empty-caption-file", "not-utf8", "loose-images"}
     runs = []
-    for i, (code, _, spoil) in enumerate([("good", "", lambda r: None), *MISTAKES]):
-        if code in names | {"good"}:
+    more: list[tuple[str, str, Callable[[Run], object]]] = [
+        ("good", "", lambda r: None),
+        ("kept", "", lambda r: (r.dataset(_own_subset(cache_info=True)), _kept_info(r))),
+    ]
+    for i, (code, _, spoil) in enumerate([*more, *MISTAKES]):
+        if code in names | {"good", "kept"}:
             monkeypatch.chdir(tmp_path)
             run = good(tmp_path / f"{i:02d}-{code}")
             monkeypatch.chdir(run.folder)

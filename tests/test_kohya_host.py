@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -12,11 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import toml
 import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya.captions import prompts
 from spf_plugin.hosts.kohya.frames import local_variables, raw_network_args, training_frame
+from spf_plugin.hosts.kohya.images import dropped_targets
 from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.hosts.kohya.rules import trainer_problem, unwritable
 from spf_plugin.hosts.kohya.text import TextEncoding
@@ -270,6 +275,100 @@ def test_wildcards_count_as_the_host_may_draw_them() -> None:
     assert host({"a": ("a woman, {blonde|golden} hair", either)}).problems(parse({"spf_target": "golden hair"})) == []
 
 
+CHOICES = "{" + "|".join("abcdefgh") + "}"
+
+
+@pytest.mark.parametrize(
+    ("caption", "count"),
+    [
+        # 512 products, of which the first 32 end in a or b
+        (f"{CHOICES}, {CHOICES}, a {CHOICES[:-1]}|golden}} hair", 9),
+        (f"{CHOICES} {CHOICES} {CHOICES[:-1]}|golden hair}}", 200),
+        ("\n".join([f"a man, {CHOICES}"] * 9 + ["a woman, golden hair"]), 10),
+        (
+            f"a woman with {{blonde|golden}} {{hair|wig}} and {CHOICES} {CHOICES} {CHOICES}".replace(
+                "hair|wig", "wig|hair"
+            ),
+            300,
+        ),
+        ("{{a|b}} {golden hair|c}", 3),
+        ("a woman, {" + "|".join(map(str, range(3000))) + "|golden hair}", 3001),
+    ],
+)
+def test_every_choice_and_line_is_looked_at_and_no_products(caption: str, count: int) -> None:
+    either = SimpleNamespace(enable_wildcard=True)
+    found = prompts(caption, either)
+    assert len(found) <= count
+    assert any("golden hair" in text for text in found)
+    images = {"a": (caption, either), "b": ("a dog", either)}
+    assert host(images).problems(parse({"spf_target": "golden hair"})) == []
+
+
+def test_braces_are_read_as_the_host_reads_them() -> None:
+    """Its own two steps, with all first and all second choices."""
+
+    def theirs(choice: int) -> str:
+        text = caption.replace("{{", "\x01").replace("}}", "\x02")
+        text = re.sub(r"\{([^}]+)\}", lambda m: (m[1].split("|") * 2)[choice], text)
+        return text.replace("\x01", "{").replace("\x02", "}")
+
+    for caption in ("{{x}} {a|b{c} d", "{a|b}, {e|f, g}{{, {h}", "{{{a|b}}}", "a } b {", "{}{a|b}"):
+        found = prompts(caption, SimpleNamespace(enable_wildcard=True))
+        assert {theirs(0), theirs(1)} == set(found), caption
+
+
+def test_captions_are_counted_and_not_their_choices(caplog: pytest.LogCaptureFixture) -> None:
+    either = SimpleNamespace(enable_wildcard=True)
+    images = {"a": ("{a|b|c} man", either), "b": ("{a|b|c} woman, hat", either)}
+    with caplog.at_level(logging.WARNING):
+        assert host(images).problems(parse({"spf_target": "hat"})) == []
+    assert "1 of 2 captions do not contain the target" in caplog.text
+
+
+def test_masks_hide_no_subset(caplog: pytest.LogCaptureFixture) -> None:
+    """With conditioning_data_dir the subsets are those of another data set inside."""
+    images = {"a": ("a woman", subset(suffix="blonde hair"))}
+    found = host(images)
+    data = found._dataset.datasets[0]
+    data.dreambooth_dataset_delegate = SimpleNamespace(image_to_subset=data.image_to_subset)
+    del data.image_to_subset
+    assert found.problems(parse({"spf_target": "blonde hair"})) == []
+    found.args.cache_text_encoder_outputs = True
+    (problem,) = found.problems(parse({"spf_target": "blonde hair"}))
+    assert "caption_prefix and caption_suffix do nothing" in problem
+
+
+@pytest.mark.parametrize("as_the_host_has_it", [str, Path])
+def test_targets_that_masks_drop(tmp_path: Path, as_the_host_has_it: Callable[[str], Any]) -> None:
+    own = {"image_dir": "a", "custom_attributes": {"spf_target": "hat"}}
+    masked = {**own, "conditioning_data_dir": "m"}
+    files = {
+        "plain.toml": toml.dumps({"datasets": [{"subsets": [own]}]}),
+        "masked.toml": toml.dumps({"datasets": [{"subsets": [masked]}]}),
+        "masked.json": json.dumps({"datasets": [{"subsets": [masked]}]}),
+        "wrong.toml": "datasets = 3",
+        "broken.toml": "[[",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        found = dropped_targets(SimpleNamespace(dataset_config=as_the_host_has_it(str(path))))
+        assert found == (["hat"] if name.startswith("masked") else []), name
+
+
+def test_some_captions_that_are_cut_or_bare_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    long = "a man" + ", a tree" * 80
+    images = {"a": (f"{long}, hat", None), "b": ("hat", None), "c": ("a man, hat", None)}
+    found = host(images)
+    found._text._tokenizers = lambda text, **_: SimpleNamespace(input_ids=text.replace(",", " ,").split())
+    found.args.weighted_captions = False
+    found.trainer = found._text.trainer = Monolithic()
+    with caplog.at_level(logging.WARNING):
+        assert found.problems(parse({"spf_target": "hat"})) == []
+    assert "in 1 of 3 captions the target lies behind token 75 and is cut off" in caplog.text
+    assert "1 of 3 captions say nothing but the target" in caplog.text
+
+
 def test_a_prefix_that_cached_text_leaves_out(tmp_path: Path) -> None:
     config = parse({"spf_target": "blonde hair"})
     images = {"a": ("a woman, blonde hair", subset(prefix="a photo of"))}
@@ -285,8 +384,8 @@ def test_text_that_was_cached_before_the_caption_changed(tmp_path: Path) -> None
     config, options = parse({"spf_target": "blonde hair"}), {"cache_text_encoder_outputs": True}
     own = subset()
     own.caption_extension = ".txt"
-    with_it = host({"a": ("blonde hair", own)}, cache_text_encoder_outputs_to_disk=True, **options)
-    without = host({"a": ("blonde hair", own)}, **options)
+    with_it = host({"a": ("a woman, blonde hair", own)}, cache_text_encoder_outputs_to_disk=True, **options)
+    without = host({"a": ("a woman, blonde hair", own)}, **options)
     for found in (with_it, without):
         found._dataset.datasets[0].image_data["a"].absolute_path = str(tmp_path / "a.b.png")
     assert with_it.problems(config) == []

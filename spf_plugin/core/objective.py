@@ -62,6 +62,7 @@ def dual_path(
     multipliers: Mapping[str, float],
     preserve_multiplier: float,
     noise_weight: Tensor,
+    sample_weight: Tensor | None = None,
 ) -> Alignment:
     """Compare the paths.
 
@@ -77,6 +78,7 @@ def dual_path(
         multipliers: weight of `text_consistent`, `fine_grained` and `output`.
         preserve_multiplier: weight of `output` for the samples that are not `free`.
         noise_weight: `[B]`, of `output` at each sample's noise level, see `losses.noise_weight`.
+        sample_weight: `[B]`, of every term, as the host weighs its own loss of each sample; None: 1.
     """
     size = (response.eps.shape[-2], response.eps.shape[-1])
     with torch.no_grad():
@@ -113,6 +115,8 @@ def dual_path(
         factor = torch.where(free, torch.full_like(value, of_free), torch.full_like(value, of_others))
         if name == "output":
             factor = factor * noise_weight
+        if sample_weight is not None:
+            factor = factor * sample_weight.to(factor.device, factor.dtype)
         weighted = (factor * torch.where(aligned, value, torch.zeros_like(value))).mean()
         total = weighted if total is None else total + weighted
 

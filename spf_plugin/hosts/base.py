@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from spf_plugin.core.prompt import Target
 from spf_plugin.core.schedule import Discrete
@@ -56,6 +56,10 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
 
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         """Per-sample targets that replace the run's, or None; may be empty."""
+        ...
+
+    def sample_weights(self, batch: Any) -> Tensor | None:
+        """The loop's own weight of each sample's loss, `[B]`, as of regularisation images; None: all alike."""
         ...
 
     def recomputable(self) -> AbstractContextManager[None]:

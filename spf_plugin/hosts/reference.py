@@ -60,6 +60,9 @@ class ReferenceHost:
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         return ()
 
+    def sample_weights(self, batch: Any) -> None:
+        return None
+
     @property
     def vae(self) -> Any:
         return self._model.vae

@@ -8,7 +8,8 @@ from typing import Any
 
 from spf_plugin.config import SPFConfig, check_words, parse, split_words
 from spf_plugin.errors import SPFError, nearest
-from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES, TEXT_CACHES
+from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
+from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES
 from spf_plugin.tools.check import family
 from spf_plugin.tools.check.family import MODELS
 from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY

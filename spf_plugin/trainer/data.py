@@ -90,7 +90,7 @@ def check_targets(targets: Sequence[Target], captions: Sequence[str]) -> str | N
             'no target. Say what the LoRA shall learn, as the captions say it: --target "blonde hair" '
             "(or --plain for a plain LoRA)."
         )
-    wanted, found = "|".join(map(str, targets)), coverage([(caption, None) for caption in captions], targets)
+    wanted, found = "|".join(map(str, targets)), coverage([((caption,), None) for caption in captions], targets)
     if found.nothing:
         raise SPFError(
             f"the target {wanted!r} is in none of the {found.captions} captions. They most often say "

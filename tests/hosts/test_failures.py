@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import toml
 
 from tests import tiny
 from tests.hosts.conftest import Host
@@ -51,6 +52,29 @@ def test_target_that_no_caption_contains(host: Host) -> None:
     message = stops(host, "spf_target=green hair")
     assert "the target 'green hair' occurs in none of the 4 captions" in message
     assert "'blonde hair'" in message  # what they do say
+
+
+@pytest.mark.contract  # with how each release builds its data sets
+def test_masks_take_a_subsets_target_away(host: Host, tmp_path: Path) -> None:
+    """conditioning_data_dir makes a ControlNetDataset, whose subsets are inside it and have no custom_attributes."""
+    data, masks = tiny.images(tmp_path / "data") / "1_set", tiny.images(tmp_path / "masks") / "1_set"
+    for text in masks.glob("*.txt"):
+        text.unlink()
+    subset = {"image_dir": str(data), "conditioning_data_dir": str(masks), "caption_extension": ".txt"}
+
+    def train(name: str, *network_args: str, **own: object) -> str:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(
+            toml.dumps({"datasets": [{"resolution": 128, "subsets": [{**subset, **own}]}]}), encoding="utf-8"
+        )
+        given = {"train_data_dir": None, "dataset_config": path, "masked_loss": True, "max_train_steps": 1}
+        return host.train(*network_args, **given).message
+
+    assert "in none of the" in train("none", "spf_target=wings")
+    assert "in none of the" not in train("suffix", "spf_target=wings", caption_suffix="with wings")
+    if host.is_new:  # v0.9.1 knows no custom_attributes
+        message = train("own", TARGET, custom_attributes={"spf_target": "beach"})
+        assert "the subset's own spf_target 'beach' is lost: with conditioning_data_dir" in message
 
 
 @one_host

@@ -54,6 +54,9 @@ class LoopHost:
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         return ()
 
+    def sample_weights(self, batch: Any) -> None:
+        return None
+
     def tokenize(self, text: str) -> Sequence[int]:
         return Encoder.tokenize(self.trainer.encoder, text)
 

@@ -14,15 +14,18 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spf_plugin import patching
 from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
-from spf_plugin.hosts.kohya import rules
+from spf_plugin.hosts.kohya import cached_text, rules
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
-from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, DEFAULT_NETWORK, SUPPORTED, Image, trainer_problem
+from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image, subset_of
+from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK, SUPPORTED, trainer_problem
 from spf_plugin.hosts.kohya.state import register
 from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.hosts.kohya.trainers import dit_of
@@ -128,7 +131,7 @@ class KohyaHost:
                     captions,
                     Image.of(
                         captions,
-                        getattr(dataset, "image_to_subset", {}).get(key),
+                        subset_of(dataset, key),
                         is_reg=bool(getattr(info, "is_reg", False)),
                         path=getattr(info, "absolute_path", None) or "",
                     ),
@@ -137,11 +140,28 @@ class KohyaHost:
     def problems(self, config: SPFConfig | None) -> list[str]:
         """What would make this run wrong. Warns about what only might."""
         device = None if self.accelerator is None else self.accelerator.device
-        images = [image for _, image in self._entries()]
-        found = rules.look(self.args, images, config, sdxl=self.is_sdxl, dit=self.dit, device=device, trying=True)
+        found = rules.look(
+            self.args,
+            [image for _, image in self._entries()],
+            config,
+            sdxl=self.is_sdxl,
+            dit=self.dit,
+            device=device,
+            trying=True,
+            stale=self._stale if self.dit is None else None,
+            tokenize=self.tokenize if self.dit is None and self._text.can_tokenize else None,
+        )
         for warning in found.warnings:
             logger.warning(f"SPF: {warning}")
         return found.errors
+
+    def _stale(self, images: Sequence[Image]) -> str | None:
+        """Whether cached text is not the captions': by encoding, as the text encoders are here."""
+        if not self._text.text_encoders:
+            return cached_text.by_time(images)
+        if not self.accelerator.is_main_process:  # one process says it; and it may still be writing the files
+            return None
+        return cached_text.by_encoding(images, self._text.encode_for_cache)
 
     # -- per batch ------------------------------------------------------------------------------------------------
 
@@ -163,6 +183,9 @@ class KohyaHost:
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         attributes = batch.get("custom_attributes") or []
         return [parse_targets(a[CUSTOM_TARGET]) if a and a.get(CUSTOM_TARGET) else None for a in attributes]
+
+    def sample_weights(self, batch: Any) -> Tensor | None:
+        return batch.get("loss_weights")  # --prior_loss_weight for regularisation images
 
     # -- images ---------------------------------------------------------------------------------------------------
 

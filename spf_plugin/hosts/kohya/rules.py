@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spf_plugin.config import SPFConfig, split_words
 from spf_plugin.core.coverage import Coverage, coverage
-from spf_plugin.core.prompt import Target, parse_targets
-from spf_plugin.hosts.kohya.captions import prompts
+from spf_plugin.core.prompt import Target, parse_targets, split
+from spf_plugin.hosts.kohya import cached_text
+from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image, dropped_targets
 from spf_plugin.hosts.kohya.trainers import Dit, dit_of
 
 if TYPE_CHECKING:
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 
 NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")  # --network_module: SPF by either name
 DEFAULT_NETWORK = "networks.lora"
-CUSTOM_TARGET = "spf_target"  # in a subset's custom_attributes: its own targets
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
-TEXT_CACHES = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")  # the second turns the first on
-TEXT_CACHE = "_te_outputs.npz"  # after an image's name: both releases' cache of its caption's encoding
+MUCH_DROPOUT = 0.3  # of the captions
+ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
 SUPPORTED = "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_train_network.py"
 
 
@@ -84,46 +84,6 @@ def trainer_problem(trainer: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class Image:
-    """One image of a data set, and what its subset makes of its caption.
-
-    Attributes:
-        prompts: what the text encoder may be given, without shuffling and dropout.
-        is_reg: a regularisation image.
-        path: the image; empty where a data set of the user's own class does not say it.
-        caption_extension: of its caption file.
-        framed: its subset has a caption_prefix or caption_suffix.
-        target: the subset's own `spf_target` as it is written, or None.
-    """
-
-    prompts: tuple[str, ...]
-    is_reg: bool = False
-    path: str = ""
-    caption_extension: str = ""
-    framed: bool = False
-    target: str | Sequence[str] | None = None
-
-    @classmethod
-    def of(cls, captions: Sequence[str], subset: Any, *, is_reg: bool, path: str) -> Image:
-        """An image as a data set holds it.
-
-        Args:
-            captions: what its caption file or metadata says; several where the host draws one of them.
-            subset: the host's, or anything with (some of) its attributes.
-            is_reg: a regularisation image.
-            path: the image, or empty.
-        """
-        return cls(
-            tuple(text for caption in captions for text in prompts(caption, subset)),
-            is_reg,
-            path,
-            getattr(subset, "caption_extension", None) or "",
-            any(getattr(subset, f"caption_{end}", None) for end in ("prefix", "suffix")),
-            (getattr(subset, "custom_attributes", None) or {}).get(CUSTOM_TARGET) or None,
-        )
-
-
-@dataclass(frozen=True)
 class Found:
     """What is wrong with a run: `errors` stop it, `warnings` may be as the user wants it."""
 
@@ -146,6 +106,8 @@ def look(
     dit: Dit | None = None,
     device: torch.device | None = None,
     trying: bool,
+    stale: Callable[[Sequence[Image]], str | None] | None = None,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
 ) -> Found:
     """What would make a run wrong.
 
@@ -157,6 +119,8 @@ def look(
         dit: of the trainer, where its model is no UNet.
         device: what would be trained on; None where the run may be on another machine.
         trying: the output folder may be touched (`unwritable`).
+        stale: finds cached text that is not the captions'; None looks at the files' times (`cached_text`).
+        tokenize: text -> token ids without begin, end and padding; None where no tokenizer is at hand.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -184,18 +148,29 @@ def look(
         reason = unwritable(Path(args.output_dir), trying=trying)
         if reason:  # the host would find out when it saves, after hours
             errors.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
-    errors += _cached_text_problems(args, images, sdxl=sdxl, dit=dit)
+    errors += cached_text.problems(args, images, sdxl=sdxl, ending=dit.text_cache if dit else None, stale=stale)
+    errors += cached_text.kept_captions(images)
     if dit is not None:
         errors += _dit_problems(args, config)
+    dropped = dropped_targets(args)
+    if dropped:
+        errors.append(
+            f"the subset's own spf_target {dropped[0]!r} is lost: with conditioning_data_dir sd-scripts drops a "
+            "subset's custom_attributes. Name the target in --network_args, or train without masks."
+        )
     if config is not None:
         errors += _base_problems(args, config, device, dit)
+    if config is not None and not dropped:
+        limit = getattr(args, "max_token_length", None) or ONE_CHUNK
         try:
-            said = coverage(list(_captions(images)), config.target)
+            said = coverage(list(_captions(images)), config.target, tokenize, limit)
         except ValueError as error:
             errors.append(f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}")
         else:
-            errors += _target_problems(images, config, said)
-            warnings += _target_warnings(said)
+            errors += _target_problems(images, config, said, limit)
+            errors += _dropout_problems(images)
+            warnings += _target_warnings(said, limit)
+            warnings += _taken_warnings(images, config)
     return Found(errors, warnings)
 
 
@@ -228,30 +203,6 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
     return found
 
 
-def _cached_text_problems(args: Any, images: Sequence[Image], *, sdxl: bool, dit: Dit | None = None) -> list[str]:
-    """Where the text that the host has cached is not the text that it reports as the caption."""
-    on_disk = getattr(args, "cache_text_encoder_outputs_to_disk", False)
-    if not any(getattr(args, name, False) for name in TEXT_CACHES) or not (sdxl or dit):
-        return []  # of SD they are in the arguments only where a file names them, and do nothing
-    found, stale, ending = [], [], dit.text_cache if dit else TEXT_CACHE
-    if any(image.framed for image in images):
-        found.append(
-            "caption_prefix and caption_suffix do nothing together with --cache_text_encoder_outputs: sd-scripts "
-            "then encodes the captions without them. Write them into the caption files."
-        )
-    for image in images:
-        stem = os.path.splitext(image.path)[0]
-        caption, cache = stem + image.caption_extension, stem + ending
-        if stem and os.path.isfile(caption) and os.path.isfile(cache):
-            stale += [cache] if os.path.getmtime(caption) > os.path.getmtime(cache) else []
-    if stale and on_disk:
-        found.append(
-            f"{len(stale)} captions were changed after their encoding was cached, and sd-scripts would train with "
-            f"the old ones, e.g. {os.path.basename(stale[0])}. Delete the *{ending} files."
-        )
-    return found
-
-
 def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, dit: Dit | None) -> list[str]:
     """Why `spf_base` would not work here."""
     if config.base == "off":
@@ -272,8 +223,8 @@ def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, di
     return found
 
 
-def _captions(images: Sequence[Image]) -> Iterator[tuple[str, tuple[Target, ...] | None]]:
-    """Every training prompt, with the targets of its subset or None.
+def _captions(images: Sequence[Image]) -> Iterator[tuple[tuple[str, ...], tuple[Target, ...] | None]]:
+    """Every training image's caption as all that it may become, with the targets of its subset or None.
 
     Raises:
         ValueError: a subset's targets cannot be read.
@@ -281,10 +232,10 @@ def _captions(images: Sequence[Image]) -> Iterator[tuple[str, tuple[Target, ...]
     for image in images:
         targets = parse_targets(image.target) if image.target else None
         if not image.is_reg:
-            yield from ((text, targets) for text in image.prompts)
+            yield image.prompts, targets
 
 
-def _target_problems(images: Sequence[Image], config: SPFConfig, said: Coverage) -> list[str]:
+def _target_problems(images: Sequence[Image], config: SPFConfig, said: Coverage, limit: int) -> list[str]:
     """Why nothing would be learned."""
     found: list[str] = []
     if not config.target and not any(image.target for image in images if not image.is_reg):
@@ -297,10 +248,62 @@ def _target_problems(images: Sequence[Image], config: SPFConfig, said: Coverage)
         found.append(
             f"the target {wanted!r} occurs in none of the {said.captions} captions. They most often say {common}."
         )
+    elif said.cut and len(said.cut) == said.with_target:
+        longer = "" if limit >= LONGEST_TEXT else f", or set --max_token_length {150 if limit < 150 else LONGEST_TEXT}"
+        found.append(
+            f"the target lies behind token {limit} in all {len(said.cut)} captions that say it, and is cut off. Move "
+            f"it to the front of the captions{longer}."
+        )
+    elif said.bare and len(said.bare) == said.with_target:
+        found.append(
+            f"all {len(said.bare)} captions that say the target say nothing else, so nothing says what to preserve. "
+            "Describe what else the images show: background, clothes, pose."
+        )
     return found
 
 
-def _target_warnings(said: Coverage) -> list[str]:
+def _dropout_problems(images: Sequence[Image]) -> list[str]:
+    """Captions that no step shows."""
+    found: list[str] = []
+    trained = [image for image in images if not image.is_reg]
+    if trained and all(image.dropout >= 1 for image in trained):
+        found.append(
+            "every caption is left out at every step (caption_dropout_rate or caption_dropout_every_n_epochs is 1), so "
+            "nothing says the target. Use a rate of 0.1 or less."
+        )
+    return found
+
+
+def _taken_warnings(images: Sequence[Image], config: SPFConfig) -> list[str]:
+    """Targets that images show while their captions do not say them any more."""
+    found: list[str] = []
+    trained = [image for image in images if not image.is_reg]
+    lost = [image for image in trained if may_lose_target(image, config.target)]
+    if lost:
+        found.append(
+            f"caption_tag_dropout_rate or token_warmup_step takes the target out of {len(lost)} of {len(trained)} "
+            "captions while their images show it: put it first and set keep_tokens = 1"
+        )
+    much = [image for image in trained if image.dropout >= MUCH_DROPOUT]
+    if much and not _dropout_problems(images):
+        found.append(
+            f"up to {max(image.dropout for image in much):.0%} of the captions of {len(much)} of {len(trained)} images "
+            "are dropped; those steps are plain training, without SPF: a rate of 0.1 or less is usual"
+        )
+    return found
+
+
+def may_lose_target(image: Image, targets: Sequence[Target]) -> bool:
+    """Whether tag dropout or token warm-up may take the target out of a caption that says it.
+
+    Raises:
+        ValueError: the subset's own targets cannot be read.
+    """
+    own = parse_targets(image.target) if image.target else targets
+    return any(split(text, own).has_target and not split(left, own).has_target for text, left in image.taken)
+
+
+def _target_warnings(said: Coverage, limit: int) -> list[str]:
     """What is learned of fewer images than it may seem, where anything is learned at all."""
     found: list[str] = []
     if said.nothing:
@@ -310,6 +313,16 @@ def _target_warnings(said: Coverage) -> list[str]:
         found.append(
             f"{len(said.without)} of {said.captions} captions do not contain the target and only preserve the base "
             f"model, e.g. {examples}"
+        )
+    if 0 < len(said.cut) < said.with_target:
+        found.append(
+            f"in {len(said.cut)} of {said.with_target} captions the target lies behind token {limit} and is cut off, "
+            f"e.g. {said.cut[0][:80]!r}: move it to the front"
+        )
+    if 0 < len(said.bare) < said.with_target:
+        found.append(
+            f"{len(said.bare)} of {said.with_target} captions say nothing but the target, so nothing says what to "
+            f"preserve there, e.g. {said.bare[0][:80]!r}"
         )
     if said.unused:
         found.append(f"no caption contains {', '.join(repr(str(target)) for target in said.unused)}")

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from spf_plugin.core.prompt import strip_weights
 from spf_plugin.errors import SPFError
@@ -70,6 +72,10 @@ class TextEncoding:
             return list(self.trainer.get_tokenizers(TokenizeStrategy.get_strategy()))
         tokenizers = self._tokenizers
         return list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+
+    @property
+    def can_tokenize(self) -> bool:
+        return (self.is_new and bool(self.text_encoders)) or self._tokenizers is not None
 
     def tokenize(self, text: str) -> Sequence[int]:
         if self.args.weighted_captions:
@@ -132,6 +138,12 @@ class TextEncoding:
         finally:
             for encoder, place in zip(encoders, places, strict=True):
                 encoder.to(place)
+
+    @torch.no_grad()
+    def encode_for_cache(self, caption: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What the host would cache of a caption of SDXL: hidden states `[T, C]` and pooled ones `[E]`."""
+        text = self.encode([caption])
+        return text["hidden"][0].float().cpu().numpy(), text["pooled"][0].float().cpu().numpy()
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

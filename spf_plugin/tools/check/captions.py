@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spf_plugin.core.prompt import COMMA, Kind, Prompt, Spans, Target, split
 from spf_plugin.families.clip_tokens import spans
+from spf_plugin.hosts.kohya.captions import taken
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
 from spf_plugin.tools.check.reading import is_broken
@@ -354,11 +355,13 @@ def _signs(rows: Sequence[Described], weighted: bool) -> list[Finding]:
     dropped = [row for row in rows if _may_lose_target(row)]
     if dropped:
         rate = max(row.entry.subset.caption_tag_dropout_rate for row in dropped)
+        steps = f"{rate:.0%} of the steps" if rate else "the first steps"
         found.append(
             Finding(
                 "warning",
                 "target-dropped",
-                f"caption_tag_dropout_rate leaves the target out of {rate:.0%} of the steps while the image shows it",
+                f"{'caption_tag_dropout_rate' if rate else 'token_warmup_step'} leaves the target out of {steps} while "
+                "the image shows it",
                 "Put the target first and set keep_tokens = 1.",
                 names(dropped),
             )
@@ -367,8 +370,7 @@ def _signs(rows: Sequence[Described], weighted: bool) -> list[Finding]:
 
 
 def _may_lose_target(row: Described) -> bool:
-    subset = row.entry.subset
-    if not row.prompt.has_target or subset.caption_tag_dropout_rate <= 0 or subset.keep_tokens_separator:
-        return False
-    parts = row.prompt.full.split(subset.caption_separator)[: subset.keep_tokens]
-    return not any(target.pattern.search(part) for part in parts for target in row.targets)
+    return row.prompt.has_target and any(
+        text == row.prompt.full and not split(left, row.targets).has_target
+        for text, left in taken(row.entry.caption, row.entry.subset)
+    )

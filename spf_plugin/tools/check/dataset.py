@@ -33,8 +33,12 @@ class Subset:
     shuffle_caption: bool = False
     enable_wildcard: bool = False
     caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
     token_warmup_step: float = 0.0
+    token_warmup_min: int = 1
+    cache_info: bool = False
+    batch_size: int = 1
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from spf_plugin.hosts.kohya.cached_text import INFO_CACHE
+from spf_plugin.hosts.kohya.captions import of_file
 from spf_plugin.tools.check import subsets
 from spf_plugin.tools.check.dataset import Data, Entry, Subset
 from spf_plugin.tools.check.findings import some
@@ -64,12 +66,15 @@ def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
     if not folder.is_dir():
         data.add("error", "no-folder", f"image_dir {folder}: there is no such folder (from {Path.cwd()})")
         return
-    found = list(images(folder))
+    kept = _kept_info(folder, subset, data)
+    found = list(images(folder)) if kept is None else list(kept)
     problems: dict[str, list[str]] = {}
     used: set[Path] = set()
     without = []
     for path in found:
         caption, where, problem = _caption_file(path, subset)
+        if kept is not None:  # the host does not read the file
+            caption, problem = kept[path] or None, ""
         used.add(where)
         if problem:
             problems.setdefault(problem, []).append(path.name)
@@ -93,6 +98,19 @@ def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
             [f"{folder.name}/{p.name}" for p in instead],
         )
     _other_files(folder, subset, found, used, data)
+
+
+def _kept_info(folder: Path, subset: Subset, data: Data) -> dict[Path, str] | None:
+    """The images and captions that `cache_info` has kept; None where the host reads the folder."""
+    path = folder / INFO_CACHE
+    if not subset.cache_info or not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {Path(key): str(row["caption"] or "") for key, row in rows.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        data.add("error", "metadata", f"{path} is not what sd-scripts writes for cache_info: {error}", "Delete it.")
+        return {}
 
 
 _PROBLEMS = {
@@ -119,10 +137,9 @@ def _caption_file(image: Path, subset: Subset) -> tuple[str | None, Path, str]:
             return "", path, _NOT_UTF8
         if not text:
             return "", path, _EMPTY
-        lines = text.split("\n")
+        lines, caption = text.split("\n"), of_file(text, wildcards=subset.enable_wildcard)
         if subset.enable_wildcard:
-            return "\n".join(line.strip() for line in lines if line.strip()), path, ""
-        caption = lines[0].strip()
+            return caption, path, ""
         if caption.startswith("\ufeff"):
             return caption, path, _BOM
         return caption, path, _LINES if any(line.strip() for line in lines[1:]) else ""

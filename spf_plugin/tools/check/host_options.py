@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spf_plugin.hosts.kohya.rules import TEXT_CACHES
+from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 
 # Options of train_network.py and sdxl_train_network.py, by what their parsers take for a value.
 _SWITCHES = """

@@ -116,12 +116,16 @@ def check(
     data = entries.read_data(args, loose_images=folder)
     config, targets, problems = settings.parse_settings(args, target, rules.folders(args))
     model = family.find(args.given, None if only_data else path)
-    findings += [*problems, *data.findings, *settings.look(args, config, data, model, for_host=not only_data)]
-
     candidates = (
         iter([tokenizer]) if tokenizer else tokens.folders(args.pretrained_model_name_or_path, args.tokenizer_cache_dir)
     )
     loaded = tokens.find(candidates, weighted=bool(args.weighted_captions))
+    findings += [
+        *problems,
+        *data.findings,
+        *settings.look(args, config, data, model, loaded.tokenize, for_host=not only_data),
+    ]
+
     limit = args.max_token_length if args.max_token_length in CHOICES["max_token_length"] else None
     length = tokens.sequence_length(limit)
     described = captions.describe(data.entries, settings.targets_of(targets, data), loaded, length)

@@ -49,17 +49,17 @@ def _cut(rows: Sequence[Described]) -> list[Finding]:
             names(cut),
         )
     ]
-    if lost:
+    if 0 < len(lost) < sum(row.prompt.has_target for row in rows):  # else the host's rules say it
         found.append(
             Finding(
-                "error" if count_of(lost) == count_of(rows) else "warning",
+                "warning",
                 "target-cut",
                 f"in {of(count_of(lost), count_of(rows))} the target lies behind token {limit} and is cut off",
                 f"Move the target to the front. {fix}",
                 names(lost),
             )
         )
-    elif may:
+    elif may and not lost:
         found.append(
             Finding(
                 "warning",
@@ -78,10 +78,10 @@ def _base_prompts(rows: Sequence[Described]) -> list[Finding]:
         return []
     found = []
     empty = [row for row in with_target if not row.prompt.base.strip()]
-    if empty:
+    if 0 < len(empty) < len(with_target):  # else the host's rules say it
         found.append(
             Finding(
-                "error" if len(empty) == len(with_target) else "warning",
+                "warning",
                 "base-empty",
                 f"{of(count_of(empty), count_of(with_target))} say nothing but the target, so the base prompt is empty",
                 "Describe what else the image shows: that is what SPF preserves best.",

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_words
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import rules
-from spf_plugin.hosts.kohya.captions import shuffled
-from spf_plugin.hosts.kohya.rules import CUSTOM_TARGET, NETWORK_MODULES, SUPPORTED, TEXT_CACHES, Image
+from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
+from spf_plugin.hosts.kohya.captions import dropout, shuffled
+from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image
+from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES, SUPPORTED
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
 from spf_plugin.tools.check.findings import Finding, of
 from spf_plugin.tools.check.host_options import CHOICES, SDXL_ONLY
 from spf_plugin.tools.check.source import HostArgs
 
-MUCH_DROPOUT = 0.3
 _OTHER_MODELS = ("t5xxl", "ae", "clip_l", "clip_g", "qwen3", "gemma2")
 
 
@@ -67,7 +68,15 @@ def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Targe
     return out
 
 
-def look(args: HostArgs, config: SPFConfig | None, data: Data, model: Family, *, for_host: bool) -> list[Finding]:
+def look(
+    args: HostArgs,
+    config: SPFConfig | None,
+    data: Data,
+    model: Family,
+    tokenize: Callable[[str], Sequence[int]],
+    *,
+    for_host: bool,
+) -> list[Finding]:
     """Mistakes in the settings and options.
 
     Args:
@@ -75,6 +84,7 @@ def look(args: HostArgs, config: SPFConfig | None, data: Data, model: Family, *,
         config: SPF's settings, or None if they are wrong.
         data: the data set.
         model: what kind of base model it is.
+        tokenize: text -> token ids without begin, end and padding.
         for_host: a run of sd-scripts is known, and not only its data.
     """
     # Unless it is certainly none of SDXL: what would be wrong with SDXL is worth saying of a guess too.
@@ -84,21 +94,21 @@ def look(args: HostArgs, config: SPFConfig | None, data: Data, model: Family, *,
         for entry in data.entries
     ]
     # What the run only warns about is found, with more detail, by `captions`.
-    errors = rules.look(args, images, config, sdxl=sdxl, trying=False).errors
+    errors = rules.look(args, images, config, sdxl=sdxl, trying=False, tokenize=tokenize).errors
     found = [Finding("error", "stops", problem) for problem in errors]
     if for_host:
         found += [*_module(args), *_options(args, data, sdxl=sdxl)]
     if config is not None:
-        found += _together(args, config)
+        found += _together(args, config, data)
     for subset in data.subsets:
-        rate = subset.caption_dropout_rate
+        rate = dropout(subset)
         if rate >= MUCH_DROPOUT:
             found.append(
                 Finding(
                     "warning",
                     "caption-dropout",
-                    f"{subset.label}: caption_dropout_rate drops {rate:.0%} of the captions; those steps are plain "
-                    "training, without SPF",
+                    f"{subset.label}: {rate:.0%} of the captions are dropped; those steps are plain training, without "
+                    "SPF",
                     "0.1 or less is usual.",
                 )
             )
@@ -188,17 +198,36 @@ def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
     return found
 
 
-def _together(args: HostArgs, config: SPFConfig) -> list[Finding]:
+def _length(args: HostArgs, data: Data) -> tuple[int, int]:
+    """Optimiser steps of the run, and how many they are at most: buckets make the batches of an epoch more."""
+    if not args.max_train_epochs:
+        return args.max_train_steps, args.max_train_steps
+    most = 0
+    sizes: dict[int, int] = {}
+    for entry in data.entries:
+        if not entry.subset.is_reg:
+            sizes[entry.subset.batch_size] = sizes.get(entry.subset.batch_size, 0) + entry.subset.num_repeats
+            most += -(-entry.subset.num_repeats // max(1, entry.subset.batch_size))
+    batches = sum(-(-count // max(1, size)) for size, count in sizes.items())
+    if any(entry.subset.is_reg for entry in data.entries):  # the host shows as many of these
+        batches, most = 2 * batches, most + sum(sizes.values())
+    accumulated = max(1, args.gradient_accumulation_steps or 1)
+    return args.max_train_epochs * -(-batches // accumulated), args.max_train_epochs * -(-most // accumulated)
+
+
+def _together(args: HostArgs, config: SPFConfig, data: Data) -> list[Finding]:
     """SPF's settings beside the host's."""
     found = []
-    if not args.max_train_epochs and config.active:
-        start, steps = config.stage2_step(args.max_train_steps), args.max_train_steps
-        if start >= steps:
+    likely, most = _length(args, data)
+    if likely and config.active:
+        start = config.stage2_step(likely)
+        if start >= likely:
+            about = "about " if args.max_train_epochs else ""
             found.append(
                 Finding(
-                    "error",
+                    "error" if config.stage2_step(most) >= most else "warning",
                     "never-aligned",
-                    f"alignment would start at step {start}, and the run ends at step {steps}: a plain LoRA",
+                    f"alignment would start at step {start}, and the run ends at {about}step {likely}: a plain LoRA",
                     "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step.",
                 )
             )

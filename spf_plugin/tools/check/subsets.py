@@ -28,12 +28,12 @@ def images(folder: Path) -> Iterator[Path]:
 
 def make(args: HostArgs, *levels: Mapping[str, Any], **own: Any) -> Subset:
     """A subset: its own values, else the dataset's, else [general]'s, else the arguments'."""
-    renamed = {"num_repeats": "dataset_repeats"}
+    renamed = {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}
     values: dict[str, Any] = {}
     for name in (f.name for f in fields(Subset)):
         candidates = [own.get(name), *(level.get(name) for level in levels), getattr(args, renamed.get(name, name))]
         # What has the wrong type is reported where it was read, and passed over here.
-        value = next((c for c in candidates if c is not None and isinstance(c, SUBSET[name])), None)
+        value = next((c for c in candidates if c is not None and isinstance(c, {**DATASET, **SUBSET}[name])), None)
         if value is not None:
             values[name] = value
     return Subset(**values)
