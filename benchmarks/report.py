@@ -263,9 +263,9 @@ def _unsaved(records: Records) -> str:
 
 
 def _presets() -> list[list[str]]:
-    """The shipped presets, by the arithmetic of `spf plan`."""
+    """The shipped presets of SD and SDXL, by the arithmetic of `spf plan`."""
     lines = []
-    for path in sorted(PRESETS.glob("*-*gb.toml")):
+    for path in sorted(PRESETS.glob("sd*-*gb.toml")):
         run, _ = preset.read(path)
         found = plan.predict(run)
         card = int(path.stem.rsplit("-", 1)[1].removesuffix("gb"))
