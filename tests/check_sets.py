@@ -133,6 +133,7 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("other-case", "note", lambda r: r.caption(0, "a woman in a coat, curtain, Blonde Hair")),
     ("unused-target", "warning", lambda r: r.args("spf_target=blonde hair|freckles")),
     ("torn-phrase", "warning", lambda r: r.args("spf_target=hair")),
+    ("described-target", "note", lambda r: r.caption(0, "a woman with long blonde hair in a coat, curtain")),
     ("nested-targets", "warning", lambda r: r.args("spf_target=blonde hair|hair")),
     ("wide-target", "warning", lambda r: r.args("spf_target=woman with glasses|blonde hair")),
     ("comma-in-target", "error", lambda r: r.args("spf_target=blonde hair, smiling")),

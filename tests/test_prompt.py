@@ -177,8 +177,8 @@ def test_spans_are_those_of_every_prefix(tokenizer: CLIPTokenizer) -> None:
         " ",
         "\u3000",
     ]
-    mixed = ["".join(generator.choice(bits) + generator.choice(["", " "]) for _ in range(25)) for _ in range(150)]
-    captions = [(caption, targets) for caption, targets, _ in captions_table.ROWS]
+    mixed = ["".join(generator.choice(bits) + generator.choice(["", " "]) for _ in range(25)) for _ in range(60)]
+    captions = [(caption, targets) for caption, targets, _ in captions_table.ROWS[::3]]
     for caption, targets in [*captions, *((caption, "blonde hair|hat->cap|帽子") for caption in mixed)]:
         prompt = split(caption, parse_targets(targets))
         assert prompt.full == caption

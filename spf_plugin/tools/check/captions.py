@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from spf_plugin.core.prompt import COMMA, Kind, Prompt, Spans, Target, split
+from spf_plugin.core.words import is_adjective
 from spf_plugin.families.clip_tokens import spans
 from spf_plugin.hosts.kohya.captions import taken
 from spf_plugin.tools.check.dataset import Entry
@@ -278,6 +280,16 @@ def _tail(text: str) -> str:
     return re.split(rf"\b(?:{_SMALL})\b", text, flags=re.IGNORECASE)[-1].strip()
 
 
+def _described(row: Described) -> str:
+    """The words of the caption that describe a target and are not in it."""
+    for before, piece in pairwise(row.prompt.pieces):
+        if piece.kind is Kind.TARGET and before.kind is Kind.DROPPED:
+            found = [word for word in before.text.split() if is_adjective(word.lower())]
+            if found:
+                return f"{' '.join(found)} {piece.text}"
+    return ""
+
+
 def _swallowed(rows: Sequence[Described]) -> list[Finding]:
     """A target that takes the noun of a longer phrase leaves the rest of it behind; a target named twice."""
     torn: list[tuple[Described, str, str]] = []
@@ -310,6 +322,19 @@ def _swallowed(rows: Sequence[Described]) -> list[Finding]:
                 f"{f'{left} {target}'!r} the base prompt keeps {left!r}",
                 f"If all of it shall be learned, say so: spf_target={_tail(left)} {target}. Else write a "
                 f"replacement: {target}->something else.",
+                affected,
+            )
+        )
+    described = [(row, words) for row in rows if (words := _described(row))]
+    if described:
+        affected = names([row for row, _ in described])
+        found.append(
+            Finding(
+                "note",
+                "described-target",
+                f"what describes the target goes with it in {of(len(affected), count_of(rows))}: "
+                f"{quoted([words for _, words in described])}",
+                "If that shall be learned too, let the target say it.",
                 affected,
             )
         )
