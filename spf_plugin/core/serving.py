@@ -17,7 +17,12 @@ from dataclasses import dataclass
 
 from spf_plugin.core import words as w
 
-_TOKEN = re.compile(r"(?:[ldnsjmtc]|qu)['’](?=\w)|[\w\u0300-\u036f]+(?:['’-][\w\u0300-\u036f]+)*|\S", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"(?:[ldnsjmtc]|qu)['’](?=\w)"  # French "l'"
+    r"|(?<!\w)(?:she|he|it|they|there|who)(?=['’](?:s|re)\b)|['’](?:s|re)\b|w/(?=\s)"  # "she's", but "woman's" is one
+    r"|[\w\u0300-\u036f]+(?:['’-][\w\u0300-\u036f]+)*|\S",
+    re.IGNORECASE,
+)
 _NEAR = 24  # characters beside a target that are looked at in scripts without spaces
 _LONG = 4  # words of a phrase behind "of" and the like
 _CLAUSE = 12  # words of a clause behind "that"
@@ -43,7 +48,7 @@ class Clause:
         words, starts, ends = [], [], []
         for match in _TOKEN.finditer(text):
             word = unicodedata.normalize("NFC", match.group().lower().replace("’", "'"))
-            words.append(word if word[0].isalnum() or word in w.AND else "")
+            words.append(word if word[0].isalnum() or word in w.AND | w.AUXILIARIES else "")
             starts.append(match.start())
             ends.append(match.end())
         return cls(words, starts, ends, [i for i, word in enumerate(words) if not word])
@@ -194,7 +199,7 @@ def _belongings(clause: Clause, i: int) -> int:
             i += 1
         elif word in w.OF_THINGS:
             i += 1
-            if clause.word(i) in w.PREPOSITIONS:
+            if clause.word(i) in w.PREPOSITIONS | w.OF:
                 i = _phrase_end(clause, i + 1)
         elif word == "on" and (
             not clause.word(i + 1) or clause.word(i + 1) in _OWN or _is_participle(clause.word(i + 1))
@@ -247,6 +252,8 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
         if not clause.word(last):  # "a man who is in a car": nothing is left that he is
             while clause.word(begin - 1) in w.AUXILIARIES | w.RELATIVES:
                 begin -= 1
+    elif lead.kind == "verb" and lead.everything == lead.predicate < lead.opener and following in w.WHERE:
+        begin = lead.opener  # "she is [holding a cup] in a park"
     else:
         begin = lead.everything
     left = clause.starts[begin] if begin < first else start

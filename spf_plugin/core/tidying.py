@@ -9,7 +9,7 @@ CLOSES = re.compile(r"(?::[+-]?[.\d]+)?\\?[)\]}\uff09]")  # with an attention we
 _SIGNS = (
     ("open", re.compile(r"\\?[(\[{\uff08]")),
     ("close", CLOSES),
-    ("separator", re.compile("[,\uff0c\u3001;\uff1b|]")),
+    ("separator", re.compile(r"[,\uff0c\u3001;\uff1b|]|(?<=\s)[-\u2013\u2014](?=\s)")),
     ("stop", re.compile(r"[.!?](?=\s|$|[)\]\"'])|[\u3002\uff01\uff1f]")),
 )
 

@@ -24,15 +24,18 @@ MEASURES = _set("pair pairs set sets piece pieces couple bunch lot lots kind typ
 OF = _set("of de d'")
 AND = _set("and plus or nor & + et ou и или а")
 PREPOSITIONS = _set(
-    "with without in on at by against under underneath beneath below above over behind beside besides near from "
+    "with w/ without in on at by against under underneath beneath below above over behind beside besides near from "
     "into onto through among amid between around across along past toward towards inside outside within off to "
     "during before after beyond opposite like for as avec sans en à au aux dans sur sous contre devant derrière près "
     "chez vers pendant parmi entre с со в во на под над у возле около перед за из из-за к ко от без для при среди "
     "между через вдоль мимо о об"
 )
+#: Of these, the ones that say where somebody is.
+WHERE = _set("in on at by against under underneath beneath behind beside near inside outside among between")
 #: Of several words, which go or stay as one.
 PREPOSITION_UNITS = _units(
-    "next to|in front of|on top of|in the middle of|close to|out of|ahead of|along with|together with|instead of|"
+    "next to|in the style of|in the form of|in the shape of|in front of|on top of|in the middle of|"
+    "close to|out of|ahead of|along with|together with|instead of|"
     "to the left of|to the right of|à côté de|à côté d'|au milieu de|en face de|près de|près d'|"
     "рядом с|рядом со|вместе с|на фоне|в центре"
 )
@@ -63,7 +66,7 @@ NO_VERBS = _set(
     "lightning lighting nothing something anything everything stocking drawing during sling sterling viking darling "
     "being dining living flooring legging parking"
 )
-AUXILIARIES = _set("is are was were be been being isn't aren't est sont был была")
+AUXILIARIES = _set("is are was were be been being isn't aren't 's 're est sont был была")
 ADVERBS = _set("also currently just both only still always now very really so quite très очень")
 RELATIVES = _set("who that which whom qui который которая которое которые")
 WHILE = _set("while as when where because but then if although comme tandis пока когда но")
@@ -97,8 +100,8 @@ _ADJECTIVE = re.compile(
 BEHIND = re.compile(r"(?:roug|jaun)es?|(?:noir|bleu|vert|gris|brun)e?s?|blanc(?:he)?s?|(?:viol|ros|beig|long)e?u?e?s?")
 #: Participles that tell of a garment or of hair, and not of who wears it.
 OF_THINGS = _set(
-    "worn wrapped tied draped pulled styled braided parted swept flowing blowing cascading falling hanging framing "
-    "covering crossed reaching loose fastened perched slung strapped hung dangling tucked pinned clipped"
+    "made worn tied draped pulled styled braided parted swept flowing blowing cascading falling hanging framing "
+    "covering crossed reaching loose fastened perched wrapped slung strapped hung dangling tucked pinned clipped"
 )
 PLACES = _set("around on over in across behind under above between down")
 BODY = _set(
