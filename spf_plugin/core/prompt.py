@@ -323,7 +323,7 @@ def spans(
             continue
         if tokens < limit and begin < limit + _SURE:
             words += piece.text
-            cut = max(words.rfind(space) for space in " \t\n")
+            cut = words.rfind(" ")
             if cut > 0:
                 tokens += len(tokenize(words[:cut]))
                 words = words[cut:]

@@ -64,7 +64,7 @@ def _is_broken(before: str, after: str) -> bool:
     nothing = ends or following in _NO_NOUN
     if nothing and _lacks_noun(left):
         return True
-    if word.endswith("'s") or word in _NEEDS_NOUN - w.AND:
+    if (word.endswith("'s") and word != "'s") or word in _NEEDS_NOUN - w.AND:
         participle = following.endswith("ing") and following not in w.NO_VERBS and acts(right, 0)
         return nothing or (participle and word not in w.DETERMINERS | w.VERBS | _BEFORE_VERBS)
     return False
