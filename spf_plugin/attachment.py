@@ -8,7 +8,6 @@ the base prompts (adapter on) and is held to the same reference: `pairs`. Nothin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spf_plugin import patching
+from spf_plugin import patching, terminal
 from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.config import SPFConfig
 from spf_plugin.core import losses, sfcm
@@ -36,7 +35,7 @@ from spf_plugin.shown.watch import Watch
 from spf_plugin.step import Step
 from spf_plugin.text import BatchText, TextSide
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 PROBE_SCALE = 2.0**12  # the diffusion loss's gradient at a float16 prediction would vanish unscaled
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from spf_plugin.terminal import escaped
+
 
 class SPFError(ValueError):
     """A mistake that the user can mend. The message lists every problem found, each with its fix.
@@ -14,7 +16,8 @@ class SPFError(ValueError):
     """
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        # They quote captions, file names and metadata, and a traceback prints them as they are.
+        self.problems = [escaped(text) for text in ([problems] if isinstance(problems, str) else problems)]
         if len(self.problems) == 1:
             message = f"SPF: {self.problems[0]}"
         else:

@@ -6,7 +6,6 @@ saving) is what it would do without SPF. SPF is attached beside it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spf_plugin import terminal
 from spf_plugin.adapter import bypass as adapters
 from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.adapter.files import load_normalised, own_tensors, save_normalised
@@ -31,7 +31,7 @@ from spf_plugin.shown.watch import Watch
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 
 def _stop_on_stray_words() -> None:

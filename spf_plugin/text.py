@@ -5,7 +5,6 @@ Everything that depends on a caption alone is computed once and kept, for the wh
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from spf_plugin import terminal
 from spf_plugin.core import sfcm
 from spf_plugin.core.prompt import Prompt, Spans, Target, split
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Family, Text
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 # Everyday phrases that have nothing in common with a target: their distance to it calibrates CLIP's crowded cosines.
 ANCHORS = (

@@ -8,7 +8,6 @@ A file that comes back (`--network_weights`) gets the shapes and alphas of the n
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import tempfile
@@ -21,12 +20,13 @@ from safetensors import SafetensorError  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from torch import nn
 
+from spf_plugin import terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, reader, sidecars, writer
 from spf_plugin.lorafile.normalise import fitted, normalise
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 
 def save_normalised(network: nn.Module, config: SPFConfig, *, judged: bool = True) -> None:

@@ -6,7 +6,6 @@ begins, the map can confine it, and it can be compared with the diffusion loss's
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spf_plugin import terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.enhancement import decoders, limits
 from spf_plugin.enhancement.clip import ClipEncoder
@@ -26,7 +26,7 @@ from spf_plugin.families.latents import LatentSpace
 from spf_plugin.step import Step
 from spf_plugin.text import Cache
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 CACHED_IMAGES = CACHED_TEXTS = 2**16  # embeddings, 2 kB each
 KEY_VALUES = 4096  # values of an image that identify it in the cache

@@ -6,7 +6,6 @@ Nothing here can stop a run: what cannot be drawn or written is said once and le
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spf_plugin import terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.core import losses, sfcm
 from spf_plugin.enhancement.decoders import LinearDecoder, load_linear
@@ -24,7 +24,7 @@ from spf_plugin.families.latents import LatentSpace
 from spf_plugin.shown import preview
 from spf_plugin.step import Step
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 SAMPLES = 4  # shown again and again, the first that come
 CLEAR, NOISY = 0.25, 0.75  # noise levels of the pictures: below there is little to change, above little to see

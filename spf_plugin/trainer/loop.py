@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spf_plugin import lora
+from spf_plugin import lora, terminal
 from spf_plugin.adapter import bypass as adapter
 from spf_plugin.adapter import quantised
 from spf_plugin.errors import SPFError
@@ -27,7 +27,7 @@ from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
 from spf_plugin.trainer.models import BaseModel, load
 from spf_plugin.trainer.settings import DEFAULT_NETWORK, DTYPES, PLAIN_LORA, Result, Settings
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 
 class Trainer:

@@ -7,7 +7,6 @@ Supported loops: the monolithic one (v0.8.7 to v0.9.1), whose steps pass `traine
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spf_plugin import patching
+from spf_plugin import patching, terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.core.schedule import Discrete
@@ -31,7 +30,7 @@ from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.hosts.kohya.trainers import dit_of
 from spf_plugin.pairs import State
 
-logger = logging.getLogger(__name__)
+logger = terminal.logger(__name__)
 
 
 def default_network() -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +20,7 @@ from spf_plugin.tools.check.findings import LEVELS, Finding, some
 from spf_plugin.tools.check.run import Report
 from spf_plugin.tools.check.run import check as look
 from spf_plugin.tools.check.source import parse_words
+from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.progress import progress_bars
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -187,7 +188,7 @@ def check(
         errors.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+        say(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
     else:
         _print(Console(), report, images)
     raise typer.Exit(int(report.failed))

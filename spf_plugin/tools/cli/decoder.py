@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.console import Console
 from spf_plugin.tools.cli.progress import progress_bars
 
 ENOUGH = 4  # images; each gives as many equations as the model has latents
@@ -31,8 +31,10 @@ def decoder(
     except SPFError as problem:
         console.print(escape(str(problem)), style="red", highlight=False)
         raise typer.Exit(2) from None
-    console.print(f"wrote {out}: misses {error:.3f} (root mean square, pixels in [-1, 1]) on {count} images")
-    console.print(f"use it with  spf_decoder={out}")
+    console.print(
+        f"wrote {escape(str(out))}: misses {error:.3f} (root mean square, pixels in [-1, 1]) on {count} images"
+    )
+    console.print(f"use it with  spf_decoder={escape(str(out))}")
 
 
 def fit(

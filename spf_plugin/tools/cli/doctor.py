@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.doctor import Doctor, examine
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,7 +78,7 @@ def doctor(
             sd_scripts.expanduser() if sd_scripts else None, lambda what: status.update(f"looking at {escape(what)}")
         )
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=2))
+        say(json.dumps(found.as_json(), indent=2))
     else:
         console = Console()
         console.print(f"[bold]SPF {found.plugin}[/bold]", highlight=False)

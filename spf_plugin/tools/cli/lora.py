@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +22,7 @@ from spf_plugin.lorafile.inspect import Contents, Description
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.names import BASE_LABEL
 from spf_plugin.lorafile.normalise import normalise
+from spf_plugin.tools.cli.console import Console, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -183,7 +184,7 @@ def check(
         if not as_json:
             console.print(_report(path, _facts(contents, description), results))
     if as_json:
-        typer.echo(json.dumps(entries, indent=2))
+        say(json.dumps(entries, indent=2))
     raise typer.Exit(status)
 
 
@@ -285,4 +286,4 @@ def sidecar(
     except SPFError as error:
         raise _fail(error) from None
     for path in written:
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")

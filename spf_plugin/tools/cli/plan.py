@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.tools import plan as planning
 from spf_plugin.tools import preset as presets
 from spf_plugin.tools.check.family import MODELS
+from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 
 DOES_NOT_FIT, MISTAKE = 1, 2
@@ -84,7 +84,7 @@ def plan(
             "notes": notes,
             "basis": planning.BASIS,
         }
-        print(json.dumps(values, indent=1))
+        say(json.dumps(values, indent=1))
         raise typer.Exit(DOES_NOT_FIT if fits is False else 0)
     console = Console(soft_wrap=True, highlight=False)
     _print(console, run, found, notes)

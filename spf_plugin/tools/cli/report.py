@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.lacking import lacking
 from spf_plugin.tools.cli.progress import progress_bars
 
@@ -144,4 +144,4 @@ def report(
     except KeyboardInterrupt:
         console.print("stopped; no report was written", style="yellow")
         raise typer.Exit(INTERRUPTED) from None
-    print(f"report {path.resolve()}")
+    say(f"report {path.resolve()}")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.lacking import lacking
 from spf_plugin.tools.cli.progress import progress_bars
 
@@ -153,6 +153,6 @@ def train(
     for note in result.notes:
         console.print(f"note: {escape(note)}", highlight=False)
     finished = result.steps == steps
-    print(f"{'saved' if finished else f'stopped after {result.steps} of {steps} steps; saved'} {result.path}")
+    say(f"{'saved' if finished else f'stopped after {result.steps} of {steps} steps; saved'} {result.path}")
     if not finished:
         raise typer.Exit(INTERRUPTED)
