@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.files import SLASHES, read_toml, shown
 
 PREFIX = "spf_"
 MAPS = ("soft", "paper", "difference")
@@ -45,16 +45,23 @@ REMOVED: Mapping[str, str] = {
     ),
     "clip_offload": "the CLIP model stays where the UNet is. Remove it.",
 }
-BACKSLASHES = "In double quotes a backslash begins an escape: write paths with / or in single quotes."
+LONGEST_SHOWN = 200  # characters of a path in a message
 
 
 def _text(value: Any) -> str:
-    return str(value).strip()
+    if not isinstance(value, str):
+        raise ValueError("must be a text in quotes")
+    return value.strip()
 
 
 def _number(low: float, high: float = math.inf) -> Callable[[Any], float]:
     def convert(value: Any) -> float:
-        number = float(value)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError("must be a number")
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number with hundreds of digits
+            number = math.inf
         if not math.isfinite(number):
             raise ValueError("must be a finite number")
         if not low <= number <= high:
@@ -85,10 +92,10 @@ def _choice(choices: Sequence[str]) -> Callable[[Any], str]:
 
 def _choice_or_regex(choices: Sequence[str]) -> Callable[[Any], str]:
     def convert(value: Any) -> str:
-        text = str(value)
+        text = _text(value)
         try:
             re.compile(text)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"must be {', '.join(choices)} or a regular expression, and is not valid: {error}"
             ) from None
@@ -97,8 +104,17 @@ def _choice_or_regex(choices: Sequence[str]) -> Callable[[Any], str]:
     return convert
 
 
-def _targets(value: Any) -> tuple[Target, ...]:
-    return parse_targets([str(v) for v in value] if isinstance(value, list | tuple) else str(value))
+def read_targets(value: Any) -> tuple[Target, ...]:
+    """Targets as a file or a command line gives them.
+
+    Raises:
+        ValueError: it is no text and no list of texts, or no target can be read from it.
+    """
+    if not isinstance(value, str) and not (
+        isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value)
+    ):
+        raise ValueError("must be a text in quotes, or a list of texts")
+    return parse_targets(value)
 
 
 def _setting(default: Any, convert: Callable[[Any], Any], help: str) -> Any:
@@ -111,7 +127,7 @@ class SPFConfig:
 
     target: tuple[Target, ...] = _setting(
         (),
-        _targets,
+        read_targets,
         "What the LoRA shall learn, as it stands in the captions: `blonde hair`. Several with `|`; a replacement as "
         "`dress->T-shirt` (learn the dress; without it the base shows a T-shirt). `_` stands for a space.",
     )
@@ -273,20 +289,17 @@ def split_words(words: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
     candidates = [folder / name for folder in folders]
-    path = next((p for p in candidates if p.is_file()), None)
+    path = next((p for p in candidates if os.path.isfile(p)), None)  # Path's own fails where a name is too long
     if path is None:
-        looked = ", ".join(str(p) for p in candidates)
+        looked = ", ".join(str(p) if len(str(p)) <= LONGEST_SHOWN else f"{str(p)[:40]}..." for p in candidates)
         return {}, [f"{PREFIX}config: no such file (looked at {looked})"]
-    text = ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        settings = toml.loads(text)
-    except (toml.TomlDecodeError, ValueError, IndexError, OSError) as error:  # the library leaks a few of its own
-        hint = f". {BACKSLASHES}" if "\\" in text else ""
-        return {}, [f"{PREFIX}config: {path} is not valid TOML: {error}{hint}"]
+        settings = read_toml(path, "utf-8-sig")
+    except SPFError as error:
+        return {}, [f"{PREFIX}config: {problem}" for problem in error.problems]
     # "C:\new" is valid TOML, and means a line break.
-    odd = [key for key, value in settings.items() if not str(value).isprintable() and isinstance(value, str)]
-    return settings, [f"{PREFIX}config: {path}: {key} has a control character. {BACKSLASHES}" for key in odd]
+    odd = [key for key, value in settings.items() if isinstance(value, str) and not value.isprintable()]
+    return settings, [f"{PREFIX}config: {path}: {key} has a control character. {SLASHES}" for key in odd]
 
 
 def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -> SPFConfig:
@@ -323,7 +336,7 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
             reason = str(error)
             if reason.startswith("could not convert"):
                 reason = "must be a number"
-            problems.append(f"{key}={value!r}: {reason}")
+            problems.append(f"{key}={shown(value)}: {reason}")
     if problems:
         raise SPFError(problems)
     return SPFConfig(**values)

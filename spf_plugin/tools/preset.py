@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spf_plugin.config import SPFConfig, check_words, parse, split_words
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.files import read_toml
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES
 from spf_plugin.tools.check import family
 from spf_plugin.tools.check.family import MODELS
 from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY
-from spf_plugin.tools.check.source import DEFAULTS, load_toml, unfolded
+from spf_plugin.tools.check.source import DEFAULTS, unfolded
 from spf_plugin.tools.plan import OPTIMIZERS, Run
 
 
@@ -95,9 +97,9 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
         SPFError: with every mistake: no such file, no TOML, unknown keys, values out of range, and settings for which
             there are no figures.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SPFError(f"{path}: there is no such file. Give a training preset, such as presets/sd15-8gb.toml.")
-    settings = unfolded(load_toml(path))
+    settings = unfolded(read_toml(path))
     if "datasets" in settings and "pretrained_model_name_or_path" not in settings:
         raise SPFError(f"{path} is a data set configuration. Give the preset that is passed as --config_file.")
     problems = [

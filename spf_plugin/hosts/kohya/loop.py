@@ -17,13 +17,13 @@ from torch import Tensor
 
 from spf_plugin import patching, terminal
 from spf_plugin.config import SPFConfig
-from spf_plugin.core.prompt import Target, parse_targets
+from spf_plugin.core.prompt import Target
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
-from spf_plugin.hosts.kohya import cached_text, rules
+from spf_plugin.hosts.kohya import cached_text, own_targets, rules
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
-from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image, subset_of
+from spf_plugin.hosts.kohya.images import Image, subset_of
 from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK, SUPPORTED, trainer_problem
 from spf_plugin.hosts.kohya.state import register
 from spf_plugin.hosts.kohya.text import TextEncoding
@@ -139,9 +139,10 @@ class KohyaHost:
     def problems(self, config: SPFConfig | None) -> list[str]:
         """What would make this run wrong. Warns about what only might."""
         device = None if self.accelerator is None else self.accelerator.device
+        images, problems = own_targets.readable([image for _, image in self._entries()])
         found = rules.look(
             self.args,
-            [image for _, image in self._entries()],
+            images,
             config,
             sdxl=self.is_sdxl,
             dit=self.dit,
@@ -152,7 +153,7 @@ class KohyaHost:
         )
         for warning in found.warnings:
             logger.warning(f"SPF: {warning}")
-        return found.errors
+        return problems + found.errors
 
     def _stale(self, images: Sequence[Image]) -> str | None:
         """Whether cached text is not the captions': by encoding, as the text encoders are here."""
@@ -181,7 +182,7 @@ class KohyaHost:
 
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         attributes = batch.get("custom_attributes") or []
-        return [parse_targets(a[CUSTOM_TARGET]) if a and a.get(CUSTOM_TARGET) else None for a in attributes]
+        return [own_targets.of_attributes(a) for a in attributes]
 
     def sample_weights(self, batch: Any) -> Tensor | None:
         return batch.get("loss_weights")  # --prior_loss_weight for regularisation images

@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from spf_plugin.errors import SPFError
+from spf_plugin.files import CAPTION_BYTES, METADATA_BYTES, read_json, read_text
 from spf_plugin.hosts.kohya.cached_text import INFO_CACHE
 from spf_plugin.hosts.kohya.captions import of_file
 from spf_plugin.tools.check import subsets
 from spf_plugin.tools.check.dataset import Data, Entry, Subset
 from spf_plugin.tools.check.findings import some
 from spf_plugin.tools.check.source import HostArgs
-from spf_plugin.tools.check.subsets import IMAGE_ENDINGS, images
+from spf_plugin.tools.check.subsets import IMAGE_ENDINGS, images, listed
 
 #: Images that the host reads only with further packages, or not at all.
 OTHER_IMAGES = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jxl")
@@ -63,9 +65,10 @@ def read_data(args: HostArgs, *, loose_images: bool = False) -> Data:
 def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
     """The images of one folder; what is wrong with their files goes to `data`."""
     folder = Path(subset.image_dir or "")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         data.add("error", "no-folder", f"image_dir {folder}: there is no such folder (from {Path.cwd()})")
         return
+    subsets.unreadable(folder, "image_dir", data)
     kept = _kept_info(folder, subset, data)
     found = list(images(folder)) if kept is None else list(kept)
     problems: dict[str, list[str]] = {}
@@ -87,7 +90,7 @@ def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
         code, fix = _PROBLEMS[problem]
         level = "error" if code in ("empty-caption-file", "not-utf8") else "warning"
         data.add(level, code, f"{folder.name}: {some(names)}: {problem}", fix, [f"{folder.name}/{n}" for n in names])
-    instead = [p for p in without if p.with_suffix(".txt").is_file() and subset.caption_extension != ".txt"]
+    instead = [p for p in without if os.path.isfile(p.with_suffix(".txt")) and subset.caption_extension != ".txt"]
     if instead:
         data.add(
             "error" if len(instead) == len(found) else "warning",
@@ -103,19 +106,19 @@ def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
 def _kept_info(folder: Path, subset: Subset, data: Data) -> dict[Path, str] | None:
     """The images and captions that `cache_info` has kept; None where the host reads the folder."""
     path = folder / INFO_CACHE
-    if not subset.cache_info or not path.is_file():
+    if not subset.cache_info or not os.path.isfile(path):
         return None
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path, METADATA_BYTES)
         return {Path(key): str(row["caption"] or "") for key, row in rows.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         data.add("error", "metadata", f"{path} is not what sd-scripts writes for cache_info: {error}", "Delete it.")
         return {}
 
 
 _PROBLEMS = {
     "the caption file is empty, and sd-scripts stops there": ("empty-caption-file", "Write a caption, or delete it."),
-    "the caption file is not UTF-8 text, and sd-scripts stops there": ("not-utf8", "Save it as UTF-8."),
+    "the caption file is no UTF-8 text of less than 1 MiB": ("not-utf8", "Save it as UTF-8; sd-scripts stops there."),
     "the caption begins with a byte order mark, which the text encoder reads": ("bom", "Save as UTF-8 without BOM."),
     "only the first line of the caption is used": ("more-lines", "Write the caption in one line."),
 }
@@ -129,11 +132,11 @@ def _caption_file(image: Path, subset: Subset) -> tuple[str | None, Path, str]:
     without_face = "_".join(parts[:-4]) if len(parts) >= 5 else stem  # the host's rule for cut-out faces
     for candidate in (stem + subset.caption_extension, without_face + subset.caption_extension):
         path = Path(candidate)
-        if not path.is_file():
+        if not os.path.isfile(path):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+            text = read_text(path, CAPTION_BYTES)
+        except SPFError:  # it is a file
             return "", path, _NOT_UTF8
         if not text:
             return "", path, _EMPTY
@@ -148,7 +151,7 @@ def _caption_file(image: Path, subset: Subset) -> tuple[str | None, Path, str]:
 
 def _other_files(folder: Path, subset: Subset, found: Sequence[Path], used: set[Path], data: Data) -> None:
     """Captions without image, images that are not read, and names that clash."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = [p for p in listed(folder) if os.path.isfile(p) and not p.name.startswith(".")]
     orphans = [p.name for p in files if p.name.endswith(subset.caption_extension) and p not in used]
     if orphans:
         fix = "Name it as its image, or remove it."
@@ -157,7 +160,7 @@ def _other_files(folder: Path, subset: Subset, found: Sequence[Path], used: set[
     if others:
         fix = "Save them as PNG, JPEG or WebP."
         data.add("warning", "image-not-read", f"{folder.name}: sd-scripts does not read {some(others)}", fix)
-    nested = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and any(images(p))]
+    nested = [p.name for p in listed(folder) if p.is_dir() and any(images(p))]
     if nested and not all(re.match(r"\d", name) for name in nested):
         data.add("warning", "nested-folder", f"{folder.name}: images in subfolders are not read: {some(nested)}")
     stems: dict[str, list[str]] = {}
@@ -172,17 +175,17 @@ def from_metadata(subset: Subset, data: Data) -> Iterator[Entry]:
     """The images that an `in_json` names (JSON or JSON lines)."""
     path = Path(subset.metadata_file or "")
     try:
-        text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            text = read_text(path, METADATA_BYTES)
+            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
             metadata = {line["image_path"]: line for line in lines}
         else:
-            metadata = json.loads(text)
+            metadata = read_json(path, METADATA_BYTES)
         rows = [(str(key), dict(value)) for key, value in metadata.items()]
-    except OSError as error:
-        data.add("error", "metadata", f"metadata {path} cannot be read: {error.strerror or error}")
+    except SPFError as error:
+        data.add("error", "metadata", f"metadata {error.problems[0]}")
         return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         data.add("error", "metadata", f"metadata {path} is not the JSON that sd-scripts writes: {error}")
         return
     missing = []
@@ -203,6 +206,6 @@ def from_metadata(subset: Subset, data: Data) -> Iterator[Entry]:
 
 
 def _metadata_image(key: str, subset: Subset) -> Path | None:
-    base = Path(key) if os.path.isabs(key) else Path(subset.image_dir or "") / key
-    candidates = [base, *(base.with_name(base.name + ending) for ending in IMAGE_ENDINGS)]
-    return next((c for c in candidates if c.is_file()), None)
+    base = os.path.join(subset.image_dir or "", key)
+    candidates = [base, *(base + ending for ending in IMAGE_ENDINGS)]
+    return next((Path(c) for c in candidates if os.path.isfile(c)), None)  # False for what no file can be called

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import CONFIG_BYTES, read_json, read_text
 from spf_plugin.tools.check.host_options import SDXL_ONLY
 from spf_plugin.tools.check.tokens import hub_snapshots
 
@@ -53,20 +54,21 @@ class Family:
 def of_model(model: str) -> str:
     """What a model itself says: a .safetensors file, a diffusers folder, or one in the hub's cache; else empty."""
     path = Path(model)
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix == ".safetensors" and os.path.isfile(path):
         from spf_plugin.lorafile.reader import read_header  # imports torch
 
         try:
             tensors = read_header(path).tensors
         except SPFError:  # the run says what is wrong with it
             return ""
-        return next((_BY_CONTEXT.get(info.shape[-1], "") for key, info in tensors.items() if _TO_KEY.search(key)), "")
-    folders = [path] if path.is_dir() else hub_snapshots(model) if "/" in model else []
+        widths = (info.shape[-1] for key, info in tensors.items() if info.shape and _TO_KEY.search(key))
+        return next((_BY_CONTEXT.get(width, "") for width in widths), "")
+    folders = [path] if os.path.isdir(path) else hub_snapshots(model) if "/" in model else []
     for folder in folders:
         try:
-            width = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))["cross_attention_dim"]
+            width = read_json(folder / "unet" / "config.json")["cross_attention_dim"]
             return _BY_CONTEXT.get(width if isinstance(width, int) else width[0], "")
-        except (OSError, ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):
             continue
     return ""
 
@@ -104,7 +106,7 @@ def find(settings: Mapping[str, Any], config: Path | None = None) -> Family:
     if _named(name):
         return Family(_named(name), f"the model's name, {name}")
     if config is not None:
-        script = _script(config.read_text(encoding="utf-8", errors="replace"))
+        script = _script(read_text(config, CONFIG_BYTES))
         if script:
             return Family(script, f"the script that {config.name} names in a comment")
         if _named(config.stem):

@@ -76,7 +76,8 @@ TYPES: dict[str, Callable[[str], Any]] = {
 }
 NUMBERS = frozenset(name for name, kind in TYPES.items() if kind is not str)
 #: Options that take any number of words. v0.9.1 takes one for text_encoder_lr.
-LISTS = frozenset([*_TEXT_LISTS.split(), *_NUMBER_LISTS.split()])
+TEXTS_IN_LISTS = frozenset(_TEXT_LISTS.split())
+LISTS = TEXTS_IN_LISTS | frozenset(_NUMBER_LISTS.split())
 CHOICES: dict[str, tuple[Any, ...]] = {
     "console_log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     "dynamo_backend": (

@@ -11,6 +11,8 @@ from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
 
+_PIECE = 2**20
+
 
 def _border(path: Path) -> tuple[borders.Colour | None, str]:
     """`borders.border` of an image, and why it cannot be read (empty where it can)."""
@@ -24,6 +26,15 @@ def _border(path: Path) -> tuple[borders.Colour | None, str]:
     except Exception as error:  # Pillow lets many kinds through, depending on the format
         reason = (str(error) or type(error).__name__).replace(repr(str(path)), "").strip()
         return None, reason or "not an image"
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content, which is never in memory whole."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def look_at(
@@ -52,7 +63,7 @@ def look_at(
             broken[entry.name] = reason
         else:
             seen[entry.name] = colour
-            digests.setdefault(hashlib.sha256(entry.path.read_bytes()).hexdigest(), []).append(entry)
+            digests.setdefault(_digest(entry.path), []).append(entry)
     progress(len(entries), len(entries))
     found = []
     if broken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target
+from spf_plugin.files import read_toml
 from spf_plugin.hosts.kohya import rules
 from spf_plugin.tools.check import captions, entries, family, pictures, sets, settings, source, tokens
 from spf_plugin.tools.check.captions import Described
@@ -106,8 +108,8 @@ def check(
     Raises:
         SPFError: a file that says what the run is cannot be read.
     """
-    folder = path is not None and path.is_dir()
-    only_data = folder or (path is not None and "datasets" in source.load_toml(path))
+    folder = path is not None and os.path.isdir(path)
+    only_data = folder or (path is not None and "datasets" in read_toml(path))
     if folder:
         words = {"train_data_dir": str(path), "caption_extension": ".txt", **words}
     elif only_data:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_words
-from spf_plugin.core.prompt import Target, parse_targets
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import rules
+from spf_plugin.hosts.kohya import own_targets, rules
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.captions import dropout, shuffled
-from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image
+from spf_plugin.hosts.kohya.images import Image
 from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES, SUPPORTED
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
@@ -60,9 +60,9 @@ def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Targe
     """Per `id(subset)` its targets: its own in place of the run's (`targets`)."""
     out = {}
     for subset in data.subsets:
-        own = subset.custom_attributes.get(CUSTOM_TARGET)
         try:
-            out[id(subset)] = parse_targets(own) if own else targets
+            own = own_targets.of_attributes(subset.custom_attributes)
+            out[id(subset)] = targets if own is None else own
         except ValueError:  # the host's rules say what is wrong with it
             out[id(subset)] = ()
     return out
@@ -93,9 +93,10 @@ def look(
         Image.of([entry.caption], entry.subset, is_reg=entry.subset.is_reg, path=str(entry.path))
         for entry in data.entries
     ]
+    images, problems = own_targets.readable(images)
     # What the run only warns about is found, with more detail, by `captions`.
     errors = rules.look(args, images, config, sdxl=sdxl, trying=False, tokenize=tokenize).errors
-    found = [Finding("error", "stops", problem) for problem in errors]
+    found = [Finding("error", "stops", problem) for problem in problems + errors]
     if for_host:
         found += [*_module(args), *_options(args, data, sdxl=sdxl)]
     if config is not None:
@@ -198,6 +199,13 @@ def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
     return found
 
 
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # no name of a package, or a module that is only half there
+        return False
+
+
 def _length(args: HostArgs, data: Data) -> tuple[int, int]:
     """Optimiser steps of the run, and how many they are at most: buckets make the batches of an epoch more."""
     if not args.max_train_epochs:
@@ -234,7 +242,7 @@ def _together(args: HostArgs, config: SPFConfig, data: Data) -> list[Finding]:
     if not config.active:
         found.append(Finding("note", "measures-only", "all weights are 0: the LoRA will be plain, SPF only measures"))
     package = config.network.split(".")[0]
-    if package and package != "networks" and importlib.util.find_spec(package) is None:
+    if package and package != "networks" and not _importable(package):
         fix = "pip install --no-deps lycoris-lora" if package == "lycoris" else ""
         message = f"spf_network={config.network}: there is no {package} in this Python environment"
         found.append(Finding("warning", "no-network", message, fix))

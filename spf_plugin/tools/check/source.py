@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import toml
-
 from spf_plugin.config import PREFIX
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.files import SLASHES, read_toml, shown
 from spf_plugin.tools.check.findings import Finding
 from spf_plugin.tools.check.host_options import CHOICES, LISTS, NUMBERS, OPTIONS, SWITCHES, TYPES
+from spf_plugin.tools.check.kinds import KINDS, fits
 
 #: The host's own defaults of what is read here.
 DEFAULTS: dict[str, Any] = {
@@ -30,7 +31,6 @@ DEFAULTS: dict[str, Any] = {
 OWN_OPTIONS = ("target", "tokenizer", "images", "json")  # of the command line itself
 #: Where one value may stand for a list: `settings` looks at network_args, and the host takes a number for the other.
 _SAID_ELSEWHERE = ("network_args", "text_encoder_lr")
-_SLASHES = "Write paths with forward slashes, C:/data/photos: in TOML a backslash begins an escape."
 
 
 class HostArgs:
@@ -43,23 +43,6 @@ class HostArgs:
         if name.startswith("__") or name == "given":
             raise AttributeError(name)
         return self.given.get(name, DEFAULTS.get(name))
-
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """A TOML file, as the host reads it.
-
-    Raises:
-        SPFError: it cannot be read, or is no TOML.
-    """
-    try:
-        return toml.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise SPFError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
-    except OSError as error:
-        raise SPFError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except (toml.TomlDecodeError, IndexError, ValueError) as error:  # the toml library leaks a few of its own
-        hint = f" {_SLASHES}" if "\\" in path.read_text(encoding="utf-8") else ""
-        raise SPFError(f"{path} is not valid TOML: {error}.{hint}") from None
 
 
 def unfolded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,18 +118,20 @@ def read(config: Path | None, words: Mapping[str, Any]) -> tuple[HostArgs, list[
     Raises:
         SPFError: the file cannot be read.
     """
-    from_file = unfolded(load_toml(config)) if config else {}
+    from_file = unfolded(read_toml(config)) if config else {}
     findings = [*_written_wrongly(config, from_file)] if config else []
     values = {**{k: v for k, v in from_file.items() if not k.startswith(PREFIX)}, **words}
-    values = {k: v for k, v in values.items() if not (k in NUMBERS and isinstance(v, str))}
+    # What the host cannot work with is said above, and left out of what is looked at.
+    values = {k: v for k, v in values.items() if fits(k, v) or (k == "network_args" and isinstance(v, str))}
     if values.get("caption_extention") is not None:  # the host's own old misspelling
         values["caption_extension"] = values.pop("caption_extention")
     return HostArgs(values), findings
 
 
 def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
-    findings = []
+    findings: list[Finding] = []
     for key, value in values.items():
+        said = len(findings)
         if key.startswith(PREFIX):
             findings.append(
                 Finding(
@@ -178,8 +163,8 @@ def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
                 Finding(
                     "error",
                     "no-list",
-                    f"{path.name}: {key} = {value!r} is no list, and sd-scripts goes through it piece by piece",
-                    f"Write {key} = [{toml.dumps({'v': value})[4:].strip()}]",
+                    f"{path.name}: {key} = {shown(value)} is no list, and sd-scripts goes through it piece by piece",
+                    f"Write {key} = [{json.dumps(value)}]" if isinstance(value, str | int | float) else "Write a list.",
                 )
             )
         elif isinstance(value, str) and value.lower() in ("true", "false"):
@@ -191,8 +176,11 @@ def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
                     f"Write {key} = {value.lower()} without quotes.",
                 )
             )
+        if len(findings) == said and not fits(key, value) and not (key == "network_args" and isinstance(value, str)):
+            text = f"{path.name}: {key} = {shown(value)} is not what sd-scripts can work with"
+            findings.append(Finding("error", "wrong-type", text, f"Write {KINDS[key].name}."))
         if isinstance(value, str) and re.search(r"[\x00-\x08\x0a-\x1f]", value):
             findings.append(
-                Finding("error", "backslash", f"{path.name}: {key} holds a control character: {value!r}", _SLASHES)
+                Finding("error", "backslash", f"{path.name}: {key} holds a control character: {value!r}", SLASHES)
             )
     return findings

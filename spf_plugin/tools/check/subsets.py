@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -10,20 +10,43 @@ from pathlib import Path
 from typing import Any
 
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.files import read_json, read_toml, shown
 from spf_plugin.tools.check.dataset import Data, Subset
 from spf_plugin.tools.check.findings import some
 from spf_plugin.tools.check.host_options import DATASET, SUBSET
-from spf_plugin.tools.check.source import HostArgs, load_toml
+from spf_plugin.tools.check.kinds import is_of
+from spf_plugin.tools.check.source import HostArgs
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number with a point", str: "a text in quotes"}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number with a point",
+    str: "a text in quotes",
+    dict: "a table: { name = value }",
+    list: "a list",
+}
+
+
+def listed(folder: Path) -> list[Path]:
+    """What lies in a folder, in order; nothing where the system does not say it."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def images(folder: Path) -> Iterator[Path]:
     """The images of a folder that the host reads."""
-    for path in sorted(folder.iterdir()):
+    for path in listed(folder):
         if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
             yield path
+
+
+def unreadable(folder: Path, what: str, data: Data) -> None:
+    """Say of a folder that is there that nobody may look into it."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        data.add("error", "no-folder", f"{what} {folder}: it cannot be looked into. Check its permissions")
 
 
 def make(args: HostArgs, *levels: Mapping[str, Any], **own: Any) -> Subset:
@@ -33,7 +56,7 @@ def make(args: HostArgs, *levels: Mapping[str, Any], **own: Any) -> Subset:
     for name in (f.name for f in fields(Subset)):
         candidates = [own.get(name), *(level.get(name) for level in levels), getattr(args, renamed.get(name, name))]
         # What has the wrong type is reported where it was read, and passed over here.
-        value = next((c for c in candidates if c is not None and isinstance(c, {**DATASET, **SUBSET}[name])), None)
+        value = next((c for c in candidates if c is not None and is_of(c, {**DATASET, **SUBSET}[name])), None)
         if value is not None:
             values[name] = value
     return Subset(**values)
@@ -47,11 +70,12 @@ def from_folder(
         return
     base = Path(folder)
     option = "reg_data_dir" if is_reg else "train_data_dir"
-    if not base.is_dir():
+    if not os.path.isdir(base):
         data.add("error", "no-folder", f"{option} {base}: there is no such folder (from {Path.cwd()})")
         return
+    unreadable(base, option, data)
     ignored = []
-    for sub in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for sub in (p for p in listed(base) if p.is_dir() and not p.name.startswith(".")):
         number, _, name = sub.name.partition("_")
         if not re.fullmatch(r"[+-]?\d+", number.strip()):
             if any(images(sub)):
@@ -89,14 +113,13 @@ def from_config(path: Path, args: HostArgs, data: Data) -> Iterator[Subset]:
     Raises:
         SPFError: it cannot be read.
     """
-    if path.suffix.lower() == ".json":
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SPFError(f"dataset_config {path} cannot be read: {error}") from None
-    else:
-        config = load_toml(path)
+    config = read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    if not isinstance(config, dict):
+        raise SPFError(f"{path} is no data set configuration: it has no names. See presets/dataset.toml.")
     general, datasets = config.get("general", {}), config.get("datasets", [])
+    if not isinstance(general, dict):
+        data.add("error", "dataset-config", f"{path.name}: general must be written [general], with one bracket")
+        return
     for key in set(config) - {"general", "datasets"}:
         _unknown(data, path, "", key, ["general", "datasets"])
     _check_keys(data, path, "[general]", general, DATASET)
@@ -105,7 +128,7 @@ def from_config(path: Path, args: HostArgs, data: Data) -> Iterator[Subset]:
         return
     for i, dataset in enumerate(datasets, 1):
         subsets = dataset.get("subsets", [])
-        if not isinstance(subsets, list):
+        if not isinstance(subsets, list) or not all(isinstance(s, dict) for s in subsets):
             data.add("error", "dataset-config", f"{path.name}: write [[datasets.subsets]], with two brackets")
             continue
         _check_keys(
@@ -139,6 +162,6 @@ def _check_keys(
         wanted = known.get(key)
         if wanted is None:
             _unknown(data, path, where, key, [*known, *more])
-        elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        elif not is_of(value, wanted):
             name = _TYPE_NAMES.get(wanted if isinstance(wanted, type) else wanted[0], "something else")
-            data.add("error", "dataset-config", f"{path.name}: {key} = {value!r} in {where} must be {name}")
+            data.add("error", "dataset-config", f"{path.name}: {key} = {shown(value)} in {where} must be {name}")

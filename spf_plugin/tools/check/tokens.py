@@ -47,7 +47,15 @@ def hub_snapshots(name: str) -> list[Path]:
     """Where the hub's cache holds a model of this name."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    return sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
+    return _within(hub / f"models--{name.replace('/', '--')}" / "snapshots")
+
+
+def _within(folder: Path) -> list[Path]:
+    """What lies in a folder, in order; nothing where there is none, or no folder can be called so."""
+    try:
+        return sorted(folder.iterdir())
+    except (OSError, ValueError):
+        return []
 
 
 def folders(model: str | None = None, cache: str | None = None) -> Iterator[Path]:
@@ -57,11 +65,11 @@ def folders(model: str | None = None, cache: str | None = None) -> Iterator[Path
         model: `pretrained_model_name_or_path`.
         cache: `tokenizer_cache_dir`.
     """
-    if model and Path(model).is_dir():
+    if model and os.path.isdir(model):
         yield from (Path(model) / "tokenizer", Path(model))
     if cache:
-        yield from sorted(Path(cache).glob("*"))
-    for name in [*([model] if model and "/" in model and not Path(model).exists() else []), *_HUB_MODELS]:
+        yield from _within(Path(cache))
+    for name in [*([model] if model and "/" in model and not os.path.exists(model) else []), *_HUB_MODELS]:
         for snapshot in hub_snapshots(name):
             yield from (snapshot / "tokenizer", snapshot)
     yield Path(__file__).parents[3] / "portraitlab" / "model" / "tokenizer"
@@ -88,7 +96,9 @@ def find(candidates: Iterator[Path], *, weighted: bool) -> Tokenizer:
     """
     tokenize: Callable[[str], Sequence[int]] = estimate
     source = ""
-    folder = next((f for f in candidates if (f / "vocab.json").is_file() and (f / "merges.txt").is_file()), None)
+    folder = next(
+        (f for f in candidates if all(os.path.isfile(f / name) for name in ("vocab.json", "merges.txt"))), None
+    )
     if folder is not None:
         try:
             tokenize, source = _load(folder), str(folder)

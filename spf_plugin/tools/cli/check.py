@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from spf_plugin.core.prompt import Kind
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.findings import LEVELS, Finding, some
 from spf_plugin.tools.check.run import Report
@@ -169,12 +171,12 @@ def check(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        path = None if words[0].startswith("--") else Path(words[0]).expanduser()
+        path = None if words[0].startswith("--") else expanded(words[0])
         options = parse_words(words[1:] if path else words)
         given = options.pop("config_file", None)
         if path is None and given:
             path = Path(given if str(given).endswith(".toml") else f"{given}.toml")  # as the host does
-        if path and not path.exists():
+        if path and not os.path.exists(path):
             raise SPFError(f"{path}: there is no such file or folder.")
         with progress_bars(Console(stderr=True)) as show:
             report = look(

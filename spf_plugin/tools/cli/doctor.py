@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from spf_plugin.files import expanded
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.doctor import Doctor, examine
 
@@ -75,7 +76,7 @@ def doctor(
     """
     with Console(stderr=True).status("looking") as status:
         found = examine(
-            sd_scripts.expanduser() if sd_scripts else None, lambda what: status.update(f"looking at {escape(what)}")
+            expanded(sd_scripts) if sd_scripts else None, lambda what: status.update(f"looking at {escape(what)}")
         )
     if as_json:
         say(json.dumps(found.as_json(), indent=2))

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.tools import plan as planning
 from spf_plugin.tools import preset as presets
 from spf_plugin.tools.check.family import MODELS
@@ -61,7 +62,7 @@ def plan(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        run, notes = presets.read(preset.expanduser(), model.value if model else None)
+        run, notes = presets.read(expanded(preset), model.value if model else None)
     except SPFError as error:
         errors.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(MISTAKE) from None

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.lacking import lacking
 from spf_plugin.tools.cli.progress import progress_bars
@@ -112,11 +113,11 @@ def report(
             from spf_plugin.tools.report.results import Request
             from spf_plugin.tools.report.run import run
         if prompts is not None:
-            given += read_file(prompts.expanduser())
+            given += read_file(expanded(prompts))
         settings = Request(
             model=model,
-            loras=tuple(path.expanduser() for path in (lora, lora2) if path is not None),
-            out=(out or Path(f"report-{lora.stem}")).expanduser(),
+            loras=tuple(expanded(path) for path in (lora, lora2) if path is not None),
+            out=expanded(out or Path(f"report-{lora.stem}")),
             prompts=tuple(given),
             target=target,
             seeds=whole_numbers(seeds),

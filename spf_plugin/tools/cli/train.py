@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.lacking import lacking
 from spf_plugin.tools.cli.progress import progress_bars
@@ -119,8 +120,8 @@ def train(
             from spf_plugin.trainer.settings import Settings
         settings = Settings(
             model=model,
-            data=data.expanduser(),
-            out=out.expanduser(),
+            data=expanded(data),
+            out=expanded(out),
             spf=config,
             steps=steps,
             rank=rank,

@@ -1,0 +1,40 @@
+"""A subset's own targets, `custom_attributes.spf_target` in the dataset TOML: handed on by the host as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from spf_plugin.config import read_targets
+from spf_plugin.core.prompt import Target
+from spf_plugin.files import shown
+from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image
+
+
+def of_attributes(attributes: Any) -> tuple[Target, ...] | None:
+    """The targets in a subset's custom attributes, or None where they have none.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    own = attributes.get(CUSTOM_TARGET) if isinstance(attributes, dict) else None
+    return read_targets(own) if own else None
+
+
+def readable(images: Sequence[Image]) -> tuple[list[Image], list[str]]:
+    """The images without targets that are neither a text nor a list of texts, and what is wrong with those."""
+    problems: list[str] = []
+    kept = []
+    for image in images:
+        own: Any = image.target
+        if isinstance(own, str) or (isinstance(own, list | tuple) and all(isinstance(item, str) for item in own)):
+            kept.append(image)
+            continue
+        if own is not None:
+            problems.append(
+                f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML must be a text in quotes, or a list of texts, "
+                f"and is {shown(own)}"
+            )
+        kept.append(replace(image, target=None))
+    return kept, list(dict.fromkeys(problems))
