@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
+from spf_plugin.errors import SPFError
+from spf_plugin.lorafile import names
 from spf_plugin.lorafile.inspect import Contents, Description, Group, metadata_base
 from spf_plugin.lorafile.names import BASE_LABEL
 
@@ -15,6 +20,22 @@ Status = Literal["loads", "differs", "fails"]
 
 FIX = "spf lora fix"
 
+_OTHER_KINDS = (
+    ("an embedding (textual inversion)", "use it as an embedding", r"emb_params|string_to_param\b.*|clip_[lg]"),
+    (
+        "a whole model",
+        "use it as the base model",
+        r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|model_ema)\..*",
+    ),
+    ("a ControlNet", "use it as a ControlNet", r"(control_model|controlnet_\w+)\..*"),
+)
+# Factors of which one is nothing without the others.
+_TOGETHER = (
+    {"lora_up.weight", "lora_down.weight"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"lokr_w1_a", "lokr_w1_b"},
+    {"lokr_w2_a", "lokr_w2_b"},
+)
 LOHA_FACTORS = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
@@ -69,6 +90,66 @@ def unmatched(contents: Contents, group: Group) -> bool:
     return up[1] != down[0]
 
 
+def odd_alphas(contents: Contents) -> list[str]:
+    """Alphas that are not one number."""
+    return [key for key, info in contents.tensors.items() if key.endswith(".alpha") and math.prod(info.shape) != 1]
+
+
+def _incomplete(description: Description) -> list[str]:
+    """Modules that lack one of their factors."""
+    return [
+        group.name
+        for group in description.groups
+        if any(0 < len(factors & set(group.keys)) < len(factors) for factors in _TOGETHER)
+        or ("lora_mid.weight" in group.keys and "lora_up.weight" not in group.keys)
+    ]
+
+
+def refuse_damaged(contents: Contents, description: Description) -> None:
+    """Stop at what no mending could make a LoRA of.
+
+    Raises:
+        SPFError: NaN or infinity, factors that are missing or do not multiply, or an alpha that is not one number.
+    """
+    if contents.non_finite:
+        raise SPFError(
+            f"NaN or infinity in {len(contents.non_finite)} tensors ({some(contents.non_finite)}): this LoRA would "
+            "give black images. Nothing was saved; train again at a lower learning rate or in bf16."
+        )
+    broken = [g.name for g in description.groups if unmatched(contents, g)]
+    if broken:
+        raise SPFError(f"lora_up and lora_down do not multiply in {some(broken)}. The file is damaged: save it again.")
+    missing = _incomplete(description)
+    if missing:
+        raise SPFError(f"a factor is missing in {some(missing)}. The file is damaged: download or save it again.")
+    odd = odd_alphas(contents)
+    if odd:
+        raise SPFError(f"the alpha is not one number in {some(odd)}. The file is damaged: download or save it again.")
+
+
+def advised(contents: Contents, description: Description, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """The findings, with `spf lora fix` advised only where it mends something."""
+    try:
+        refuse_damaged(contents, description)
+    except SPFError:
+        return tuple(replace(finding, fix="") if finding.fix == FIX else finding for finding in findings)
+    base = description.base
+    if base not in ("sd1", "sd2", "sdxl"):
+        return tuple(findings)
+    unknown = [group for group in description.groups if group.resolved is None]
+    renamed = any(
+        group.format != "kohya" or group.name != names.kohya_name(base, group.resolved.module)
+        for group in description.groups
+        if group.resolved is not None
+    )
+    if not unknown or renamed:
+        return tuple(findings)
+    bundled = any(group.name == "bundle_emb" for group in unknown)
+    instead = "keep the embedding in a file of its own" if bundled else ""
+    unmended = ("names", "prefix")
+    return tuple(replace(f, fix=instead) if f.fix == FIX and f.code in unmended else f for f in findings)
+
+
 def incomplete_attention(description: Description, component: str) -> list[str]:
     """Text-encoder layers of `component` whose q, k, v, out are neither all present nor all absent."""
     layers: dict[str, set[str]] = {}
@@ -94,6 +175,11 @@ def common(contents: Contents, description: Description) -> list[Finding]:
     if broken:
         text = f"lora_up and lora_down do not multiply in {some(broken)}."
         out.append(Finding("fail", "factors", text, "download or save it again"))
+    odd = odd_alphas(contents)
+    if odd:
+        out.append(
+            Finding("fail", "alpha", f"The alpha is not one number in {some(odd)}.", "download or save it again")
+        )
     # OFT keeps its constraint in alpha, where 0 means none.
     scaled = [g.name for g in description.groups if g.algorithm not in ("OFT", "unknown") and g.name in contents.alphas]
     zero = [name for name in scaled if contents.alphas[name] == 0.0]
@@ -135,6 +221,7 @@ def card(contents: Contents, description: Description, shown: str, label: str, h
     return out
 
 
+@lru_cache(maxsize=1)  # two loaders ask, and the text may have megabytes
 def _counts(text: str) -> bool:
     """Whether the WebUI can add up the tags: it decodes what starts with a brace and calls int on every count."""
     if not text.startswith("{"):
@@ -166,10 +253,24 @@ def half_pairs(description: Description) -> list[str]:
     ]
 
 
+def other_kind(description: Description) -> tuple[str, str]:
+    """What a file is that holds no LoRA module of any kind, and what it is good for; empty where it holds one."""
+    if any(group.algorithm != "unknown" for group in description.groups):
+        return "", ""
+    keys = [key for group in description.groups for key in group.keys.values()]
+    for kind, use, pattern in _OTHER_KINDS:
+        if any(re.fullmatch(pattern, key) for key in keys):
+            return kind, use
+    return "no LoRA", ""
+
+
 def unlisted(description: Description) -> list[Finding] | None:
     """Answer for bases without a name table."""
     if description.base in ("sd3", "flux"):
         return [Finding("note", "base", f"{BASE_LABEL[description.base]} names are not checked here.")]
     if description.base == "unknown":
-        return [Finding("fail", "names", "No name in the file belongs to SD1, SD2 or SDXL: nothing is applied.", FIX)]
+        kind, use = other_kind(description)
+        if kind:
+            return [Finding("fail", "no-lora", f"This is {kind}: nothing is applied.", use)]
+        return [Finding("fail", "names", "No name in the file belongs to SD1, SD2 or SDXL: nothing is applied.")]
     return None

@@ -147,7 +147,7 @@ def a1111(contents: Contents, description: Description) -> list[Finding]:
             return [Finding("fail", "sd3-alpha", text, "use ComfyUI")]
         return [Finding("note", "base", "SD3 names are not checked here.")]
     if base == "unknown":
-        return [Finding("fail", "names", "No name in the file belongs to SD1, SD2 or SDXL: nothing is applied.", FIX)]
+        return f.unlisted(description) or []
     out = []
     lost: list[str] = []
     matched: dict[str, set[str]] = {}
@@ -306,4 +306,5 @@ def verdicts(contents: Contents, description: Description) -> list[Verdict]:
     shared = f.common(contents, description)
     if not description.groups or any(finding.code == "factors" for finding in shared):
         return [Verdict(name, tuple(shared)) for name, _ in rules]
-    return [Verdict(name, tuple(shared + rule(contents, description))) for name, rule in rules]
+    found = ((name, shared + rule(contents, description)) for name, rule in rules)
+    return [Verdict(name, f.advised(contents, description, findings)) for name, findings in found]

@@ -15,12 +15,13 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import names
-from spf_plugin.lorafile.findings import some, unmatched
+from spf_plugin.lorafile.findings import refuse_damaged, some
 from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.metadata import as_strings, complete
 from spf_plugin.lorafile.names import Base, Module
 
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
 
 Parts = dict[str, torch.Tensor]  # canonical suffix -> tensor
@@ -60,19 +61,12 @@ def normalise(
         Unchanged tensors are the same objects as in `state_dict`.
 
     Raises:
-        SPFError: NaN or infinity, values that fit no balance within the fp16 range, or two entries for one module.
+        SPFError: `findings.refuse_damaged`; values that fit no balance within fp16; two entries for one module.
     """
     strings = as_strings(metadata)
     contents = gather(state_dict.items(), strings)
-    if contents.non_finite:
-        raise SPFError(
-            f"NaN or infinity in {len(contents.non_finite)} tensors ({some(contents.non_finite)}): this LoRA would "
-            "give black images. Nothing was saved; train again at a lower learning rate or in bf16."
-        )
     description = describe(contents)
-    broken = [g.name for g in description.groups if unmatched(contents, g)]
-    if broken:
-        raise SPFError(f"lora_up and lora_down do not multiply in {some(broken)}. The file is damaged: save it again.")
+    refuse_damaged(contents, description)
     notes: list[str] = []
     modules, table = _renamed(state_dict, description, notes)
     _finite_lokr_alphas(modules, notes)
@@ -177,7 +171,7 @@ def _adopt_adapter_alpha(
         if any(config.get(key) for key in patterns):
             raise SPFError(f"The adapter of {component} scales its modules one by one. Fuse or save it in diffusers.")
         alpha = config.get(f"{component}.lora_alpha")
-        if isinstance(alpha, (int, float)):
+        if isinstance(alpha, (int, float)) and abs(alpha) <= FLOAT32_MAX:
             for name, parts in modules.items():
                 if name.startswith(prefix) and _is_lora(parts) and ALPHA not in parts:
                     parts[ALPHA] = torch.tensor(float(alpha))
@@ -278,7 +272,13 @@ def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> None:
             elif alpha != target:
                 parts[ALPHA] = _alpha_like(parts[ALPHA], target)
             if factor != 1.0:
-                rounded += not _scale(parts, factor)
+                exactly = _scale(parts, factor)
+                if exactly is None:
+                    raise SPFError(
+                        f"the alphas of the {half} reach from {min(counts, key=abs):g} to {max(counts, key=abs):g}, "
+                        "which no factor can make up for. The file is damaged: download or save it again."
+                    )
+                rounded += not exactly
                 scaled += 1
         if added:
             notes.append(f"{half}: alpha {target:g} added to {added} modules that had none")
@@ -304,12 +304,13 @@ def _target_alpha(counts: Counter[float]) -> float:
 
 def _alpha_like(tensor: torch.Tensor, value: float) -> torch.Tensor:
     """0-dim alpha in the dtype of `tensor` where that holds the value exactly, else fp32."""
-    out = torch.tensor(value, dtype=tensor.dtype)
-    return out if float(out) == value else torch.tensor(value, dtype=torch.float32)
+    wide = torch.tensor(value, dtype=torch.float64)  # a tensor made in fp16 refuses what is beyond it
+    out = wide.to(tensor.dtype)
+    return out if float(out) == value else wide.to(torch.float32)
 
 
-def _scale(parts: Parts, factor: float) -> bool:
-    """Multiply the delta of a module by `factor`; True where no value was rounded.
+def _scale(parts: Parts, factor: float) -> bool | None:
+    """Multiply the delta of a module by `factor`; True where no value was rounded, None where nothing is left of them.
 
     The up factor takes it, or the down factor where only that is exact (fp16 underflow, mostly).
     """
@@ -319,9 +320,11 @@ def _scale(parts: Parts, factor: float) -> bool:
         if bool((stored[suffix].double() == exact[suffix]).all()):
             parts[suffix] = stored[suffix]
             return True
-    suffix = UP if bool(stored[UP].isfinite().all()) else DOWN
-    parts[suffix] = stored[suffix]
-    return False
+    for suffix in (UP, DOWN):
+        if bool(stored[suffix].isfinite().all()) and bool(stored[suffix].any()) >= bool(exact[suffix].any()):
+            parts[suffix] = stored[suffix]
+            return False
+    return None
 
 
 # What to zero for a zero delta; the other factors stay, so that the module can still be trained on.

@@ -22,8 +22,10 @@ import torch
 
 from spf_plugin.errors import SPFError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-MAX_TENSORS = 200_000  # SDXL LoCon with both text encoders has 3,156
+# What a header may hold: its parts are read one by one, and a file of nothing but parts would take minutes.
+MAX_HEADER_BYTES = 32_000_000  # of a LoRA or a model a few hundred thousand, and megabytes with a thumbnail and tags
+MAX_TENSORS = 20_000  # SDXL LoCon with both text encoders has 3,156
+MAX_METADATA = 10_000  # kohya writes about a hundred
 
 # dtype -> bytes per item, in the order in which the library lays tensors out (last first).
 DTYPE_BYTES = {
@@ -184,7 +186,7 @@ def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
             return None
         return value
 
-    shown = name if len(name) <= 120 else name[:117] + "..."
+    shown = _cut(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _fail(path, f"tensor {shown!r} lacks dtype, shape or data_offsets.", _COPY_AGAIN)
     dtype, shape, offsets = entry["dtype"], integers(entry["shape"]), integers(entry["data_offsets"])
@@ -198,6 +200,10 @@ def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), start, end)
 
 
+def _cut(name: str) -> str:
+    return name if len(name) <= 120 else name[:117] + "..."
+
+
 def _parse(path: Path, text: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     scan = _Scanner(text, path)
     tensors: dict[str, TensorInfo] = {}
@@ -209,11 +215,15 @@ def _parse(path: Path, text: str) -> tuple[dict[str, TensorInfo], dict[str, str]
             metadata = {}
             for name in scan.members():
                 if name in metadata:
-                    raise _fail(path, f"has the metadata key {name!r} twice.", _COPY_AGAIN)
+                    raise _fail(path, f"has the metadata key {_cut(name)!r} twice.", _COPY_AGAIN)
+                if len(metadata) >= MAX_METADATA:
+                    raise _fail(path, f"has more than {MAX_METADATA} metadata keys.", "No LoRA has: save it anew.")
                 metadata[name] = scan.string()
         else:
             if key in tensors:
-                raise _fail(path, f"has the tensor {key!r} twice.", "Loaders differ in which they take: save it anew.")
+                raise _fail(
+                    path, f"has the tensor {_cut(key)!r} twice.", "Loaders differ in which they take: save it anew."
+                )
             if len(tensors) >= MAX_TENSORS:
                 raise _fail(path, f"has more than {MAX_TENSORS} tensors.", "No LoRA has: this is another kind of file.")
             tensors[key] = _tensor_info(path, key, scan.entry())
@@ -228,9 +238,9 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -
     at = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start < at:
-            raise _fail(path, f"tensor {name!r} overlaps another one.", _COPY_AGAIN)
+            raise _fail(path, f"tensor {_cut(name)!r} overlaps another one.", _COPY_AGAIN)
         if info.start > at:
-            raise _fail(path, f"there are {info.start - at} unused bytes before tensor {name!r}.", _COPY_AGAIN)
+            raise _fail(path, f"there are {info.start - at} unused bytes before tensor {_cut(name)!r}.", _COPY_AGAIN)
         at = info.end
     if at > data_bytes:
         raise _fail(path, f"is cut short: {at - data_bytes} bytes are missing.", "Download or copy it again.")

@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+LONGEST = 400  # characters of a value that is shown
 _STATUS = {
     "loads": Text("loads", style="green"),
     "differs": Text("differs", style="yellow"),
@@ -98,7 +99,12 @@ def _facts(contents: Contents, description: Description) -> dict[str, str]:
         "alpha": _counts(dict(description.alphas)),
         "dtype": ", ".join(f"{name} ({n})" for name, n in description.dtypes.most_common()),
     }
-    return out | inspect.settings(contents.metadata)
+    settings = inspect.settings(contents.metadata)
+    return out | {_cut(label): _cut(value) for label, value in settings.items()}  # anything may stand there
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def _report(path: Path, facts: dict[str, str], results: list[Verdict]) -> Group:
@@ -219,17 +225,26 @@ def fix(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Mend what can be mended without changing a weight: names, shapes, alphas, dtypes, metadata, hash."""
+    """Mend what can be mended without changing a weight: names, shapes, alphas, dtypes, metadata, hash.
+
+    Exit status: 0 every loader takes the result, 1 one of them still refuses it, 2 nothing was written.
+    """
     try:
         _check_out(out, force)
         state_dict, metadata = reader.load(source)
         fixed, strings, notes = normalise(
             state_dict, metadata, dtype=_DTYPES[dtype] if dtype else None, one_rank=one_rank
         )
+        contents = inspect.gather(fixed.items(), strings)
+        refused = [v for v in verdicts(contents, inspect.describe(contents)) if v.status == "fails"]
+        if len(refused) == len(Loader):
+            why = next(f.message for f in refused[-1].findings if f.level == "fail")
+            raise SPFError(f"{source} cannot be mended, no program would load the result. {why} Nothing was written.")
         writer.save(out, fixed, strings)
     except SPFError as error:
         raise _fail(error) from None
     _said(out, notes)
+    raise typer.Exit(int(bool(refused)))
 
 
 @app.command()
