@@ -65,7 +65,7 @@ def check_host(folder: Path) -> str:
     """
     script = folder / "train_network.py"
     for needed in (script, folder / "sdxl_train_network.py", folder / "networks" / "lora.py", folder / "library"):
-        if not needed.exists():
+        if not (needed.is_dir() if needed.name == "library" else needed.is_file()):
             raise Stop(
                 f"{folder} is not a copy of sd-scripts: {needed.relative_to(folder)} is missing. Give its top folder."
             )

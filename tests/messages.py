@@ -25,12 +25,13 @@ MADE = {
     },
     "hosts/kohya/cached_text.py": set(),
     "hosts/kohya/own_targets.py": {"readable"},
+    "hosts/kohya/names.py": set(),
     "adapter/quantised.py": {"problems", "device_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.
-RETURNED = {"trainer_problem", "_read_file", "parse", "key_values", "by_time", "by_encoding"}
+RETURNED = {"name_problems", "trainer_problem", "_read_file", "parse", "key_values", "by_time", "by_encoding"}
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"core/sfcm.py", "core/losses.py"}
 

@@ -161,3 +161,32 @@ def test_whatever_weight_is_left_spf_acts_and_without_any_it_does_not() -> None:
     for weight in weights:
         assert parse({**dict.fromkeys(weights, "0"), weight: "1"}).active
     assert parse({**dict.fromkeys(weights, "0"), "spf_response": "anchor"}).active
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "\0", "a\0b", "~nobody/x", "/dev/null", ""])
+def test_a_config_that_no_file_can_be_called(name: str) -> None:
+    with pytest.raises(SPFError, match="no such file") as caught:
+        parse({"spf_target": "hat", "spf_config": name})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("spf_target = 3", "must be a text in quotes, or a list of texts"),
+        ("spf_target = { a = 1 }", "must be a text in quotes, or a list of texts"),
+        ("spf_target = [1]", "must be a text in quotes, or a list of texts"),
+        ("spf_network = 3", "must be a text in quotes"),
+        ("spf_layers = ['a']", "must be a text in quotes"),
+        ("spf_map_gain = true", "must be a number"),
+        ("spf_map_gain = [1]", "must be a number"),
+        ("spf_log_every = inf", "must be a finite number"),
+        ("spf_layers = 'a{99999999999999999999}'", "is not valid"),
+        (f"spf_log_every = {10**400}", "more than 64 bits"),
+    ],
+)
+def test_values_of_the_wrong_kind_in_a_file(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "spf.toml").write_text(line, encoding="utf-8")
+    with pytest.raises(SPFError) as caught:
+        parse({"spf_config": "spf.toml"}, (tmp_path,))
+    assert says in str(caught.value)

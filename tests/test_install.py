@@ -59,6 +59,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
     packages, files = freeze(python), tree(host)
+    sources, around = tree(ROOT / "spf_plugin"), {p.name for p in ROOT.iterdir()}
 
     dry = run(python, "--sd-scripts", host, "--dry-run")
     assert dry.returncode == 0, dry.stdout + dry.stderr
@@ -88,7 +89,15 @@ def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
     assert run(python, "--sd-scripts", host).returncode == 0
     assert figures.read_bytes() == now
 
-    assert not (ROOT / "build").exists()  # from which a module that is gone would be installed again
+    # From these a module that is gone would be installed again, and "already installed" would never come.
+    assert not (ROOT / "build").exists()
+    gone = figures.parent / "gone.py"
+    gone.write_text("", encoding="utf-8")
+    assert "running:" in run(python, "--sd-scripts", host).stdout
+    assert not gone.exists()
+    assert "already installed, this version" in run(python, "--sd-scripts", host).stdout
+    assert tree(ROOT / "spf_plugin") == sources
+    assert {p.name for p in ROOT.iterdir()} == around
 
     away = run(python, "--sd-scripts", host, "--uninstall")
     assert away.returncode == 0, away.stdout + away.stderr
@@ -131,6 +140,30 @@ def test_the_shim_goes_without_pip_too(host: Path) -> None:
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert not shim.exists()
+
+
+def test_a_networks_folder_that_cannot_be_written(python: Path, host: Path) -> None:
+    (host / "networks" / "spf_lora.partial").mkdir()  # where the copy is made: a read-only folder, for whoever is root
+    done = run(python, "--sd-scripts", host)
+    assert done.returncode != 0
+    assert "was not written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (host / "networks" / "spf_lora.py").exists()
+
+
+@pytest.mark.parametrize("name", ["train_network.py", "networks/lora.py", "library"])
+def test_something_else_in_place_of_a_file_of_sd_scripts(host: Path, name: str) -> None:
+    target = host / name
+    if target.is_dir():
+        target.rmdir()
+        target.write_text("")
+    else:
+        target.unlink()
+        target.mkdir()
+    done = run(Path(sys.executable), "--sd-scripts", host)
+    assert done.returncode != 0
+    assert "is not a copy of sd-scripts" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,11 @@ def test_bad_outputs_and_numbers(model: Path, images: Path, tmp_path: Path, monk
     (tmp_path / "file").write_bytes(b"")
     assert "nothing can be written" in bad(model, images, tmp_path / "file" / "out.safetensors")
     assert "multiple of 8" in bad(model, images, out, resolution=100)
+    for resolution in (8, 16, 64):
+        assert "must be more than 64" in bad(model, images, out, resolution=resolution)
+    long = tmp_path / "long" / ("好" * 82 + ".safetensors")
+    assert "258 bytes" in bad(model, images, long)
+    assert not long.parent.exists()
     assert "no such module" in bad(model, images, out, network="networks.missing")
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
@@ -369,6 +374,10 @@ def test_the_command_line_says_one_sentence_and_no_traceback(model: Path, images
     assert refused.exit_code == 2
     assert "2 problems" in refused.output
     assert "did you mean" in refused.output
+    for seed in (2**63, 10**30, -1):
+        refused = CliRunner().invoke(cli.app, ["train", *common, "--plain", "--seed", str(seed)])
+        assert refused.exit_code == 2
+        assert isinstance(refused.exception, SystemExit)
     result = spf_train(*common[:-4], "--data", str(tmp_path), *common[-2:], "--plain")
     assert result.returncode == 2
     assert result.stderr.strip().startswith("SPF: --data")

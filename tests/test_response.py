@@ -197,10 +197,28 @@ def test_a_missing_or_broken_clip_is_one_clear_message(tmp_path: Path) -> None:
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(SPFError, match="holds a 'bert' model"):
         clip.load(str(tmp_path / "other"))
+    for content in ("[1]", "[" * 5000):
+        (tmp_path / "other" / "config.json").write_text(content)
+        with pytest.raises(SPFError, match=r"no readable config.json"):
+            clip.load(str(tmp_path / "other"))
     folder = tiny.clip(tmp_path / "clip")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SPFError, match="cannot be loaded"):
+        clip.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "[1]", "\0", '{"image_mean": 3}', '{"image_mean": [1, 2]}', '{"image_std": [1, 0, 1]}',
+        '{"image_std": ["a", "b", "c"]}', '{"image_mean": [NaN, 0, 0]}', '{"image_std": null}',
+    ],
+)  # fmt: skip
+def test_a_damaged_preprocessor_is_found_when_the_model_is_loaded(tmp_path: Path, content: str) -> None:
+    folder = tiny.clip(tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(SPFError, match=r"preprocessor_config.json"):
         clip.load(str(folder))
 
 

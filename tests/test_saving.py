@@ -161,6 +161,24 @@ def test_a_name_as_long_as_a_file_can_have(tmp_path: Path, letter: str, monkeypa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_every_name_made_of_a_long_one_fits(tmp_path: Path) -> None:
+    from spf_plugin.lorafile import writer
+    from spf_plugin.shown.watch import pictures_folder
+    from spf_plugin.trainer.loop import numbered
+
+    name = "好" * 81  # 255 bytes with its extension
+    out = tmp_path / f"{name}.safetensors"
+    made = [
+        pictures_folder(tmp_path / name), numbered(out, 100), sidecars.card_path(out), writer.aside(out, ".tmp"),
+        writer.aside(out, ".partial.safetensors"), writer.renamed(out, ".rejected.safetensors"),
+    ]  # fmt: skip
+    for path in made:
+        path.write_bytes(b"")
+        path.unlink()
+    assert pictures_folder(tmp_path / "a.b") == tmp_path / "a.b-spf"
+    assert numbered(tmp_path / "a.b.safetensors", 7).name == "a.b-step00000007.safetensors"
+
+
 # -- the card beside it -----------------------------------------------------------------------------------------------
 
 STARTED = 1_000_000_000.0

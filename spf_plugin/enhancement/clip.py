@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.files import read_json, shown
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -121,8 +122,8 @@ def _first_line(error: BaseException) -> str:
 
 def _from_transformers(name: str, path: Path) -> ClipEncoder:
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
+        kind = read_json(path / "config.json").get("model_type")
+    except (SPFError, AttributeError) as error:
         raise SPFError(f"spf_clip={name}: the folder has no readable config.json ({_first_line(error)})") from error
     if kind != "clip":
         raise SPFError(f"spf_clip={name} holds a {kind!r} model; a CLIP model with image and text encoder is needed")
@@ -133,9 +134,7 @@ def _from_transformers(name: str, path: Path) -> ClipEncoder:
         tokenizer = CLIPTokenizer.from_pretrained(str(path))
     except Exception as error:  # whatever transformers, safetensors or json raise on a damaged folder
         raise SPFError(f"spf_clip={name} cannot be loaded: {_first_line(error)}") from error
-    processing: dict[str, Any] = {}
-    if (path / "preprocessor_config.json").is_file():
-        processing = json.loads((path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    mean, std = _preprocessing(name, path)
 
     def images(x: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model(pixel_values=x).pooler_output)
@@ -153,9 +152,31 @@ def _from_transformers(name: str, path: Path) -> ClipEncoder:
         images,
         texts,
         int(model.config.vision_config.image_size),
-        processing.get("image_mean", OPENAI_MEAN),
-        processing.get("image_std", OPENAI_STD),
+        mean,
+        std,
     )
+
+
+def _preprocessing(name: str, folder: Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation per channel, of a folder that may say them; looked at here and not at the first step."""
+    path = folder / "preprocessor_config.json"
+    if not os.path.lexists(path):
+        return OPENAI_MEAN, OPENAI_STD
+    try:
+        said = read_json(path)
+    except SPFError as error:
+        raise SPFError(f"spf_clip={name} cannot be loaded: {error.problems[0]}") from error
+    if not isinstance(said, dict):
+        raise SPFError(f"spf_clip={name}: {path.name} is damaged: it has no names. Download the folder again.")
+    mean, std = said.get("image_mean", OPENAI_MEAN), said.get("image_std", OPENAI_STD)
+    for key, values, least in (("image_mean", mean, -math.inf), ("image_std", std, 0.0)):
+        numbers = isinstance(values, list | tuple) and [v for v in values if isinstance(v, int | float) and v > least]
+        if not numbers or len(numbers) != 3 or len(values) != 3 or not all(map(math.isfinite, numbers)):
+            raise SPFError(
+                f"spf_clip={name}: {path.name} is damaged: {key} is {shown(values)}, and must be three numbers, one a "
+                "channel. Download the folder again."
+            )
+    return mean, std
 
 
 def _from_open_clip(name: str, model_name: str, pretrained: str) -> ClipEncoder:

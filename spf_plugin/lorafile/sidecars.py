@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spf_plugin.core.prompt import parse_targets
 from spf_plugin.errors import SPFError
+from spf_plugin.files import IMAGE_BYTES, read_bytes, read_json
 from spf_plugin.lorafile.inspect import AnyBase, Contents, describe, network_args
 from spf_plugin.lorafile.writer import replacing
 
@@ -106,9 +107,9 @@ def write_card(lora: str | Path, card: Card, *, force: bool = False) -> Path:
         if not force:
             raise SPFError(f"{path} exists; --force updates it and keeps what it does not know.")
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise SPFError(f"{path} cannot be read as JSON ({error}). Move it away first.") from None
+            old = read_json(path)
+        except SPFError as error:
+            raise SPFError(f"{path} cannot be read as JSON ({error.problems[0]}). Move it away first.") from None
         if not isinstance(old, dict):
             raise SPFError(f"{path} is not a card (a JSON object). Move it away first.")
         content = old
@@ -130,13 +131,11 @@ def _digest(content: Mapping[str, object]) -> str:
 
 def _is_our_own(path: Path) -> bool:
     """Whether training wrote this card and nobody has changed it since."""
-    if not path.is_file():
-        return False
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(content, dict) and content.get(_MARK) == _digest(content)
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except SPFError:
         return False
+    return isinstance(content, dict) and content.get(_MARK) == _digest(content)
 
 
 def training_card(contents: Contents) -> Card | None:
@@ -226,10 +225,7 @@ def write_preview(lora: str | Path, image: str | Path, *, force: bool = False) -
     present = existing_preview(lora)
     if present is not None and not force:
         raise SPFError(f"{present} exists; --force replaces it.")
-    try:
-        content = image.read_bytes()
-    except OSError as error:
-        raise SPFError(f"{image} cannot be read ({error.strerror}).") from None
+    content = read_bytes(image, IMAGE_BYTES)
     if not content.startswith(_IMAGES[extension]):
         raise SPFError(f"{image} is not a {extension[1:]} image. Save it in the format of its name.")
     path = _stem(lora).with_name(f"{_stem(lora).name}.preview{extension}")

@@ -21,6 +21,7 @@ from spf_plugin.config import SPFConfig
 from spf_plugin.core import losses, sfcm
 from spf_plugin.enhancement.decoders import LinearDecoder, load_linear
 from spf_plugin.families.latents import LatentSpace
+from spf_plugin.lorafile.writer import renamed
 from spf_plugin.shown import preview
 from spf_plugin.step import Step
 
@@ -89,6 +90,11 @@ def concerns(history: Sequence[Row]) -> dict[str, str]:
             "save, lower the learning rate, or raise spf_output_multiplier"
         )
     return found
+
+
+def pictures_folder(output: Path) -> Path:
+    """`OUTPUT_NAME-spf`, cut where the name would be longer than a folder's can be."""
+    return renamed(output.with_name(f"{output.name}.safetensors"), "-spf")
 
 
 class Watch:
@@ -211,7 +217,7 @@ class Watch:
                 tracker.log_images({name: [image]}, commit=False)
 
     def _write(self, name: str, image: Any) -> None:
-        folder = self.host.output.with_name(self.host.output.name + "-spf")
+        folder = pictures_folder(self.host.output)
         aside = folder / f".{name}.{os.getpid()}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)

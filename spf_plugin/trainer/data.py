@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from spf_plugin.core.coverage import coverage
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
+from spf_plugin.files import CAPTION_BYTES, read_text
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _REPEATS = re.compile(r"^(\d+)_")
@@ -48,8 +50,10 @@ def read_folder(folder: Path) -> list[Picture]:
     Raises:
         SPFError: no folder, no images, or images without caption (all of them at once).
     """
-    if not folder.is_dir():
-        raise SPFError(f"--data {folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}.")
+    if not os.path.isdir(folder):
+        raise SPFError(
+            f"--data {folder}: {'is not a folder' if os.path.exists(folder) else 'there is no such folder'}."
+        )
     groups = [(folder, 1)]
     for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
         named = _REPEATS.match(sub.name)
@@ -69,10 +73,7 @@ def read_folder(folder: Path) -> list[Picture]:
         )
     pictures = []
     for path, repeats in found:
-        try:
-            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise SPFError(f"{path.with_suffix('.txt')} is not UTF-8 text. Save it as UTF-8.") from None
+        caption = read_text(path.with_suffix(".txt"), CAPTION_BYTES, "utf-8-sig")
         pictures.append(Picture(path, " ".join(caption.split()), repeats))
     if not any(picture.repeats for picture in pictures):
         raise SPFError(f"--data {folder}: every subfolder is named 0_..., so nothing would be trained.")

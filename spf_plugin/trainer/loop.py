@@ -21,6 +21,7 @@ from spf_plugin.adapter import bypass as adapter
 from spf_plugin.adapter import quantised
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.reference import ReferenceHost
+from spf_plugin.lorafile import writer
 from spf_plugin.trainer import output
 from spf_plugin.trainer.cache import Cached, Progress, cache_data
 from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
@@ -146,7 +147,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def numbered(out: Path, step: int) -> Path:
     """kohya's name of a LoRA saved along the way: `NAME-step00000100.safetensors`."""
-    return out.with_name(f"{out.stem}-step{step:08d}{out.suffix}")
+    return writer.renamed(out, f"-step{step:08d}{out.suffix}")
 
 
 def _silent(*_: Any) -> None:
@@ -199,6 +200,10 @@ def train(
     resolution = settings.resolution or model.resolution
     if resolution < model.latent_scale or resolution % model.latent_scale:
         raise SPFError(f"--resolution {resolution}: must be a multiple of {model.latent_scale}.")
+    if resolution <= model.least:
+        raise SPFError(
+            f"--resolution {resolution}: must be more than {model.least}, which this UNet shrinks to a point."
+        )
     for part in (model.vae, *model.text_encoders):
         part.to(accelerator.device)
     progress("loading the model", 1, 1, {})

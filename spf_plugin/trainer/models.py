@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
+from spf_plugin.files import expanded
 from spf_plugin.seam import Call
 
 FAMILIES = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
@@ -47,6 +49,11 @@ class BaseModel:
     def latent_scale(self) -> int:
         """Pixels per latent, along one side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def least(self) -> int:
+        """The side length in pixels at which the UNet's lowest level is one place, and its norms have nothing to do."""
+        return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def resolution(self) -> int:
@@ -177,15 +184,15 @@ def _alphas_cumprod(config: Any) -> Tensor:
 
 def load_pipeline(name: str, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of a folder, a hub name or a single file; raises as `load` does."""
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = expanded(name)
+    if os.path.isfile(path):  # Path's own fails where a name is too long
         return _from_file(path, dtype)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if os.path.isdir(path) and not (path / "model_index.json").is_file():
         raise SPFError(
             f"--model {name} is not a diffusers model: it has no model_index.json. Give the folder that contains unet, "
             "vae and text_encoder, or a single .safetensors checkpoint."
         )
-    if not path.exists() and (path.suffix or path.is_absolute() or name.count("/") != 1 or name.startswith(".")):
+    if not os.path.exists(path) and (path.suffix or path.is_absolute() or name.count("/") != 1 or name.startswith(".")):
         raise SPFError(f"--model {name}: there is no such file or folder, and a name on the hub is OWNER/MODEL.")
     import diffusers
 

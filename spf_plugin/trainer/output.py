@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,14 +26,21 @@ def check_output(path: Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise SPFError(f"--out {path}: the name must end in .safetensors, the only format that is written.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise SPFError(f"--out {path} is a folder. Give a file name in it.")
+    length = len(path.name.encode(errors="replace"))
+    if length > writer.NAME_BYTES:  # found when it is saved, otherwise; all other names are cut
+        raise SPFError(
+            f"--out: the name of the file has {length} bytes, and {writer.NAME_BYTES} is the most (a letter beyond "
+            "ASCII has two to four). Give a shorter one."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise SPFError(f"--out {path}: nothing can be written there: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SPFError(f"--out {path}: nothing can be written there: {why}.") from error
 
 
 def check_space(path: Path, network: nn.Module, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from spf_plugin.families.base import Text
 from spf_plugin.hosts.kohya import cached_text, own_targets, rules
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
 from spf_plugin.hosts.kohya.images import Image, subset_of
+from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK, SUPPORTED, trainer_problem
 from spf_plugin.hosts.kohya.state import register
 from spf_plugin.hosts.kohya.text import TextEncoding
@@ -153,7 +154,7 @@ class KohyaHost:
         )
         for warning in found.warnings:
             logger.warning(f"SPF: {warning}")
-        return problems + found.errors
+        return [*name_problems(self.args), *problems, *found.errors]
 
     def _stale(self, images: Sequence[Image]) -> str | None:
         """Whether cached text is not the captions': by encoding, as the text encoders are here."""

@@ -13,6 +13,7 @@ from spf_plugin.hosts.kohya import own_targets, rules
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.captions import dropout, shuffled
 from spf_plugin.hosts.kohya.images import Image
+from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES, SUPPORTED
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
@@ -96,7 +97,7 @@ def look(
     images, problems = own_targets.readable(images)
     # What the run only warns about is found, with more detail, by `captions`.
     errors = rules.look(args, images, config, sdxl=sdxl, trying=False, tokenize=tokenize).errors
-    found = [Finding("error", "stops", problem) for problem in problems + errors]
+    found = [Finding("error", "stops", problem) for problem in (*name_problems(args), *problems, *errors)]
     if for_host:
         found += [*_module(args), *_options(args, data, sdxl=sdxl)]
     if config is not None:

@@ -86,7 +86,7 @@ def train(
         int | None,
         typer.Option(min=8, help="Side length in pixels; images are resized and cropped.", show_default="the model's"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Everything random follows from it.")] = 0,
     mixed_precision: Annotated[Mixed, typer.Option(help="Precision of training.")] = Mixed.no,
     save_precision: Annotated[Saved, typer.Option(help="Precision of the file.")] = Saved.fp16,
     gradient_checkpointing: Annotated[
