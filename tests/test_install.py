@@ -93,6 +93,8 @@ def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
     assert not (ROOT / "build").exists()
     gone = figures.parent / "gone.py"
     gone.write_text("", encoding="utf-8")
+    with open(next(figures.parents[2].glob("spf_plugin-*.dist-info")) / "RECORD", "a", encoding="utf-8") as record:
+        record.write("spf_plugin/tools/gone.py,,\n")  # an earlier version had it
     assert "running:" in run(python, "--sd-scripts", host).stdout
     assert not gone.exists()
     assert "already installed, this version" in run(python, "--sd-scripts", host).stdout
