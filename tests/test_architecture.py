@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spf_plugin"
 # From the bottom up: a room may import only rooms on lower levels. A room is a package, or a module beside them.
 LEVELS: list[set[str]] = [
-    {"__init__", "errors", "patching"},
-    {"core"},
+    {"__init__", "patching", "terminal"},
+    {"errors"},
+    {"core", "files"},
     {"seam", "config", "lorafile"},
     {"families", "adapter"},
     {"text"},

@@ -121,7 +121,9 @@ def test_a_warning_of_the_run_quotes_captions_escaped(caplog: pytest.LogCaptureF
     def info(caption: str) -> Any:
         return SimpleNamespace(caption=caption, is_reg=False, absolute_path="")
 
-    data = SimpleNamespace(image_data={"a": info("a hat"), "b": info(f"a man {EVIL}")}, image_to_subset={})
+    data = SimpleNamespace(
+        image_data={"a": info("a man in the street, hat"), "b": info(f"a man, {EVIL}")}, image_to_subset={}
+    )
     args = SimpleNamespace(network_train_text_encoder_only=False)
     names = {"self": None, "args": args, "train_dataset_group": SimpleNamespace(datasets=[data])}
     with caplog.at_level(logging.WARNING):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import toml
-
+from spf_plugin.files import read_json, read_toml
 from spf_plugin.hosts.kohya.captions import dropout, prompts, taken
 
 CUSTOM_TARGET = "spf_target"  # in a subset's custom_attributes: its own targets
@@ -37,15 +36,14 @@ def dropped_targets(args: Any) -> list[str]:
     if not os.path.isfile(path):
         return []
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file) if path.lower().endswith(".json") else toml.load(file)
+        config = (read_json if path.lower().endswith(".json") else read_toml)(Path(path))
         found = []
         for dataset in config.get("datasets", []):
             subsets = dataset.get("subsets", [])
             if subsets and all("conditioning_data_dir" in subset for subset in subsets):
                 levels = (config.get("general", {}), dataset, *subsets)
                 found += [level.get("custom_attributes", {}).get(CUSTOM_TARGET) for level in levels]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not the shape that the host takes
+    except (ValueError, LookupError, TypeError, AttributeError):  # not the shape that the host takes
         return []
     return list(dict.fromkeys(map(str, filter(None, found))))
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from spf_plugin import patching, terminal
-from spf_plugin.config import SPFConfig
+from spf_plugin.config import SPFConfig, read_targets
 from spf_plugin.core.prompt import Target
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
@@ -175,7 +175,7 @@ class KohyaHost:
         """What the caption files say and the host has encoded: cached text is neither shuffled nor framed."""
         with self._text.at_hand():
             for captions, image in self._entries():
-                targets = parse_targets(image.target) if image.target else None
+                targets = read_targets(image.target) if image.target else None
                 yield from ((caption, targets) for caption in captions)
 
     def captions(self, batch: Any) -> list[str]:
