@@ -283,10 +283,9 @@ def _tail(text: str) -> str:
 def _described(row: Described) -> str:
     """The words of the caption that describe a target and are not in it."""
     for before, piece in pairwise(row.prompt.pieces):
-        if piece.kind is Kind.TARGET and before.kind is Kind.DROPPED:
-            found = [word for word in before.text.split() if is_adjective(word.lower())]
-            if found:
-                return f"{' '.join(found)} {piece.text}"
+        serves = piece.kind is Kind.TARGET and before.kind is Kind.DROPPED
+        if serves and (found := [word for word in before.text.split() if is_adjective(word.lower())]):
+            return f"{' '.join(found)} {piece.text}"
     return ""
 
 
