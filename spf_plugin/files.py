@@ -22,7 +22,7 @@ CAPTION_BYTES = MIB  # the longest that a text encoder reads has a few hundred
 METADATA_BYTES = 256 * MIB  # in_json: a few hundred bytes for each image
 IMAGE_BYTES = 64 * MIB  # of a preview
 DEEPEST = 32  # levels; anything that goes through a value by recursion could fail on more
-SLASHES = "Write paths with forward slashes, C:/data/photos: in TOML a backslash begins an escape."
+SLASHES = "In double quotes a backslash begins an escape: write paths with / or in single quotes."
 _SHOWN = 60
 
 

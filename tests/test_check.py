@@ -406,7 +406,7 @@ def test_spf_config_is_found_beside_the_data(run: Run) -> None:
         (["run.toml", "--seed", "x"], "--seed takes a whole number, not 'x'"),
         (["run.toml", "--mixed_precision", "fp8"], "--mixed_precision takes one of no, fp16, bf16, not 'fp8'"),
         (["bad.toml"], "bad.toml is not valid TOML"),
-        (["windows.toml"], "forward slashes"),
+        (["windows.toml"], "write paths with / or in single quotes"),
     ],
 )
 def test_what_cannot_be_read(run: Run, words: list[str], says: str) -> None:
