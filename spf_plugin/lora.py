@@ -176,7 +176,7 @@ def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:
             raise
         logger.info(
             f"SPF: target {'|'.join(map(str, config.target)) or '(per subset)'}; {len(adapter)} modules trained, "
-            f"{len(attachment.layers)} cross-attention layers compared"
+            f"{len(attachment.layers)} attention layers compared"
             + ("" if config.active else "; no weights: measures drift only")
         )
 

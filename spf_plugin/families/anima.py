@@ -9,7 +9,6 @@ that the host pads to they take most of the attention, and say nothing. The comp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
-from spf_plugin.errors import SPFError, nearest
-from spf_plugin.families.base import Layer, Text
+from spf_plugin.families.base import Layer, Text, named
 from spf_plugin.seam import Call
 
 # Where, of the depth of the stack, the layers of `last` lie: 14, 17 and 21 of 28. In diffusion transformers it is the
@@ -58,12 +56,7 @@ class Anima:
             return layers
         if which == "last":
             return [layers[i] for i in sorted({int(depth * len(layers)) for depth in DEPTHS})]
-        chosen = [layer for layer in layers if re.search(which, layer.name)]
-        if not chosen:
-            names = [layer.name for layer in layers]
-            hint = nearest(which, names, n=3) or f"; the first is {names[0]}"
-            raise SPFError(f"spf_layers={which!r} matches none of the {len(names)} cross-attention layers{hint}")
-        return chosen
+        return named(layers, which)
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return query.flatten(-2), key.flatten(-2)  # [B, N, heads, d]

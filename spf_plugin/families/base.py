@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Schedule
+from spf_plugin.errors import SPFError, nearest
 from spf_plugin.families.latents import LatentSpace
 from spf_plugin.seam import Call
 
@@ -34,6 +36,20 @@ class Layer:
     heads: int
     query: nn.Module
     key: nn.Module
+
+
+def named(layers: Sequence[Layer], pattern: str) -> list[Layer]:
+    """Those of a model's layers in whose names a regular expression is found.
+
+    Raises:
+        SPFError: none (with the nearest names).
+    """
+    chosen = [layer for layer in layers if re.search(pattern, layer.name)]
+    if not chosen:
+        names = [layer.name for layer in layers]
+        hint = nearest(pattern, names, n=3) or f"; the first is {names[0]}"
+        raise SPFError(f"spf_layers={pattern!r} matches none of the {len(names)} attention layers{hint}")
+    return chosen
 
 
 class Family(Protocol):

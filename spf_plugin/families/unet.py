@@ -7,7 +7,6 @@ timesteps and text; SDXL's pooled text is a part of `y` (sd-scripts) or `added_c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Schedule
-from spf_plugin.errors import SPFError, nearest
+from spf_plugin.errors import SPFError
 from spf_plugin.families import clip_tokens, latents
-from spf_plugin.families.base import Layer, Text
+from spf_plugin.families.base import Layer, Text, named
 from spf_plugin.families.latents import LatentSpace
 from spf_plugin.seam import Call
 
@@ -62,12 +61,7 @@ class UNet:
             for layer in layers:  # "...attentions.0.transformer_blocks.9.attn2": one a transformer, the last wins
                 last[layer.name.split(".transformer_blocks.")[0]] = layer
             return list(last.values())
-        chosen = [layer for layer in layers if re.search(which, layer.name)]
-        if not chosen:
-            names = [layer.name for layer in layers]
-            hint = nearest(which, names, n=3) or f"; the first is {names[0]}"
-            raise SPFError(f"spf_layers={which!r} matches none of the {len(names)} cross-attention layers{hint}")
-        return chosen
+        return named(layers, which)
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return query, key

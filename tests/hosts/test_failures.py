@@ -127,7 +127,7 @@ def test_a_missing_or_broken_clip(host: Host, tmp_path: Path) -> None:
 
 @one_host
 def test_unmatched_layers_and_modules(host: Host) -> None:
-    assert "spf_layers='attn7' matches none of the 16 cross-attention layers" in stops(host, TARGET, "spf_layers=attn7")
+    assert "spf_layers='attn7' matches none of the 16 attention layers" in stops(host, TARGET, "spf_layers=attn7")
     assert "spf_train='attn7' matches none of the" in stops(host, TARGET, "spf_train=attn7")
 
 
