@@ -74,6 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "contract: what SPF takes for granted in a host; checkouts beside the two that run everything run only it",
     )
+    config.addinivalue_line("markers", "kinds(*names): the kinds of diffusion transformers that run a test; else all")
 
 
 def superfluous(item: pytest.Item) -> bool:

@@ -9,7 +9,7 @@ Serving imports the heavy packages once and forks for every job, so that each ru
 Beside transformers 5 it gives CLIPTextModel back the `text_model` that sd-scripts reads, as v0.12 does by itself.
 
 sd-scripts takes UNet widths from module constants; they are set to those of the model before a script starts. The
-transformers' are in `dits.py`.
+transformers' are in `dits`.
 `torchvision` may be a build whose C++ operators do not load beside a CPU-only torch: the schemas it registers at import
 are declared first. Both belong to the tests, not to the plugin.
 """
@@ -104,13 +104,15 @@ def set_widths(model: Path) -> None:
 
 
 def run(script: Path, arguments: list[str]) -> None:
-    if script.name == "anima_train_network.py":
-        import dits
+    from tests.hosts.dits import common, kinds
 
-        dits.shrink()
-        dits.swap_in_place()
+    model = Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1])
+    transformer = kinds.kind_of(model)
+    if transformer is None:
+        set_widths(model)
     else:
-        set_widths(Path(arguments[arguments.index("--pretrained_model_name_or_path") + 1]))
+        transformer.shrink()
+        common.swap_in_place()
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 

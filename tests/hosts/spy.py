@@ -20,7 +20,7 @@ from torch import nn
 from spf_plugin import lora
 from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.families.known import find
-from spf_plugin.families.unet import SIZES
+from spf_plugin.families.unet import SIZES, UNet
 from spf_plugin.hosts.kohya.frames import training_frame
 from spf_plugin.seam import Call
 
@@ -51,11 +51,13 @@ def create_network(
             return
         call = Call(args, kwargs)
         prediction = family.prediction(output_, call)
-        shown = [args[0], args[1], *(vector[:, -SIZES:] for vector in args[3:4] if isinstance(vector, torch.Tensor))]
+        noisy = family.noisy_latents(call)
+        sizes = [vector[:, -SIZES:] for vector in args[3:4] if isinstance(family, UNet) and torch.is_tensor(vector)]
+        shown = [noisy, family.timesteps(call), *sizes]
         if torch.is_grad_enabled():
             if seen and "response" not in seen[-1]:
                 seen[-1]["response"] = float((prediction.detach() - last["reference"]).abs().max())
-                seen[-1]["shape"] = list(args[0].shape)
+                seen[-1]["shape"] = list(noisy.shape)
             elif seen:
                 seen[-1]["repeats"] = all(torch.equal(a, b) for a, b in zip(shown, last["shown"], strict=True))
             last["shown"] = [tensor.detach().clone() for tensor in shown]

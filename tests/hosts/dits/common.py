@@ -1,19 +1,11 @@
-"""sd-scripts' diffusion transformers in small: constructor arguments overridden in memory, and weights of their shapes.
-
-    python dits.py HOST FOLDER     random weights and tokenizers of Anima, in the formats that the host loads
-
-The host's own loaders build and load the small models; nothing of a checkout is changed. Sizes that a loader writes
-into its constructor call are overridden there, so the classes, their names and everything they do stay the host's.
-"""
+"""What the kinds share: small constructors, weights of any shape, tokenizers."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,17 +34,6 @@ def overridden(cls: type, **arguments: Any) -> None:
         original(*bound.args, **bound.kwargs)
 
     cls.__init__ = init  # type: ignore[misc]
-
-
-def shrink() -> None:
-    """Anima with three blocks of four heads, an adapter of one block, and its VAE with few channels."""
-    from library import anima_models, qwen_image_autoencoder_kl
-
-    overridden(
-        anima_models.Anima, model_channels=96, num_heads=4, num_blocks=3, crossattn_emb_channels=64, adaln_lora_dim=16
-    )
-    overridden(anima_models.LLMAdapter, source_dim=64, target_dim=64, model_dim=64, num_layers=1, num_heads=4)
-    overridden(qwen_image_autoencoder_kl.AutoencoderKLQwenImage, base_dim=16, num_res_blocks=1)
 
 
 def swap_in_place() -> None:
@@ -132,46 +113,8 @@ def qwen_tokenizer(texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
-def make(folder: Path) -> None:
-    """`dit.safetensors`, `vae.safetensors`, and the folders `qwen3` and `t5`. The host must be importable."""
-    from library import anima_models, anima_utils, qwen_image_autoencoder_kl
-    from safetensors.torch import save_file
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    shrink()
-    folder.mkdir(parents=True, exist_ok=True)
-    vae = qwen_image_autoencoder_kl.AutoencoderKLQwenImage
-    with (
-        mock.patch.object(anima_utils, "load_safetensors_with_lora_and_fp8", return_value={}),
-        mock.patch.object(qwen_image_autoencoder_kl, "load_safetensors", return_value={}),
-    ):
-        dit = shapes(
-            anima_models.Anima,
-            lambda: anima_utils.load_anima_model("cpu", "", "torch", False, "cpu", torch.float32),
-        )
-        autoencoder = shapes(vae, lambda: qwen_image_autoencoder_kl.load_vae(""))
-    dit = {name: shape for name, shape in dit.items() if not name.startswith("pos_embedder.")}  # tables, not weights
-    save_file({f"net.{name}": weight for name, weight in random_weights(dit, 1).items()}, folder / "dit.safetensors")
-    save_file(random_weights(autoencoder, 2), folder / "vae.safetensors")
-    texts = [*CAPTIONS, *(chr(i) for i in range(33, 127))] * 3
-    t5_tokenizer(texts).save_pretrained(folder / "t5")
-    qwen_tokenizer(texts).save_pretrained(folder / "qwen3")
-    torch.manual_seed(3)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
-
-
-if __name__ == "__main__":
-    import launcher
-
-    launcher.prepare(Path(sys.argv[1]).resolve())
-    make(Path(sys.argv[2]))
+def shifted(*shape: int) -> Tensor:
+    """Noise whose left half differs from its right one."""
+    noisy = torch.randn(*shape)
+    noisy[..., : shape[-1] // 2] += 2
+    return noisy

@@ -1,0 +1,358 @@
+"""Training diffusion transformers inside real, unmodified sd-scripts checkouts: tiny models of the host's own classes,
+on the CPU. What a kind is, its module in `dits` says; here is what must be true of all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spf_plugin.config import parse
+from spf_plugin.core.prompt import Kind as Piece
+from spf_plugin.core.prompt import Target, split
+from spf_plugin.hosts.kohya import rules, trainers
+from tests import tiny
+from tests.conftest import MadeOnce
+from tests.hosts.conftest import HOSTS, NEWEST, Host, Result
+from tests.hosts.dits.kinds import KINDS, Kind, kind
+
+TARGET = "spf_target=blonde hair"
+EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
+OFF = tuple(f"spf_{name}_multiplier=0" for name in ("text_consistent", "fine_grained", "output", "base_preservation"))
+SHAPES = ((128, 192), (192, 128))  # buckets that are not square
+
+contract = pytest.mark.contract
+
+
+class Dit:
+    """One kind in one checkout, with its models and a data set of two buckets."""
+
+    def __init__(self, kind: Kind, host: Host, models: Path, images: Path):
+        self.kind, self.host, self.models, self.images = kind, host, models, images
+
+    def command(self, *words: str) -> list[str]:
+        return [self.host.python, "-m", "tests.hosts.dits", *words, str(self.host.folder), str(self.models)]
+
+    def train(self, *network_args: str, module: str = "spf_plugin.lora", once: bool = False, **flags: Any) -> Result:
+        options = {
+            "script": self.kind.SCRIPT,
+            **self.kind.options(self.models),
+            "train_data_dir": self.images,
+            "enable_bucket": True,
+            "min_bucket_reso": 64,
+            "max_bucket_reso": 256,
+            "resolution": 128,
+            "learning_rate": 1e-3,
+            "mixed_precision": self.kind.PRECISION,
+            "sdpa": True,
+            **flags,
+        }
+        return (self.host.trained if once else self.host.train)(*network_args, module=module, **options)
+
+    def plain(self, once: bool = False, **flags: Any) -> Result:
+        return self.train(module=self.kind.NETWORK, once=once, **flags)
+
+
+def pictures(folder: Path) -> None:
+    for i, size in enumerate(SHAPES):
+        tiny.images(folder / str(i), size=size, seed=i)
+        (folder / str(i) / "1_set").rename(folder / f"1_set{i}")
+        (folder / str(i)).rmdir()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Of the checkouts that have a kind's trainer the first runs everything, each other one the contract."""
+    if "dit" not in metafunc.fixturenames:
+        return
+    everywhere = metafunc.definition.get_closest_marker("contract") is not None
+    only = metafunc.definition.get_closest_marker("kinds")
+    params = []
+    for name in only.args if only else KINDS:
+        found = [folder for folder in HOSTS if (folder / kind(name).SCRIPT).is_file()]
+        first = NEWEST if NEWEST in found else next(iter(found), None)
+        params += [
+            pytest.param((name, folder), id=f"{name}-{folder.name}")
+            for folder in found
+            if everywhere or folder == first
+        ]
+        if not found:
+            why = pytest.mark.skip(reason=f"NO sd-scripts CHECKOUT WITH {kind(name).SCRIPT} FOUND (see README, Tests)")
+            params.append(pytest.param(None, marks=why, id=name))
+    metafunc.parametrize("dit", params, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def dit(request: pytest.FixtureRequest, host_of: Callable[[Path], Host], made_once: MadeOnce) -> Dit:
+    name, folder = request.param
+    host = host_of(folder)
+
+    def build(into: Path) -> None:
+        command = [host.python, "-m", "tests.hosts.dits", "make", name, str(host.folder), str(into)]
+        done = subprocess.run(command, capture_output=True, text=True, env=host.environment())
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    models = made_once(f"{name}-{host.name}", build)
+    return Dit(kind(name), host, models, made_once("pictures-of-two-buckets", pictures))
+
+
+def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    difference = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a)
+    return (difference / sum(float(v.double().square().sum()) for v in b.values())) ** 0.5
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@contract
+def test_it_trains_an_ordinary_lora(dit: Dit) -> None:
+    plain = dit.plain(once=True)
+    result = dit.train(*EVERY_STEP, once=True)
+    tensors = result.tensors()
+    assert tensors.keys() == plain.tensors().keys()
+    assert len(tensors) == dit.kind.TENSORS
+    assert relative_error(tensors, plain.tensors()) > 1e-2
+    assert "drift=" in result.log
+    assert "nothing is applied" not in result.said  # what is known of loaders is of SD and SDXL
+    assert set(result.metadata()) - set(plain.metadata()) == {"ss_network_args"}
+    # The host's own network takes the file for what it is.
+    again = dit.plain(network_weights=result.file, max_train_steps=1, learning_rate=1e-12)
+    assert "All keys matched" in again.said
+    assert relative_error(again.tensors(), tensors) < 1e-6
+
+
+def without_weights(dit: Dit, **flags: Any) -> None:
+    """SPF still runs the reference to measure drift, and disturbs no random state, also not dropout's."""
+    flags = {"network_dropout": 0.1, "max_train_steps": 3, **flags}
+    measured = dit.train(TARGET, *OFF, "spf_log_every=1", **flags)
+    assert "drift=" in measured.log
+    assert equal(measured.tensors(), dit.plain(**flags).tensors())
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["text", "cached-text"])
+def test_without_weights_it_is_the_plain_network_bit_for_bit(dit: Dit, cached: bool) -> None:
+    without_weights(dit, gradient_checkpointing=True, **(dit.kind.CACHED if cached else {}))
+
+
+@pytest.mark.kinds("anima")
+def test_without_weights_a_text_encoder_is_trained_as_without_spf(dit: Dit) -> None:
+    without_weights(dit, network_train_unet_only=None)
+
+
+def spied(result: Result) -> list[dict[str, Any]]:
+    assert result.returncode == 0, result.log[-4000:]
+    seen = json.loads((result.folder / "spy.json").read_text(encoding="utf-8"))
+    assert seen
+    return seen
+
+
+@contract
+def test_the_reference_is_the_base_model_bit_for_bit(dit: Dit) -> None:
+    """With cached text, whose encoders are freed: nobody of SPF holds them."""
+    flags = {"network_dropout": 0.1, "max_train_steps": 6, "gradient_checkpointing": True, **dit.kind.CACHED}
+    seen = spied(dit.train(*EVERY_STEP, module="tests.hosts.spy", **flags))
+    assert len(seen) == 3
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+    assert {pair["encoders"] for pair in seen} == {0}
+    assert all(height != width for *_, height, width in (pair["shape"] for pair in seen))
+
+
+def test_the_reference_in_bf16(dit: Dit) -> None:
+    result = dit.train(*EVERY_STEP, "spf_train=cross_attention", module="tests.hosts.spy", mixed_precision="bf16")
+    seen = spied(result)
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+    assert 0 < len(result.tensors()) < dit.kind.TENSORS
+
+
+@pytest.mark.kinds("anima")
+@pytest.mark.parametrize(
+    ("settings", "cached", "flags"),
+    [
+        pytest.param((), False, {"network_train_unet_only": None}, id="text-encoder"),
+        pytest.param(("spf_base=int8",), True, {}, id="int8"),
+        pytest.param(
+            OFF[:2], True, {"gradient_checkpointing": True, "unsloth_offload_checkpointing": True}, id="unsloth"
+        ),
+    ],
+)
+def test_the_reference_of_other_runs(
+    dit: Dit, settings: tuple[str, ...], cached: bool, flags: dict[str, object]
+) -> None:
+    flags = {**flags, **(dit.kind.CACHED if cached else {})}
+    seen = spied(dit.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **flags))
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+@pytest.mark.kinds("anima")
+def test_an_earlier_lora_is_part_of_the_reference(dit: Dit) -> None:
+    """`--base_weights` goes through SPF too, and is the kind's own network there."""
+    earlier = dit.train(*EVERY_STEP, once=True).file
+    result = dit.train(*EVERY_STEP, module="tests.hosts.spy", base_weights=earlier, max_train_steps=2)
+    assert "all weights merged" in result.said
+    assert all(pair["equal"] and pair["repeats"] for pair in spied(result))
+
+
+def test_resume_between_the_two_steps_of_a_pair(dit: Dit) -> None:
+    """The second step follows first, on what the first one showed, with all that the call takes."""
+    first = dit.train(*EVERY_STEP, module="tests.hosts.spy", max_train_steps=3, save_state=True)
+    assert len(spied(first)) == 2
+    state = next(path for path in first.folder.glob("*-state") if path.is_dir())
+    kept = load_file(state / "spf_pair.safetensors")
+    assert sum(name.startswith(("args.", "kwargs.")) for name in kept) >= 3  # noise, timesteps, text
+    second = dit.train(
+        *EVERY_STEP, module="tests.hosts.spy", max_train_steps=6, resume=state, skip_until_initial_step=True
+    )
+    pairs = spied(second)
+    assert len(pairs) == 1  # steps 3 (the second of a pair), 4 and 5
+    assert pairs[0]["equal"]
+
+
+@contract
+def test_checkpointing_changes_nothing(dit: Dit) -> None:
+    without = dit.train(*EVERY_STEP, once=True).tensors()
+    assert relative_error(dit.train(*EVERY_STEP, gradient_checkpointing=True).tensors(), without) < 1e-4
+
+
+def test_cached_text_is_the_text(dit: Dit) -> None:
+    """All prompts are encoded before the training starts, and are what they would have been in it."""
+    without = dit.train(*EVERY_STEP, once=True).tensors()
+    assert relative_error(dit.train(*EVERY_STEP, **dit.kind.CACHED).tensors(), without) < 1e-4
+
+
+def test_block_swap_changes_nothing(dit: Dit) -> None:
+    """The host's copying of blocks is left out (`dits.common`): the order of its calls is what is tested."""
+    without = dit.train(*EVERY_STEP, once=True).tensors()
+    swapped = dit.train(*EVERY_STEP, blocks_to_swap=1)
+    assert "Block swap enabled" in swapped.said
+    assert equal(swapped.tensors(), without)
+
+
+@pytest.mark.kinds("anima")
+def test_a_caption_that_is_dropped_from_cached_text_is_an_empty_one(dit: Dit) -> None:
+    """The host drops what is encoded already, and still reports the caption: such a step has nothing to compare."""
+    flags = {"caption_dropout_rate": 0.99999, "max_train_steps": 3, **dit.kind.CACHED}  # 1 is refused at once
+    dropped = dit.train(*EVERY_STEP, **flags)
+    assert equal(dropped.tensors(), dit.plain(**flags).tensors())
+    assert "drift=" not in dropped.log
+
+
+# -- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kinds("anima")
+@pytest.mark.parametrize(
+    ("settings", "flags", "said"),
+    [
+        pytest.param(
+            ("spf_response=anchor", "spf_train=cross_atention"),
+            {"unsloth_offload_checkpointing": True},
+            (
+                "spf_response=anchor needs pixels of latents",
+                "--unsloth_offload_checkpointing computes the blocks without a graph",
+            ),
+            id="response+unsloth",
+        ),
+        pytest.param(
+            ("spf_base=int8", "spf_network=networks.lora_flux"),
+            {"blocks_to_swap": 1},
+            (
+                "spf_base=int8 and --blocks_to_swap cannot go together",
+                "spf_base=int8 works with spf_network=networks.lora, networks.lora_anima, and",
+            ),
+            id="base+swap",
+        ),
+        pytest.param(
+            (),
+            {"cpu_offload_checkpointing": True, "gradient_checkpointing": True},
+            ("--cpu_offload_checkpointing is not supported",),
+            id="cpu-offload",
+        ),
+    ],
+)
+def test_what_cannot_work_stops_before_the_first_step(
+    dit: Dit, settings: tuple[str, ...], flags: dict[str, object], said: tuple[str, ...]
+) -> None:
+    result = dit.train(TARGET, *settings, **flags)
+    assert result.returncode != 0
+    assert "running training" not in result.log
+    for words in said:
+        assert words in result.message, result.log[-3000:]
+
+
+# -- inside the model -------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_key_is_where_it_was_planted(dit: Dit) -> None:
+    """A word whose key answers to the left half of a wide image has its map there, and padding has none."""
+    name = next(name for name in KINDS if kind(name) is dit.kind)
+    done = subprocess.run(dit.command("planted", name), capture_output=True, text=True, env=dit.host.environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    for which, found in json.loads(done.stdout.splitlines()[-1]).items():
+        h, w = found["grid"]
+        assert h < w, which
+        assert found["left"] > 0.6, which
+        assert found["right"] < 0.1, which
+        assert found["top"] == pytest.approx(found["bottom"], abs=0.05), which
+        assert found["padding"] == 0, which
+
+
+PROMPTS = {
+    "start": "blonde hair, a woman in a brown jacket, curtain background",
+    "middle": "a woman in a brown jacket, blonde hair, curtain background",
+    "end": "a woman in a brown jacket, curtain background, blonde hair",
+    "twice": "a woman with blonde hair in a jacket, smiling, blonde hair",
+    "introduced": "a woman with blonde hair and sunglasses, brown jacket",
+    "cut off": "a woman in a brown jacket, curtain background, blonde hair, with a red hat and sunglasses",
+}
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
+def test_spans_are_those_of_the_tokenizer(dit: Dit, full: bool) -> None:
+    """Against the offsets of the tokenizers, in the sequence that the host makes of a caption."""
+    for name, caption in PROMPTS.items():
+        length = 24 if name == "cut off" else 64
+        prompt = split(caption, [Target("blonde hair")])
+        places = dit.kind.places(dit.models, prompt.full if full else prompt.base, length)
+        expected: list[list[int]] = [[] for _ in prompt.phrases]
+        target: list[int] = []
+        pieces, end = [], 0
+        for piece in prompt.pieces:
+            if piece.in_full if full else piece.in_base:
+                pieces.append((end, end + len(piece.text), piece))
+                end += len(piece.text)
+        for position, place in enumerate(places):
+            if place is None:
+                continue
+            last = place[1] - 1  # a token may begin with the space before it
+            piece = next(piece for start, stop, piece in pieces if start <= last < stop)
+            if piece.kind is Piece.TARGET:
+                target.append(position)
+            elif piece.phrase >= 0:
+                expected[piece.phrase].append(position)
+        spans = dit.kind.spans(dit.models, prompt, length, full=full)
+        assert [list(phrase) for phrase in spans.phrases] == expected, name
+        assert list(spans.target) == target, name
+        assert target or name == "cut off" or not full
+
+
+def test_the_options_of_newer_releases_are_refused() -> None:
+    args = SimpleNamespace(
+        network_train_text_encoder_only=False, network_args=[], train_data_dir=None, dataset_config=None, compile=True
+    )
+    config = parse({"spf_target": "blonde hair"})
+    for dit in (None, *trainers.DITS.values()):
+        errors = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).errors
+        assert [error.split(":")[0] for error in errors] == (["--compile"] if dit else [])
