@@ -37,8 +37,6 @@ from spf_plugin.text import BatchText, TextSide
 
 logger = terminal.logger(__name__)
 
-PROBE_SCALE = 2.0**12  # the diffusion loss's gradient at a float16 prediction would vanish unscaled
-
 
 class Attachment:
     """SPF, attached to a host and an adapter. `close()` puts everything back.
@@ -133,7 +131,7 @@ class Attachment:
     def _state(self) -> State:
         if self._final is not None:
             return self._final
-        values: dict[str, Any] = {"step": self.step, "stage": self.stage}
+        values: dict[str, Any] = {"step": self.step, "stage": self.stage, "run": self.numbers.state()}
         if self._partner is None:
             return State(values)
         shown = 0.0 if self._shown_loss is None else float(self._shown_loss)
@@ -142,6 +140,8 @@ class Attachment:
 
     def _load_state(self, state: State) -> None:
         self.step, waiting = int(state.values["step"]), state.values.get("pair")
+        if "run" in state.values:
+            self.numbers.load_state(state.values["run"])
         if state.values.get("stage") == 2 and self.stage == 1:
             self._aligned_before = True
             logger.warning(
@@ -233,6 +233,7 @@ class Attachment:
 
     def _plain(self, call: Call) -> Generator[Call, Any, Any]:
         """The host's own prediction; the first of a run is looked at nevertheless."""
+        self.numbers.count("dropped" if self._aligns_now() else "before" if self.config.active else "plain")
         if self._checked:
             return (yield call)
         with self.host.recomputable(), capture(self.layers) as seen:
@@ -258,6 +259,7 @@ class Attachment:
 
     def _preserve(self, partner: Partner, call: Call) -> Generator[Call, Any, Any]:
         """The second step of a pair. The host's own batch is not shown; its loss gets a constant of its shape."""
+        self.numbers.count("second")
         family, present = self.family, self.family.noisy_latents(call)
         shown = partner.call.map(lambda tensor: tensor.to(present.device))
         if not partner.encoded:  # a trained text encoder must not leak the target into base prompts either
@@ -270,7 +272,7 @@ class Attachment:
         which = partner.which.to(error.device)
         error = torch.where(which, error, torch.zeros_like(error))
         if self.numbers.taking:  # the mean over the samples that have it, as of every term
-            self.numbers.values["spf/base_preservation"] = float(error.detach().sum() / which.sum().clamp_min(1))
+            self.numbers.base_preservation(float(error.detach().sum() / which.sum().clamp_min(1)))
         weight = self.schedule.error_weight(timesteps).to(error.device)
         self._pending = self.config.base_preservation_multiplier * (weight * partner.weighted(error)).mean()
         link = linked(family.text(call))
@@ -312,8 +314,9 @@ class Attachment:
             self.step, text, text.has_target & aligned, timesteps, noisy_latents, self.schedule, reference, response,
             result,
         )  # fmt: skip
+        self.numbers.count("aligned" if config.active else "plain", len(text.prompts), text.with_target)
         if self.numbers.begin(self.step, not text.all_empty):
-            self.numbers.take(result)
+            self.numbers.take(result, step.shown)
             if self.watch is not None:
                 self.watch.record(self.numbers.values, result.map, step.shown)
         if self.watch is not None:
@@ -322,7 +325,7 @@ class Attachment:
             return output
         self._pending = result.loss
         # One of several processes whose batch has no target shows it again.
-        if config.pairs and (text.any_target or self.host.accelerator.num_processes > 1):
+        if config.pairs and (text.with_target or self.host.accelerator.num_processes > 1):
             self._partner = Partner(
                 base_call.map(torch.Tensor.detach),
                 reference.eps,
@@ -372,20 +375,11 @@ class Attachment:
         if pending is not None:
             added = added + pending.to(loss.device, loss.dtype)
         if enhancing is not None:
-            added = added + self._response_term(loss, *enhancing)
+            term, self.numbers.values["spf/response_ratio"] = limits.as_term(loss, *enhancing)
+            added = added + term
         original(added, **kwargs)
         if self.host.accelerator.sync_gradients:
             self.step += 1
-
-    def _response_term(self, loss: Tensor, prediction: Tensor, gradient: Tensor) -> Tensor:
-        """A term of value 0 whose gradient at `prediction` is `gradient`, limited beside the host's own loss."""
-        (beside,) = torch.autograd.grad(loss * PROBE_SCALE, prediction, retain_graph=True, allow_unused=True)
-        if beside is None:
-            raise SPFError("the host's loss does not depend on what the denoiser returned; SPF does not know this loop")
-        gradient, ratio = limits.limited(gradient, beside.float() / PROBE_SCALE, limits.MAX_RATIO)
-        self.numbers.values["spf/response_ratio"] = ratio
-        term = (gradient * prediction.float()).sum()
-        return (term - term.detach()).to(loss.dtype)
 
     def _step_logs(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**original(*args, **kwargs), **self.numbers.values, "spf/stage": float(self.stage)}
@@ -393,5 +387,8 @@ class Attachment:
     def _end_training(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         self._final = self._state()
+        if self._started and self.host.accelerator.is_main_process:
+            run = self.numbers.run()
+            (logger.warning if run.problem else logger.info)(f"SPF: {run.problem or run}")
         self.close()
         return result

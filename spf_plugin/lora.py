@@ -93,7 +93,7 @@ def create_network(
     host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
     inner = adapters.load_module(config.network or default_network())
     network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
-    save_normalised(network, config, judged=host.dit is None)
+    save_normalised(network, config, judged=host.dit is None, ran=lambda: network.spf.numbers.run())
     load_normalised(network)
     return attach(network, host, config)
 
@@ -126,7 +126,7 @@ def create_network_from_weights(
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
     )
-    save_normalised(network, config, judged=host.dit is None)
+    save_normalised(network, config, judged=host.dit is None, ran=lambda: network.spf.numbers.run())
     load_normalised(network)
     return attach(network, host, config), weights
 

@@ -120,7 +120,7 @@ class BatchText:
         full_groups: `[B, T, P + 2]`, the same groups in the full prompts, and the target as the last.
         present: `[B, P + 1]`, 1 where the sample has the group.
         has_target: `[B]` bool.
-        any_target: whether one of them has; known without asking the device.
+        with_target: how many have; known without asking the device.
         empty: `[B]` bool, captions that were dropped out.
     """
 
@@ -129,7 +129,7 @@ class BatchText:
     full_groups: Tensor
     present: Tensor
     has_target: Tensor
-    any_target: bool
+    with_target: int
     empty: Tensor
 
     @property
@@ -207,7 +207,7 @@ class TextSide:
             full_groups=full_groups.to(device),
             present=present.to(device),
             has_target=torch.tensor([bool(full.target) for _, _, full in rows], device=device),
-            any_target=any(full.target for _, _, full in rows),
+            with_target=sum(bool(full.target) for _, _, full in rows),
             empty=torch.tensor([not prompt.full.strip() for prompt, _, _ in rows], device=device),
         )
 

@@ -62,6 +62,7 @@ class UNet(nn.Module):
 class Accelerator:
     sync_gradients = True
     num_processes = 1
+    is_main_process = True
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -434,7 +435,7 @@ def test_a_run_resumed_within_a_pair_goes_on_as_an_uninterrupted_one() -> None:
     assert first.spf._partner is None
     assert first.host.saved().values == state.values
     assert first.host.saved().tensors.keys() == state.tensors.keys()
-    assert set(state.values) == {"step", "stage", "pair"}
+    assert set(state.values) == {"step", "stage", "pair", "run"}
     second = Run(CAPTIONS)
     with torch.no_grad():
         second.weight.copy_(first.weight)
@@ -655,7 +656,8 @@ def test_state() -> None:
     for _ in range(3):
         run.step()
     assert run.host.saved is not None
-    assert run.host.saved() == State({"step": 3, "stage": 2})
+    saved = run.host.saved()
+    assert saved == State({"step": 3, "stage": 2, "run": saved.values["run"]})
     run.spf._load_state(State({"step": 8}))
     assert run.spf.step == 8
 
@@ -666,7 +668,7 @@ def test_more_steps_do_not_take_a_resumed_run_back_to_plain_training(caplog: pyt
         first.step()
     assert first.host.saved is not None
     state = first.host.saved()
-    assert state.values == {"step": 6, "stage": 2}
+    assert state.values == {"step": 6, "stage": 2, "run": state.values["run"]}
     for reached, stage in ((state, 2), (State({"step": 6, "stage": 1}), 1), (State({"step": 6}), 1)):
         caplog.clear()
         second = Run(CAPTIONS, **UNPAIRED, spf_stage2_start="0.5")

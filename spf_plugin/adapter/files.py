@@ -23,13 +23,16 @@ from torch import nn
 from spf_plugin import terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import inspect, reader, sidecars, writer
+from spf_plugin.lorafile import inspect, reader, record, sidecars, writer
 from spf_plugin.lorafile.normalise import fitted, normalise
+from spf_plugin.lorafile.record import Run
 
 logger = terminal.logger(__name__)
 
 
-def save_normalised(network: nn.Module, config: SPFConfig, *, judged: bool = True) -> None:
+def save_normalised(
+    network: nn.Module, config: SPFConfig, *, judged: bool = True, ran: Callable[[], Run | None] = lambda: None
+) -> None:
     """Make `network.save_weights` write every SPF setting into `ss_network_args`, and a file that loads everywhere.
 
     What is on the disk stays there, whatever happens: hours of training are in it. A LoRA that cannot be normalised
@@ -41,12 +44,16 @@ def save_normalised(network: nn.Module, config: SPFConfig, *, judged: bool = Tru
         network: the inner network.
         config: the settings.
         judged: say which loaders cannot read the file; what is known of them is of SD and SDXL.
+        ran: what the run was until now; it stands beside the settings.
     """
     original: Callable[..., None] = network.save_weights  # type: ignore[assignment]
 
     def save_weights(file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         if metadata is not None and "ss_network_args" in metadata:
             arguments = {**(json.loads(metadata["ss_network_args"]) or {}), **config.to_metadata()}
+            run = ran()
+            if run is not None:
+                arguments[record.KEY] = run.as_json()
             metadata = {**metadata, "ss_network_args": json.dumps(arguments)}
         final = Path(file)
         partial = writer.aside(final, f".partial{final.suffix}")

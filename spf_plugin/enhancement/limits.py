@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spf_plugin.errors import SPFError
+
 MAX_LEVEL = 0.6  # of the noise: from here on, what one prediction shows is mostly noise
 MAX_RATIO = 0.3  # of the term's gradient to the diffusion loss's, at the prediction: one-step supervision is noisy
+_PROBE_SCALE = 2.0**12  # the diffusion loss's gradient at a float16 prediction would vanish unscaled
 _EPS = 1e-6
 
 
@@ -64,3 +67,25 @@ def limited(gradient: Tensor, beside: Tensor, max_ratio: float) -> tuple[Tensor,
     ours, theirs = torch.linalg.vector_norm(gradient.float()), torch.linalg.vector_norm(beside.float())
     ratio = float(ours / theirs.clamp_min(1e-12))
     return gradient * min(1.0, max_ratio / max(ratio, 1e-12)), ratio
+
+
+def as_term(loss: Tensor, prediction: Tensor, gradient: Tensor) -> tuple[Tensor, float]:
+    """A term of value 0 whose gradient at the prediction is the response term's, limited beside the host's own loss.
+
+    Args:
+        loss: the host's scalar, with graph.
+        prediction: what it was made of, any shape.
+        gradient: of the response term with respect to it.
+
+    Returns:
+        The term, in the loss's dtype, and the ratio of the norms before the limit.
+
+    Raises:
+        SPFError: the loss does not depend on the prediction.
+    """
+    (beside,) = torch.autograd.grad(loss * _PROBE_SCALE, prediction, retain_graph=True, allow_unused=True)
+    if beside is None:
+        raise SPFError("the host's loss does not depend on what the denoiser returned; SPF does not know this loop")
+    gradient, ratio = limited(gradient, beside.float() / _PROBE_SCALE, MAX_RATIO)
+    term = (gradient * prediction.float()).sum()
+    return (term - term.detach()).to(loss.dtype), ratio

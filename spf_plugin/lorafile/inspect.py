@@ -14,6 +14,7 @@ import torch
 
 from spf_plugin.lorafile import names, reader
 from spf_plugin.lorafile.names import BASES, Base, Resolved
+from spf_plugin.lorafile.record import KEY, Run
 
 FP16_MAX = 65504.0
 
@@ -363,6 +364,11 @@ def settings(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     out: dict[str, str] = {}
     arguments = network_args(metadata)
+    run = Run.of(arguments.pop(KEY, None))
+    if run is not None:
+        out["what SPF did"] = str(run)
+        if run.problem:
+            out["not as it says"] = run.problem
     out.update({key: str(value) for key, value in sorted(arguments.items()) if key.startswith("spf_")})
     for key, label in (
         ("ss_network_module", "network module"),

@@ -22,6 +22,7 @@ from spf_plugin.adapter import quantised
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.lorafile import writer
+from spf_plugin.lorafile.record import KEY, Run
 from spf_plugin.trainer import output
 from spf_plugin.trainer.cache import Cached, Progress, cache_data
 from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
@@ -228,8 +229,11 @@ def train(
         if settings.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
 
+        def ran() -> Run | None:
+            return None if settings.spf is None else trainer.spf.numbers.run()  # type: ignore[attr-defined]
+
         def write(path: Path, steps: int, card: bool = False) -> list[str]:
-            metadata = _metadata(settings, path, model, resolution, steps, sum(cache.repeats))
+            metadata = _metadata(settings, path, model, resolution, steps, sum(cache.repeats), ran())
             return output.save(path, network, metadata, dtype, card=card)
 
         def every(step: int) -> None:
@@ -253,7 +257,7 @@ def train(
         ) from error
     finally:
         attached.close()
-    return Result(path, steps, history, notes)
+    return Result(path, steps, history, notes, ran())
 
 
 def network_module(name: str) -> Any:
@@ -315,9 +319,10 @@ def _network(inner: Any, settings: Settings, model: BaseModel) -> nn.Module:
 
 
 def _metadata(
-    settings: Settings, path: Path, model: BaseModel, resolution: int, steps: int, images: int
+    settings: Settings, path: Path, model: BaseModel, resolution: int, steps: int, images: int, run: Run | None
 ) -> dict[str, str]:
     arguments: dict[str, str] = settings.full_network_args
+    ours = {**(settings.spf.to_metadata() if settings.spf else {}), **({} if run is None else {KEY: run.as_json()})}
     plain = settings.network == DEFAULT_NETWORK and arguments == PLAIN_LORA
     return output.kohya_metadata(
         out=path,
@@ -326,7 +331,7 @@ def _metadata(
         prediction=model.prediction,
         # What the file is, for whoever reads it: a plain LoRA is the same from either module.
         network="networks.lora" if plain else settings.network,
-        network_args={**({} if plain else arguments), **(settings.spf.to_metadata() if settings.spf else {})},
+        network_args={**({} if plain else arguments), **ours},
         rank=settings.rank,
         alpha=settings.rank if settings.alpha is None else settings.alpha,
         learning_rate=settings.learning_rate,

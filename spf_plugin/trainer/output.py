@@ -90,7 +90,7 @@ def save(
 
 
 def kohya_metadata(
-    *, out: Path, model_name: str, family: str, prediction: str, network: str, network_args: Mapping[str, str],
+    *, out: Path, model_name: str, family: str, prediction: str, network: str, network_args: Mapping[str, object],
     rank: int, alpha: float, learning_rate: float, steps: int, planned_steps: int, batch_size: int, resolution: int,
     seed: int, images: int, mixed_precision: str, gradient_checkpointing: bool, min_snr_gamma: float,
 ) -> dict[str, str]:  # fmt: skip

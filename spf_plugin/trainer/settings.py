@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from spf_plugin.config import SPFConfig
+from spf_plugin.lorafile.record import Run
 
 DEFAULT_NETWORK = "lycoris.kohya"
 # The linear layers of every transformer, as networks.lora has them. `bypass_mode` adds the low-rank path to the layer's
@@ -80,9 +81,11 @@ class Result:
         steps: optimiser steps that were made; fewer than planned after Ctrl-C.
         history: one row of numbers every few steps (`step`, `loss`, `lr`, and SPF's).
         notes: what a loader may stumble over in the file.
+        run: what SPF did; None for a plain LoRA.
     """
 
     path: Path
     steps: int
     history: list[dict[str, float]]
     notes: list[str]
+    run: Run | None = None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.hosts.conftest import Host, Result
@@ -34,6 +36,12 @@ def stop_and_resume(host: Host, *network_args: str, module: str, stop: int = 2, 
     return first, second
 
 
+def ran(result: Result, name: str = "out") -> dict[str, Any]:
+    """What a file says that its run did."""
+    with safe_open(result.folder / f"{name}.safetensors", "pt") as file:
+        return json.loads(file.metadata()["ss_network_args"])["spf_run"]
+
+
 @contract
 def test_resume_without_weights_equals_plain_resume_byte_for_byte(host: Host) -> None:
     _, ours = stop_and_resume(host, TARGET, *OFF, "spf_log_every=1", module="spf_plugin.lora")
@@ -52,6 +60,11 @@ def test_resume_in_the_middle_of_stage_2(host: Host) -> None:
     assert "SPF: resumed at step 2, stage 2" in second.said
     final = max(json.loads(p.read_text())["step"] for p in second.folder.glob("*-state/spf_state.json"))
     assert final == 4
+    # Its file says what both parts of the run did, and one from before alignment that it is a plain LoRA.
+    assert ran(second)["batches"] == {"aligned": 2, "second": 1, "before": 1}
+    assert ran(second)["samples"] == 4
+    early = host.train(*settings, module="spf_plugin.lora", max_train_steps=2, save_every_n_steps=1)
+    assert ran(early, "out-step00000001")["batches"] == {"before": 1}
     assert "drift=" in second.log.split("running training")[1].split("saving checkpoint")[0]
 
 

@@ -44,6 +44,10 @@ def test_sd15_writes_an_ordinary_lora(host: Host) -> None:
     assert settings["spf_target"] == "blonde hair"
     assert settings["spf_base_preservation_multiplier"] == "3"
     assert settings["spf_map"] == "soft"  # a default, written down all the same
+    ran = settings["spf_run"]
+    assert ran["batches"] == {"aligned": 1, "second": 1}
+    assert (ran["samples"], ran["with_target"]) == (2, 2)
+    assert "SPF: 2 batches: 1 aligned, 1 the second of a pair; 2 of 2 aligned samples had a target" in result.said
     changes_the_image(host, "sd15", result.file)
     assert set(result.metadata()) - set(plain.metadata()) == {"ss_network_args"}  # a host key; plain had no arguments
 
@@ -97,7 +101,9 @@ def test_sdxl_with_cached_text_and_checkpointing(host: Host) -> None:
 def test_without_weights_it_is_plain_lora_byte_for_byte(host: Host, options: dict[str, object]) -> None:
     """SPF still runs the reference to measure drift, and disturbs no random state, also not dropout's."""
     flags = {"network_dropout": 0.1, "max_train_steps": 3, **options}
-    measured = host.train(TARGET, *OFF, "spf_log_every=1", **flags).tensors()
+    run = host.train(TARGET, *OFF, "spf_log_every=1", **flags)
+    measured = run.tensors()
+    assert f"SPF: nothing was aligned: this is a plain LoRA ({flags['max_train_steps']} plain, without any weight)" in run.said
     plain = host.train(module="networks.lora", **flags).tensors()
     assert measured.keys() == plain.keys()
     for name, tensor in plain.items():

@@ -153,6 +153,8 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     for note in result.notes:
         console.print(f"note: {escape(note)}", highlight=False)
+    if result.run is not None:
+        console.print(f"what SPF did: {escape(result.run.problem or str(result.run))}", highlight=False)
     finished = result.steps == steps
     say(f"{'saved' if finished else f'stopped after {result.steps} of {steps} steps; saved'} {result.path}")
     if not finished:
