@@ -73,6 +73,7 @@ RUN_BY = {
 #: Blocks that are no commands: page and first line -> what they are.
 SHOWN = {
     ("README.md", "SPF: 2 problems"): "a message; tests/test_troubleshooting.py looks for every message in the source",
+    ("docs/troubleshooting.md", "SPF: 400 batches"): "a line of a log; tests/lorafile/test_record.py makes the same",
     ("docs/method.md", "L_1 = "): "formulas",
     ("docs/method.md", "L_2 = "): "formulas",
     ("docs/guis/README.md", "# hair.toml"): "settings",

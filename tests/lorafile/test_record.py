@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,19 @@ def test_a_file_gives_it_back() -> None:
     for run in (FULL, Run(), Run(batches={"plain": 4})):
         assert Run.of(json.loads(json.dumps(run.as_json()))) == run
     assert Run().as_json() == {}
+
+
+def test_the_page_shows_what_a_log_says() -> None:
+    run = Run(
+        batches={"aligned": 200, "second": 200},
+        samples=800,
+        with_target=800,
+        map_mean=0.09,
+        drift=(0.0041, 0.006),
+        terms={"text_consistent": 0.002, "fine_grained": 0.03, "output": 0.0012, "base_preservation": 0.0011},
+    )
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert f"SPF: {run}" in " ".join(page.split())
 
 
 def test_every_number_is_said() -> None:
