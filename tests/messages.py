@@ -27,11 +27,21 @@ MADE = {
     "hosts/kohya/own_targets.py": {"readable"},
     "hosts/kohya/names.py": set(),
     "adapter/quantised.py": {"problems", "device_problems"},
+    "lorafile/record.py": {"problem"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.
-RETURNED = {"name_problems", "trainer_problem", "_read_file", "parse", "key_values", "by_time", "by_encoding"}
+RETURNED = {
+    "problem",
+    "name_problems",
+    "trainer_problem",
+    "_read_file",
+    "parse",
+    "key_values",
+    "by_time",
+    "by_encoding",
+}
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"core/sfcm.py", "core/losses.py"}
 
