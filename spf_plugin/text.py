@@ -43,7 +43,8 @@ class TextHost(Protocol):
     """What the text side needs of a host."""
 
     def tokenize(self, text: str) -> Sequence[int]:
-        """Token ids as the host would make them, without BOS, EOS and padding."""
+        """Token ids as the host would make them, without BOS, EOS and padding. A host whose model has two tokenizers
+        takes `which=1` besides, for the second."""
         ...
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
@@ -196,8 +197,9 @@ class TextSide:
                 base_groups[i, list(in_base), p] = 1
                 full_groups[i, list(in_full), p] = 1
                 present[i, p] = float(bool(in_base) and bool(in_full))  # a phrase cut off in one has nothing to compare
-            base_groups[i, base.end :, count] = 1
-            full_groups[i, full.end :, count] = 1
+            for groups, found in ((base_groups, base), (full_groups, full)):
+                groups[i, found.end :, count] = 1
+                groups[i, list(found.gap), count] = 1
             present[i, count] = 1
             full_groups[i, list(full.target), count + 1] = 1
         device = text["hidden"].device

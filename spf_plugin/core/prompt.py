@@ -283,11 +283,13 @@ class Spans:
         phrases: for every base phrase, its positions (the same number of phrases in base and full prompt).
         target: positions of the target; empty in the base prompt.
         end: the first position after the last word, where EOS and padding begin.
+        gap: positions of EOS and padding before it, where the sequence is made of several texts.
     """
 
     phrases: tuple[tuple[int, ...], ...]
     target: tuple[int, ...]
     end: int
+    gap: tuple[int, ...] = ()
 
 
 def spans(

@@ -137,7 +137,8 @@ class Family(Protocol):
         ...
 
     def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
-        """Where each phrase lies in a text sequence of `length` positions; see `spf_plugin.core.prompt.spans`."""
+        """Where each phrase lies in a text sequence of `length` positions; see `spf_plugin.core.prompt.spans`. A family
+        of two tokenizers calls `tokenize(text, which=1)` for the second."""
         ...
 
     def before_pass(self) -> None:

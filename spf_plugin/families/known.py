@@ -7,9 +7,10 @@ from torch import nn
 from spf_plugin.errors import SPFError
 from spf_plugin.families.anima import Anima
 from spf_plugin.families.base import Family
+from spf_plugin.families.sd3 import SD3
 from spf_plugin.families.unet import UNet
 
-FAMILIES = (UNet, Anima)
+FAMILIES = (UNet, Anima, SD3)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -23,5 +24,5 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL or Anima"
+        "SD1.x, SD2.x, SDXL, SD3 or Anima"
     )

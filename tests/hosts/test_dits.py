@@ -21,7 +21,7 @@ from spf_plugin.hosts.kohya import rules, trainers
 from tests import tiny
 from tests.conftest import MadeOnce
 from tests.hosts.conftest import HOSTS, NEWEST, Host, Result
-from tests.hosts.dits.kinds import KINDS, Kind, kind
+from tests.hosts.dits.kinds import KINDS, VARIANTS, Kind, kind
 
 TARGET = "spf_target=blonde hair"
 EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
@@ -29,16 +29,18 @@ OFF = tuple(f"spf_{name}_multiplier=0" for name in ("text_consistent", "fine_gra
 SHAPES = ((128, 192), (192, 128))  # buckets that are not square
 
 contract = pytest.mark.contract
+variants = pytest.mark.kinds(*KINDS, *VARIANTS)
 
 
 class Dit:
     """One kind in one checkout, with its models and a data set of two buckets."""
 
-    def __init__(self, kind: Kind, host: Host, models: Path, images: Path):
-        self.kind, self.host, self.models, self.images = kind, host, models, images
+    def __init__(self, name: str, host: Host, models: Path, images: Path):
+        self.name, self.kind = name, kind(name)
+        self.host, self.models, self.images = host, models, images
 
-    def command(self, *words: str) -> list[str]:
-        return [self.host.python, "-m", "tests.hosts.dits", *words, str(self.host.folder), str(self.models)]
+    def command(self, word: str) -> list[str]:
+        return [self.host.python, "-m", "tests.hosts.dits", word, self.name, str(self.host.folder), str(self.models)]
 
     def train(self, *network_args: str, module: str = "spf_plugin.lora", once: bool = False, **flags: Any) -> Result:
         options = {
@@ -56,8 +58,8 @@ class Dit:
         }
         return (self.host.trained if once else self.host.train)(*network_args, module=module, **options)
 
-    def plain(self, once: bool = False, **flags: Any) -> Result:
-        return self.train(module=self.kind.NETWORK, once=once, **flags)
+    def plain(self, *network_args: str, once: bool = False, **flags: Any) -> Result:
+        return self.train(*network_args, module=self.kind.NETWORK, once=once, **flags)
 
 
 def pictures(folder: Path) -> None:
@@ -99,7 +101,7 @@ def dit(request: pytest.FixtureRequest, host_of: Callable[[Path], Host], made_on
         assert done.returncode == 0, done.stderr[-3000:]
 
     models = made_once(f"{name}-{host.name}", build)
-    return Dit(kind(name), host, models, made_once("pictures-of-two-buckets", pictures))
+    return Dit(name, host, models, made_once("pictures-of-two-buckets", pictures))
 
 
 def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -116,6 +118,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @contract
+@variants
 def test_it_trains_an_ordinary_lora(dit: Dit) -> None:
     plain = dit.plain(once=True)
     result = dit.train(*EVERY_STEP, once=True)
@@ -132,12 +135,13 @@ def test_it_trains_an_ordinary_lora(dit: Dit) -> None:
     assert relative_error(again.tensors(), tensors) < 1e-6
 
 
-def without_weights(dit: Dit, **flags: Any) -> None:
+def without_weights(dit: Dit, *words: str, **flags: Any) -> Result:
     """SPF still runs the reference to measure drift, and disturbs no random state, also not dropout's."""
     flags = {"network_dropout": 0.1, "max_train_steps": 3, **flags}
-    measured = dit.train(TARGET, *OFF, "spf_log_every=1", **flags)
+    measured = dit.train(TARGET, *OFF, "spf_log_every=1", *words, **flags)
     assert "drift=" in measured.log
-    assert equal(measured.tensors(), dit.plain(**flags).tensors())
+    assert equal(measured.tensors(), dit.plain(*words, **flags).tensors())
+    return measured
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["text", "cached-text"])
@@ -158,6 +162,7 @@ def spied(result: Result) -> list[dict[str, Any]]:
 
 
 @contract
+@variants
 def test_the_reference_is_the_base_model_bit_for_bit(dit: Dit) -> None:
     """With cached text, whose encoders are freed: nobody of SPF holds them."""
     flags = {"network_dropout": 0.1, "max_train_steps": 6, "gradient_checkpointing": True, **dit.kind.CACHED}
@@ -222,14 +227,15 @@ def test_resume_between_the_two_steps_of_a_pair(dit: Dit) -> None:
 
 @contract
 def test_checkpointing_changes_nothing(dit: Dit) -> None:
-    without = dit.train(*EVERY_STEP, once=True).tensors()
-    assert relative_error(dit.train(*EVERY_STEP, gradient_checkpointing=True).tensors(), without) < 1e-4
+    without = dit.train(*EVERY_STEP, once=True, **dit.kind.STEADY).tensors()
+    flags = {"gradient_checkpointing": True, **dit.kind.STEADY}
+    assert relative_error(dit.train(*EVERY_STEP, **flags).tensors(), without) < 1e-4
 
 
 def test_cached_text_is_the_text(dit: Dit) -> None:
     """All prompts are encoded before the training starts, and are what they would have been in it."""
     without = dit.train(*EVERY_STEP, once=True).tensors()
-    assert relative_error(dit.train(*EVERY_STEP, **dit.kind.CACHED).tensors(), without) < 1e-4
+    assert relative_error(dit.train(*EVERY_STEP, once=True, **dit.kind.CACHED).tensors(), without) < 1e-4
 
 
 def test_block_swap_changes_nothing(dit: Dit) -> None:
@@ -240,13 +246,40 @@ def test_block_swap_changes_nothing(dit: Dit) -> None:
     assert equal(swapped.tensors(), without)
 
 
-@pytest.mark.kinds("anima")
+@pytest.mark.kinds("anima", "sd3")
 def test_a_caption_that_is_dropped_from_cached_text_is_an_empty_one(dit: Dit) -> None:
     """The host drops what is encoded already, and still reports the caption: such a step has nothing to compare."""
-    flags = {"caption_dropout_rate": 0.99999, "max_train_steps": 3, **dit.kind.CACHED}  # 1 is refused at once
+    flags = {"max_train_steps": 3, **dit.kind.DROPPED, **dit.kind.CACHED}
     dropped = dit.train(*EVERY_STEP, **flags)
     assert equal(dropped.tensors(), dit.plain(**flags).tensors())
     assert "drift=" not in dropped.log
+
+
+# -- SD3's three text encoders ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kinds("sd3")
+@pytest.mark.parametrize(
+    ("words", "cached", "trained"),
+    [
+        pytest.param(("train_t5xxl=True",), False, {"te1", "te2", "te3", "unet"}, id="all"),
+        pytest.param((), True, {"te1", "te2", "unet"}, id="clip-beside-cached-t5"),
+    ],
+)
+def test_text_encoders_of_sd3_are_trained(dit: Dit, words: tuple[str, ...], cached: bool, trained: set[str]) -> None:
+    """The host asks its network whether T5 is trained. Where it is cached, a step encodes by the two CLIPs alone."""
+    flags = {"network_train_unet_only": None, **(dit.kind.CACHED if cached else {})}
+    result = without_weights(dit, *words, **flags)
+    assert {name.split("_")[1] for name in result.tensors()} == trained
+    seen = spied(dit.train(*EVERY_STEP, *words, module="tests.hosts.spy", **flags))
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+@pytest.mark.kinds("sd3")
+def test_parts_of_sd3s_text_are_dropped_as_without_spf(dit: Dit) -> None:
+    """The host draws which; SPF encodes its own prompts whole, and draws nothing."""
+    without_weights(dit, t5_dropout_rate=0.5, max_train_steps=4)
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------
@@ -295,10 +328,10 @@ def test_what_cannot_work_stops_before_the_first_step(
 # -- inside the model -------------------------------------------------------------------------------------------------
 
 
+@variants
 def test_a_planted_key_is_where_it_was_planted(dit: Dit) -> None:
     """A word whose key answers to the left half of a wide image has its map there, and padding has none."""
-    name = next(name for name in KINDS if kind(name) is dit.kind)
-    done = subprocess.run(dit.command("planted", name), capture_output=True, text=True, env=dit.host.environment())
+    done = subprocess.run(dit.command("planted"), capture_output=True, text=True, env=dit.host.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     for which, found in json.loads(done.stdout.splitlines()[-1]).items():
         h, w = found["grid"]
@@ -315,6 +348,7 @@ PROMPTS = {
     "end": "a woman in a brown jacket, curtain background, blonde hair",
     "twice": "a woman with blonde hair in a jacket, smiling, blonde hair",
     "introduced": "a woman with blonde hair and sunglasses, brown jacket",
+    "long": "blonde hair, " + "a woman in a brown jacket, curtain background, " * 10,  # for CLIP and for T5
     "cut off": "a woman in a brown jacket, curtain background, blonde hair, with a red hat and sunglasses",
 }
 

@@ -169,7 +169,7 @@ class KohyaHost:
     @property
     def captions_before_training(self) -> Iterable[tuple[str, Sequence[Target] | None]] | None:
         """Of a UNet None: its text encoders stay, on the CPU at least."""
-        return self._captions_at_hand() if self._text.freed else None
+        return self._captions_at_hand() if self._text.early else None
 
     def _captions_at_hand(self) -> Iterator[tuple[str, Sequence[Target] | None]]:
         """What the caption files say and the host has encoded: cached text is neither shuffled nor framed."""
@@ -210,8 +210,8 @@ class KohyaHost:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str) -> Sequence[int]:
-        return self._text.tokenize(text)
+    def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
+        return self._text.tokenize(text, which)
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         return self._text.encode(prompts, beside)

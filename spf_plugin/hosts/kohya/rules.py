@@ -28,7 +28,7 @@ DEFAULT_NETWORK = "networks.lora"
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 MUCH_DROPOUT = 0.3  # of the captions
 ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
-SUPPORTED = "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_train_network.py"
+SUPPORTED = "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_ and sd3_train_network.py"
 
 
 def unwritable(folder: Path, *, trying: bool) -> str | None:
@@ -75,7 +75,7 @@ def trainer_problem(trainer: Any) -> str | None:
         return f"{cls.__name__} has no call_unet, as the trainers that SPF knows have. {SUPPORTED}"
     if prediction is not None and prediction is not seam and issubclass(prediction, seam) and dit_of(trainer) is None:
         return (
-            f"{cls.__name__} is not supported: its model is neither a UNet nor Anima (FLUX, SD3, Lumina and "
+            f"{cls.__name__} is not supported: its model is neither a UNet nor Anima nor SD3 (FLUX, Lumina and "
             f"HunyuanImage are not). {SUPPORTED}"
         )
     if prediction is not None and not hasattr(cls, "process_batch"):
@@ -181,6 +181,11 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
         found.append(
             "--compile: compiled blocks no longer call the hooks with which SPF reads the attention layers. Remove the "
             "option."
+        )
+    if getattr(args, "pos_emb_random_crop_rate", 0):
+        found.append(
+            f"--pos_emb_random_crop_rate={args.pos_emb_random_crop_rate} puts the image somewhere else in every pass of "
+            "the model, and SPF compares passes. Remove the option."
         )
     if config is None:
         return found

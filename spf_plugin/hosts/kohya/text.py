@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spf_plugin.core.prompt import strip_weights
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
-from spf_plugin.hosts.kohya.trainers import dit_of
+from spf_plugin.hosts.kohya.trainers import Dit, dit_of
 
 
 class TextEncoding:
@@ -44,6 +44,8 @@ class TextEncoding:
         self._tokenizers, self.weight_dtype = tokenizers, weight_dtype
         self.dit = dit_of(trainer)
         self.freed = self.dit is not None and bool(trainer.is_text_encoder_not_needed_for_training(args))
+        # Also where it trains one encoder beside what it cached: the other waits on the CPU, where it takes seconds.
+        self.early = self.dit is not None and bool(args.cache_text_encoder_outputs)
         # What the host frees, nobody may hold.
         self._held = [] if self.freed else list(text_encoders)
         self._seen = [weakref.ref(encoder) for encoder in text_encoders] if self.freed else []
@@ -68,7 +70,8 @@ class TextEncoding:
             from library.strategy_base import TokenizeStrategy
 
             if self.dit is not None:
-                return [getattr(TokenizeStrategy.get_strategy(), self.dit.tokenizer)]
+                names = [self.dit.tokenizer, *([self.dit.second] if self.dit.second else [])]
+                return [getattr(TokenizeStrategy.get_strategy(), name) for name in names]
             return list(self.trainer.get_tokenizers(TokenizeStrategy.get_strategy()))
         tokenizers = self._tokenizers
         return list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
@@ -77,14 +80,14 @@ class TextEncoding:
     def can_tokenize(self) -> bool:
         return (self.is_new and bool(self.text_encoders)) or self._tokenizers is not None
 
-    def tokenize(self, text: str) -> Sequence[int]:
+    def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
         if self.args.weighted_captions:
             text = strip_weights(text)
-        return self.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return self.tokenizers[which](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         if self.dit is not None:
-            return self._encode_for(self.dit.text, list(prompts))
+            return self._encode_for(self.dit, list(prompts))
         with self._threads():
             conds = self._encode(prompts, beside)
         if not isinstance(conds, list | tuple):
@@ -93,8 +96,9 @@ class TextEncoding:
             return {"hidden": conds[0]}
         return {"hidden": torch.cat(list(conds[:2]), dim=-1), "pooled": conds[2]}  # SDXL: two encoders, one pooled
 
-    def _encode_for(self, names: Sequence[str], prompts: list[str]) -> Text:
-        """As the trainer of a transformer does it: with its own list of conditions, under autocast."""
+    def _encode_for(self, dit: Dit, prompts: list[str]) -> Text:
+        """As the trainer of a transformer does it: with its own list of conditions, under autocast. In a step with a
+        graph only by the encoders that it runs there: what it caches of the others is not encoded again."""
         from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 
         encoders = self.text_encoders
@@ -104,9 +108,14 @@ class TextEncoding:
                 "data set led to it. Run without --cache_text_encoder_outputs."
             )
         tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
+        models = encoders
+        if torch.is_grad_enabled():
+            models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, encoders)
         with self._undisturbed(encoders), self.accelerator.autocast():
-            parts = encoding.encode_tokens(tokenizing, encoders, tokenizing.tokenize(prompts))
-        return dict(zip(names, parts, strict=True))
+            tokens = tokenizing.tokenize(prompts)
+            parts = encoding.encode_tokens(tokenizing, models, tokens, **dit.encoding(self.args))
+        named = zip(dit.text, parts, strict=True)
+        return {name: part for name, part in named if name is not None and part is not None}
 
     @contextmanager
     def _undisturbed(self, encoders: Sequence[Any]) -> Iterator[None]:

@@ -5,6 +5,7 @@ What such a model is inside is its family's (`spf_plugin.families`). No torch: `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +16,43 @@ class Dit:
 
     Attributes:
         network: the host's own network module for it.
-        text: the family's names (`spf_plugin.families.base.Text`) for what its `encode_tokens` gives, in that order.
+        text: the family's names (`spf_plugin.families.base.Text`) for what its `encode_tokens` gives, in that order;
+            None for what the model does not see.
         tokenizer: the attribute of its tokenize strategy whose tokens the family counts.
         text_cache: what follows an image's name in the name of its caption's cached encoding.
+        second: the attribute of the second tokenizer, where the family counts the tokens of two.
+        encoding: the host's arguments -> options of `encode_tokens`, for prompts that are to be encoded as its own are.
     """
 
     network: str
-    text: tuple[str, ...]
+    text: tuple[str | None, ...]
     tokenizer: str
     text_cache: str
+    second: str | None = None
+    encoding: Callable[[Any], dict[str, Any]] = lambda args: {}
+
+
+def _of_sd3(args: Any) -> dict[str, Any]:
+    """No text is dropped. It looks at its own masks in what it caches, and never in a step, whatever it was told."""
+    cached = bool(args.cache_text_encoder_outputs)
+    return {
+        "apply_lg_attn_mask": cached and args.network_train_unet_only and args.apply_lg_attn_mask,
+        "apply_t5_attn_mask": cached and args.apply_t5_attn_mask,
+        "enable_dropout": False,
+    }
 
 
 DITS = {
     "AnimaNetworkTrainer": Dit(
         "networks.lora_anima", ("hidden", "hidden_mask", "ids", "ids_mask"), "t5_tokenizer", "_anima_te.npz"
+    ),
+    "Sd3NetworkTrainer": Dit(
+        "networks.lora_sd3",
+        ("hidden", "t5", "pooled", None, None, None),
+        "clip_l",
+        "_sd3_te.npz",
+        second="t5xxl",
+        encoding=_of_sd3,
     ),
 }
 

@@ -26,6 +26,8 @@ from tests.hosts.dits.kinds import Planted
 
 SCRIPT, NETWORK, TRAINER = "anima_train_network.py", "networks.lora_anima", "AnimaNetworkTrainer"
 CACHED = {"cache_text_encoder_outputs": True, "cache_latents": True}
+STEADY: dict[str, Any] = {}
+DROPPED = {"caption_dropout_rate": 0.99999}  # 1 is refused at once
 PRECISION = "no"
 TENSORS = 3 * 10 * 3  # blocks, linear layers, tensors of each
 

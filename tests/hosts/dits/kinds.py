@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.seam import Call
 
-KINDS = ("anima",)
+KINDS = ("anima", "sd3")
+VARIANTS = ("sd3m",)  # of one of them, that run only what may differ
 MARK = "kind.txt"  # beside a model's weights: which of the kinds it is
 
 
@@ -54,6 +55,11 @@ class Kind(Protocol):
     """The trainer's class."""
     CACHED: Mapping[str, Any]
     """Options with which text and latents are encoded before the training."""
+    STEADY: Mapping[str, Any]
+    """Options beside which the host trains the same with gradient checkpointing and without: it then keeps its text
+    encoders in training mode, and T5 drops out."""
+    DROPPED: Mapping[str, Any]
+    """Options with which it drops nearly every caption from cached text."""
     PRECISION: str
     """`--mixed_precision` of its runs: `no`, where the trainer can do without."""
     TENSORS: int
