@@ -28,7 +28,11 @@ class LatentSpace:
 
     def is_of(self, vae: Any) -> bool:
         """Whether a VAE is, as far as its shape tells, the one whose latents these are."""
-        return tuple(getattr(getattr(vae, "config", None), "block_out_channels", ())) == self.blocks
+        widths = tuple(getattr(getattr(vae, "config", None), "block_out_channels", ()))
+        if not widths:  # sd-scripts' own class for SD3's
+            stages = getattr(getattr(vae, "encoder", None), "down", ())
+            widths = tuple(stage.block[-1].out_channels for stage in stages)
+        return widths == self.blocks
 
 
 _BLOCKS = (128, 256, 512, 512)
@@ -46,3 +50,15 @@ SDXL = LatentSpace(
     "madebyollin/taesdxl",
     _BLOCKS,
 )
+SD3 = LatentSpace(
+    16,
+    [
+        [-0.0922, -0.0175, 0.0749], [0.0311, 0.0633, 0.0954], [0.1994, 0.0927, 0.0458], [0.0856, 0.0339, 0.0902],
+        [0.0587, 0.0272, -0.0496], [-0.0006, 0.1104, 0.0309], [0.0978, 0.0306, 0.0427], [-0.0042, 0.1038, 0.1358],
+        [-0.0194, 0.0020, 0.0669], [-0.0488, 0.0130, -0.0268], [0.0922, 0.0988, 0.0951], [-0.0278, 0.0524, -0.0542],
+        [0.0332, 0.0456, 0.0895], [-0.0069, -0.0030, -0.0810], [-0.0596, -0.0465, -0.0293], [-0.1448, -0.1463, -0.1189],
+    ],
+    [0.2394, 0.2135, 0.1925],
+    "madebyollin/taesd3",
+    _BLOCKS,
+)  # fmt: skip

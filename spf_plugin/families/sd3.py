@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5: an MMDiT, in whose blocks the text and the image attend to one sequence of both.
 
-The text is 77 positions of two CLIPs side by side, then T5's; so every phrase lies in it twice, and its attention is that
-of both places. Positions are added to the image before the first block, nothing is rotated, and the queries and keys
-that the norms give are those that the attention multiplies (SD3-Medium has no norms: identities stand in their
+The text is 77 positions of two CLIPs side by side, then T5's; so every phrase lies in it twice, and its attention is
+that of both places. Positions are added to the image before the first block, nothing is rotated, and the queries and
+keys that the norms give are those that the attention multiplies (SD3-Medium has no norms: identities stand in their
 places). No mask reaches the attention, so padding is attended to as words are, here too. What the host drops of a text
 is all 0: the comparison leaves it out, and the base prompt misses it as well.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
-from spf_plugin.families import clip_tokens
+from spf_plugin.families import clip_tokens, latents
 from spf_plugin.families.base import Layer, Text, named
 from spf_plugin.seam import Call
 
@@ -45,7 +45,7 @@ class SD3:
         denoiser: the unwrapped transformer.
     """
 
-    latents = None
+    latents = latents.SD3
     cross_attention = r"_joint_blocks_\d+_(x|context)_block_attn_"  # `attn2` of 3.5-Medium is the image's own
 
     def __init__(self, denoiser: nn.Module):

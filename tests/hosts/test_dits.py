@@ -21,7 +21,7 @@ from spf_plugin.hosts.kohya import rules, trainers
 from tests import tiny
 from tests.conftest import MadeOnce
 from tests.hosts.conftest import HOSTS, NEWEST, Host, Result
-from tests.hosts.dits.kinds import KINDS, VARIANTS, Kind, kind
+from tests.hosts.dits.kinds import KINDS, VARIANTS, kind
 
 TARGET = "spf_target=blonde hair"
 EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
@@ -255,7 +255,7 @@ def test_a_caption_that_is_dropped_from_cached_text_is_an_empty_one(dit: Dit) ->
     assert "drift=" not in dropped.log
 
 
-# -- SD3's three text encoders ---------------------------------------------------------------------------------------------
+# -- SD3's three text encoders ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.kinds("sd3")

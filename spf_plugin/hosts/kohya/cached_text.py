@@ -31,7 +31,12 @@ Stale = Callable[[Sequence[Image]], "str | None"]
 
 def in_use(args: Any, *, sdxl: bool) -> bool:
     """Whether the host trains with cached text; without SDXL the options come from a file only, and do nothing."""
-    return sdxl and any(getattr(args, name, False) for name in TEXT_CACHES)
+    return sdxl and asked_for(args)
+
+
+def asked_for(args: Any) -> bool:
+    """Whether one of the options is set."""
+    return any(getattr(args, name, False) for name in TEXT_CACHES)
 
 
 def problems(

@@ -152,6 +152,7 @@ def look(
     errors += cached_text.kept_captions(images)
     if dit is not None:
         errors += _dit_problems(args, config)
+        warnings += _noisy_text(args, dit)
     dropped = dropped_targets(args)
     if dropped:
         errors.append(
@@ -184,8 +185,8 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
         )
     if getattr(args, "pos_emb_random_crop_rate", 0):
         found.append(
-            f"--pos_emb_random_crop_rate={args.pos_emb_random_crop_rate} puts the image somewhere else in every pass of "
-            "the model, and SPF compares passes. Remove the option."
+            f"--pos_emb_random_crop_rate={args.pos_emb_random_crop_rate} puts the image somewhere else in every pass "
+            "of the model, and SPF compares passes. Remove the option."
         )
     if config is None:
         return found
@@ -206,6 +207,16 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
             "longer there. Leave one of them out."
         )
     return found
+
+
+def _noisy_text(args: Any, dit: Dit) -> list[str]:
+    """Where the host's own text is not what its encoders give."""
+    if dit.drops_out and getattr(args, "gradient_checkpointing", False) and not cached_text.asked_for(args):
+        return [
+            "with --gradient_checkpointing sd-scripts leaves the dropout of T5 on where it encodes text in every step, "
+            "so this text is noisy beside the base prompts': add --cache_text_encoder_outputs"
+        ]
+    return []
 
 
 def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, dit: Dit | None) -> list[str]:

@@ -21,6 +21,7 @@ class Dit:
         tokenizer: the attribute of its tokenize strategy whose tokens the family counts.
         text_cache: what follows an image's name in the name of its caption's cached encoding.
         second: the attribute of the second tokenizer, where the family counts the tokens of two.
+        drops_out: a text encoder has dropout, which --gradient_checkpointing leaves on.
         encoding: the host's arguments -> options of `encode_tokens`, for prompts that are to be encoded as its own are.
     """
 
@@ -29,6 +30,7 @@ class Dit:
     tokenizer: str
     text_cache: str
     second: str | None = None
+    drops_out: bool = False
     encoding: Callable[[Any], dict[str, Any]] = lambda args: {}
 
 
@@ -52,6 +54,7 @@ DITS = {
         "clip_l",
         "_sd3_te.npz",
         second="t5xxl",
+        drops_out=True,
         encoding=_of_sd3,
     ),
 }

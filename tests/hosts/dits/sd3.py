@@ -1,5 +1,5 @@
 """SD3.5: three blocks of three heads, the first with the image's own attention (as Medium's early ones), the others
-without (as Large's); two CLIPs, T5, and a VAE with few channels. The widths of the transformer come from its weights."""
+without (as Large's); two CLIPs, T5, and a VAE with few channels. The transformer's sizes come from its weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ DROPPED = {"clip_l_dropout_rate": 1.0, "clip_g_dropout_rate": 1.0, "t5_dropout_r
 PRECISION = "no"
 TENSORS = (3 * 10 - 3 + 2) * 3  # linear layers of two streams, the last text's are fewer, the first image's more
 BLOCKS, TEXT, WIDTHS = 3, 4096, (32, 48)  # the host pads CLIP's states to 4096, and so wide T5's must be
-_CLIP_L, _CLIP_G, _T5 = "openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k", "google_t5-v1_1-xxl"
+_CLIP_L, _CLIP_G, _T5 = (
+    "openai_clip-vit-large-patch14",
+    "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "google_t5-v1_1-xxl",
+)
 
 
 def options(models: Path) -> dict[str, Any]:
