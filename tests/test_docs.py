@@ -23,6 +23,7 @@ from spf_plugin.tools import cli
 from spf_plugin.tools.check.host_options import OPTIONS
 from tests.documents import PAGES, ROOT, Command, blocks, commands, is_command
 from tests.hosts.conftest import HOSTS
+from tests.hosts.dits.kinds import KINDS, kind
 
 COMMANDS = commands()
 GPU, NETWORK, HOURS, GUI = "needs a GPU", "needs a network", "takes hours", "needs the GUI's own environment"
@@ -180,10 +181,13 @@ class _Done:
     returncode = 0
 
 
+TRAINERS = {"train_network.py", "sdxl_train_network.py", *(kind(name).SCRIPT for name in KINDS)}
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "accelerate"], ids=str)
 def test_launch_lines(command: Command) -> None:
     assert command.words[1] == "launch"
-    assert command.words[2] in ("train_network.py", "sdxl_train_network.py", "anima_train_network.py")
+    assert command.words[2] in TRAINERS
     existing(list(command.words))
     host_words(list(command.words[3:]))
 
@@ -355,6 +359,7 @@ def test_the_pages_on_hosts_and_families_name_every_member() -> None:
     for file, ending in (
         ("spf_plugin/families/unet.py", "UNet"),
         ("spf_plugin/families/anima.py", "Anima"),
+        ("spf_plugin/families/sd3.py", "SD3"),
         ("tests/toy/family.py", "Toy"),
     ):
         assert members(Family) <= offered(file, ending), file

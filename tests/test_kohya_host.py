@@ -48,7 +48,7 @@ class SdxlNetworkTrainer(Processing):
     def call_unet(self) -> None: ...
 
 
-class Sd3NetworkTrainer(Processing):
+class OtherNetworkTrainer(Processing):
     def get_noise_pred_and_target(self) -> None: ...
 
 
@@ -66,7 +66,7 @@ def test_supported_trainers(trainer: type) -> None:
 @pytest.mark.parametrize(
     ("trainer", "reason"),
     [
-        (Sd3NetworkTrainer, "Sd3NetworkTrainer is not supported: its model is neither a UNet nor Anima"),
+        (OtherNetworkTrainer, "OtherNetworkTrainer is not supported: its model is neither a UNet nor Anima nor SD3"),
         (ThirdFamily, "ThirdFamily belongs to a 2024 development branch"),
         (object, "object has no call_unet"),
     ],

@@ -186,7 +186,6 @@ def test_the_reference_in_bf16(dit: Dit) -> None:
     ("settings", "cached", "flags"),
     [
         pytest.param((), False, {"network_train_unet_only": None}, id="text-encoder"),
-        pytest.param(("spf_base=int8",), True, {}, id="int8"),
         pytest.param(
             OFF[:2], True, {"gradient_checkpointing": True, "unsloth_offload_checkpointing": True}, id="unsloth"
         ),
@@ -197,6 +196,13 @@ def test_the_reference_of_other_runs(
 ) -> None:
     flags = {**flags, **(dit.kind.CACHED if cached else {})}
     seen = spied(dit.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **flags))
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+@pytest.mark.kinds("anima", "sd3")
+def test_the_reference_of_a_base_in_few_bits(dit: Dit) -> None:
+    seen = spied(dit.train(*EVERY_STEP, "spf_base=int8", module="tests.hosts.spy", **dit.kind.CACHED))
     assert len(seen) == 2
     assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
 
@@ -303,7 +309,7 @@ def test_parts_of_sd3s_text_are_dropped_as_without_spf(dit: Dit) -> None:
             {"blocks_to_swap": 1},
             (
                 "spf_base=int8 and --blocks_to_swap cannot go together",
-                "spf_base=int8 works with spf_network=networks.lora, networks.lora_anima, and",
+                "spf_base=int8 works with spf_network=networks.lora, networks.lora_anima, ",
             ),
             id="base+swap",
         ),
@@ -323,6 +329,21 @@ def test_what_cannot_work_stops_before_the_first_step(
     assert "running training" not in result.log
     for words in said:
         assert words in result.message, result.log[-3000:]
+
+
+@pytest.mark.kinds("sd3")
+def test_what_cannot_work_with_sd3_is_one_message(dit: Dit) -> None:
+    flags = {"pos_emb_random_crop_rate": 0.5, "gradient_checkpointing": True, "max_train_steps": 1}
+    result = dit.train(TARGET, "spf_response=anchor", "spf_layers=joint_block", **flags)
+    assert result.returncode != 0
+    assert "running training" not in result.log
+    for words in (
+        "SPF: 2 problems",
+        "--pos_emb_random_crop_rate=0.5 puts the image somewhere else in every pass",
+        "spf_response=anchor needs pixels of latents",
+    ):
+        assert words in result.message, result.log[-3000:]
+    assert "leaves the dropout of T5 on" in result.said
 
 
 # -- inside the model -------------------------------------------------------------------------------------------------

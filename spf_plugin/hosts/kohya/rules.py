@@ -211,12 +211,13 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
 
 def _noisy_text(args: Any, dit: Dit) -> list[str]:
     """Where the host's own text is not what its encoders give."""
+    found: list[str] = []
     if dit.drops_out and getattr(args, "gradient_checkpointing", False) and not cached_text.asked_for(args):
-        return [
+        found.append(
             "with --gradient_checkpointing sd-scripts leaves the dropout of T5 on where it encodes text in every step, "
             "so this text is noisy beside the base prompts': add --cache_text_encoder_outputs"
-        ]
-    return []
+        )
+    return found
 
 
 def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, dit: Dit | None) -> list[str]:
