@@ -22,6 +22,7 @@ MADE = {
         "_target_problems",
         "_dit_problems",
         "_dropout_problems",
+        "_noisy_text",
     },
     "hosts/kohya/cached_text.py": set(),
     "hosts/kohya/own_targets.py": {"readable"},

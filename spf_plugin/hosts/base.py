@@ -46,8 +46,9 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
 
     @property
     def captions_before_training(self) -> Iterable[tuple[str, Sequence[Target] | None]] | None:
-        """Every caption of the data set with its own targets, if any, where the text encoders will be gone when
-        training starts: all prompts are then encoded when SPF is attached. None where `encode` works all the time."""
+        """Every caption of the data set with its own targets, if any, where text encoders will be gone when
+        training starts, or wait where they are slow: all prompts are then encoded when SPF is attached. None where
+        `encode` works all the time."""
         ...
 
     def captions(self, batch: Any) -> list[str]:
