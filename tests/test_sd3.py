@@ -12,6 +12,7 @@ from spf_plugin.core.prompt import Target, split
 from spf_plugin.enhancement.decoders import LinearDecoder
 from spf_plugin.families import latents
 from spf_plugin.families.sd3 import CLIP, SD3
+from spf_plugin.hosts.kohya.trainers import DITS
 from spf_plugin.seam import Call
 from spf_plugin.text import TextSide
 
@@ -117,3 +118,21 @@ def test_pictures_have_colours_where_the_vae_is_sd3s() -> None:
     assert not latents.SD3.is_of(vae(32, 64, 128, 128))
     assert not latents.SD3.is_of(None)
     assert LinearDecoder.of(latents.SD3)(torch.randn(1, 16, 4, 6)).shape == (1, 3, 4, 6)
+
+
+def test_prompts_are_encoded_as_the_host_encodes_its_own() -> None:
+    """What it caches with its masks, a step without them, whatever they are; and SPF's prompts are never dropped."""
+
+    def options(*, cached: bool, clip_trained: bool) -> tuple[bool, bool, bool]:
+        args = SimpleNamespace(
+            cache_text_encoder_outputs=cached,
+            network_train_unet_only=not clip_trained,
+            apply_lg_attn_mask=True,
+            apply_t5_attn_mask=True,
+        )
+        found = DITS["Sd3NetworkTrainer"].encoding(args)
+        return found["apply_lg_attn_mask"], found["apply_t5_attn_mask"], found["enable_dropout"]
+
+    assert options(cached=True, clip_trained=False) == (True, True, False)
+    assert options(cached=True, clip_trained=True) == (False, True, False)
+    assert options(cached=False, clip_trained=False) == (False, False, False)

@@ -82,7 +82,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         params += [
             pytest.param((name, folder), id=f"{name}-{folder.name}")
             for folder in found
-            if everywhere or folder == first
+            if (everywhere and name not in VARIANTS) or folder == first
         ]
         if not found:
             why = pytest.mark.skip(reason=f"NO sd-scripts CHECKOUT WITH {kind(name).SCRIPT} FOUND (see README, Tests)")
