@@ -221,7 +221,8 @@ class TextSide:
 
     @torch.no_grad()
     def base_text(self, text: BatchText, like: Text, *, text_encoder_trained: bool) -> Text:
-        """The base prompts encoded by the untrained text encoder, in the type and on the device of `like`.
+        """The base prompts encoded by the untrained text encoder, in the type and on the device of `like`, and of what
+        a host encodes what `like` has.
 
         Args:
             text: the batch.
@@ -235,7 +236,7 @@ class TextSide:
                 rows.append(map_text(partial(_row, i), like))
             else:
                 rows.append(self._encoded.get_or((base, length), partial(self._encode, base, text.full)))
-        cast = [map_text(lambda part, to: part.to(to.device, to.dtype), row, like) for row in rows]
+        cast = [map_text(lambda to, part: part.to(to.device, to.dtype), like, row) for row in rows]
         return map_text(lambda *parts: torch.cat(parts), *cast)
 
     @torch.no_grad()

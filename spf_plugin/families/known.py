@@ -7,9 +7,10 @@ from torch import nn
 from spf_plugin.errors import SPFError
 from spf_plugin.families.anima import Anima
 from spf_plugin.families.base import Family
+from spf_plugin.families.flux import Flux
 from spf_plugin.families.unet import UNet
 
-FAMILIES = (UNet, Anima)
+FAMILIES = (UNet, Anima, Flux)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -23,5 +24,5 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL or Anima"
+        "SD1.x, SD2.x, SDXL, Anima, FLUX.1 or Chroma"
     )

@@ -43,7 +43,6 @@ class Dit:
     def train(self, *network_args: str, module: str = "spf_plugin.lora", once: bool = False, **flags: Any) -> Result:
         options = {
             "script": self.kind.SCRIPT,
-            **self.kind.options(self.models),
             "train_data_dir": self.images,
             "enable_bucket": True,
             "min_bucket_reso": 64,
@@ -52,6 +51,7 @@ class Dit:
             "learning_rate": 1e-3,
             "mixed_precision": self.kind.PRECISION,
             "sdpa": True,
+            **self.kind.options(self.models),
             **flags,
         }
         return (self.host.trained if once else self.host.train)(*network_args, module=module, **options)

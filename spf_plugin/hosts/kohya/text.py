@@ -103,10 +103,12 @@ class TextEncoding:
                 f"the host has freed its text encoders, and {prompts[0]!r} was not encoded before: no caption of the "
                 "data set led to it. Run without --cache_text_encoder_outputs."
             )
+        if torch.is_grad_enabled():  # of two encoders one may be trained, and the other's text be cached
+            encoders = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, encoders) or encoders
         tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
         with self._undisturbed(encoders), self.accelerator.autocast():
             parts = encoding.encode_tokens(tokenizing, encoders, tokenizing.tokenize(prompts))
-        return dict(zip(names, parts, strict=True))
+        return {name: part for name, part in zip(names, parts, strict=True) if part is not None}
 
     @contextmanager
     def _undisturbed(self, encoders: Sequence[Any]) -> Iterator[None]:
