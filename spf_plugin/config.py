@@ -134,9 +134,9 @@ class SPFConfig:
     network: str = _setting(
         "",
         _text,
-        "The inner network module that makes the adapter: `networks.lora` (default inside sd-scripts; for Anima "
-        "`networks.lora_anima`), `lycoris.kohya` (default elsewhere), or any other module with kohya's "
-        "`create_network`.",
+        "The inner network module that makes the adapter: `networks.lora` (default inside sd-scripts; for a "
+        "transformer sd-scripts' own, such as `networks.lora_flux`), `lycoris.kohya` (default elsewhere), or any other "
+        "module with kohya's `create_network`.",
     )
     train: str = _setting(
         "all",
@@ -205,8 +205,8 @@ class SPFConfig:
     layers: str = _setting(
         "last",
         _choice_or_regex(LAYERS),
-        "Which cross-attention layers are compared: `last` (the last block of every transformer; of Anima three from "
-        "the middle on), `all`, or a regular expression over module names.",
+        "Which cross-attention layers are compared: `last` (the last block of every UNet transformer; of the other "
+        "models three from the middle on), `all`, or a regular expression over module names.",
     )
     log_every: int = _setting(
         10, _integer(1), "Report drift and losses to the progress bar and trackers every N steps."

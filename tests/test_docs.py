@@ -183,7 +183,7 @@ class _Done:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "accelerate"], ids=str)
 def test_launch_lines(command: Command) -> None:
     assert command.words[1] == "launch"
-    assert command.words[2] in ("train_network.py", "sdxl_train_network.py", "anima_train_network.py")
+    assert command.words[2].removesuffix("train_network.py") in ("", "sdxl_", "anima_", "flux_")
     existing(list(command.words))
     host_words(list(command.words[3:]))
 
@@ -355,6 +355,7 @@ def test_the_pages_on_hosts_and_families_name_every_member() -> None:
     for file, ending in (
         ("spf_plugin/families/unet.py", "UNet"),
         ("spf_plugin/families/anima.py", "Anima"),
+        ("spf_plugin/families/flux.py", "Flux"),
         ("tests/toy/family.py", "Toy"),
     ):
         assert members(Family) <= offered(file, ending), file

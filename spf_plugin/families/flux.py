@@ -58,8 +58,8 @@ _CHROMA = _Kind({"hidden": _HIDDEN, "hidden_mask": _MASK}, image_first=True, pad
 class Flux:
     """`spf_plugin.families.base.Family`.
 
-    Its text: `hidden` `[B, T, E]` of T5, `pooled` `[B, E2]` of CLIP-L (not of Chroma), and `hidden_mask` `[B, T]`, where
-    the host masks padding (with Chroma always).
+    Its text: `hidden` `[B, T, E]` of T5; `pooled` `[B, E2]` of CLIP-L, which Chroma has not; `hidden_mask` `[B, T]`,
+    where the host masks padding, as it always does with Chroma.
 
     Args:
         denoiser: the unwrapped transformer.
@@ -172,14 +172,18 @@ class Flux:
 def _attention(denoiser: nn.Module) -> Iterator[Layer]:
     """That of every block, in the model's order. Of a norm of queries and keys each has a module of its own: a hook on
     both would keep the image's keys, too, which are as large as its queries."""
-    for i, block in enumerate(getattr(denoiser, _DOUBLE, None) or ()):
-        image, text = (getattr(getattr(block, name, None), "norm", None) for name in ("img_attn", "txt_attn"))
-        if hasattr(image, "query_norm") and hasattr(text, "key_norm"):
-            yield Layer(f"{_DOUBLE}.{i}", int(block.num_heads), image.query_norm, text.key_norm)
-    for i, block in enumerate(getattr(denoiser, _SINGLE, None) or ()):
-        norm = getattr(block, "norm", None)
-        if hasattr(norm, "query_norm") and hasattr(norm, "key_norm"):
-            yield Layer(f"{_SINGLE}.{i}", int(block.num_heads), norm.query_norm, norm.key_norm)
+    for stack, image, text in ((_DOUBLE, "img_attn", "txt_attn"), (_SINGLE, "", "")):
+        for i, block in enumerate(getattr(denoiser, stack, None) or ()):
+            query = _submodule(block, image, "norm", "query_norm")
+            key = _submodule(block, text, "norm", "key_norm")
+            if query is not None and key is not None:
+                yield Layer(f"{stack}.{i}", int(block.num_heads), query, key)
+
+
+def _submodule(module: Any, *names: str) -> nn.Module | None:
+    for name in filter(None, names):
+        module = getattr(module, name, None)
+    return module
 
 
 def _turned(query: Tensor, rotation: Tensor) -> Tensor:

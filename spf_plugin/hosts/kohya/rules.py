@@ -28,7 +28,10 @@ DEFAULT_NETWORK = "networks.lora"
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 MUCH_DROPOUT = 0.3  # of the captions
 ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
-SUPPORTED = "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_train_network.py"
+SUPPORTED = (
+    "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, anima_train_network.py and "
+    "flux_train_network.py"
+)
 
 
 def unwritable(folder: Path, *, trying: bool) -> str | None:
@@ -75,8 +78,8 @@ def trainer_problem(trainer: Any) -> str | None:
         return f"{cls.__name__} has no call_unet, as the trainers that SPF knows have. {SUPPORTED}"
     if prediction is not None and prediction is not seam and issubclass(prediction, seam) and dit_of(trainer) is None:
         return (
-            f"{cls.__name__} is not supported: its model is neither a UNet nor Anima (FLUX, SD3, Lumina and "
-            f"HunyuanImage are not). {SUPPORTED}"
+            f"{cls.__name__} is not supported: its model is neither a UNet nor a transformer that SPF knows. "
+            f"{SUPPORTED}"
         )
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
@@ -152,6 +155,7 @@ def look(
     errors += cached_text.kept_captions(images)
     if dit is not None:
         errors += _dit_problems(args, config)
+        warnings += _dropout_warnings(args, dit)
     dropped = dropped_targets(args)
     if dropped:
         errors.append(
@@ -201,6 +205,17 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
             "longer there. Leave one of them out."
         )
     return found
+
+
+def _dropout_warnings(args: Any, dit: Dit) -> list[str]:
+    """Text that is another in every step."""
+    cached = any(getattr(args, name, False) for name in cached_text.TEXT_CACHES)
+    if cached or not (dit.drops and getattr(args, "gradient_checkpointing", False)):
+        return []
+    return [
+        "with --gradient_checkpointing sd-scripts trains with T5's dropout on, which changes every caption's text at "
+        "random, and SPF's losses see that as a change: add --cache_text_encoder_outputs, where there is none"
+    ]
 
 
 def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, dit: Dit | None) -> list[str]:

@@ -43,7 +43,8 @@ class TextEncoding:
         self.trainer, self.args, self.accelerator = trainer, args, accelerator
         self._tokenizers, self.weight_dtype = tokenizers, weight_dtype
         self.dit = dit_of(trainer)
-        self.freed = self.dit is not None and bool(trainer.is_text_encoder_not_needed_for_training(args))
+        self.cached = self.dit is not None and bool(getattr(args, "cache_text_encoder_outputs", False))
+        self.freed = self.cached and bool(trainer.is_text_encoder_not_needed_for_training(args))
         # What the host frees, nobody may hold.
         self._held = [] if self.freed else list(text_encoders)
         self._seen = [weakref.ref(encoder) for encoder in text_encoders] if self.freed else []

@@ -19,7 +19,7 @@ from tests.hosts.dits.common import CAPTIONS, VOCABULARY, random_weights, shapes
 from tests.hosts.dits.kinds import Planted
 
 SCRIPT, NETWORK, TRAINER = "flux_train_network.py", "networks.lora_flux", "FluxNetworkTrainer"
-CACHED = {"cache_text_encoder_outputs": True, "cache_latents": True}
+CACHED = {"cache_text_encoder_outputs": True}
 PRECISION = "no"
 DOUBLE, SINGLE = 3, 4
 TENSORS = (DOUBLE * 10 + SINGLE * 3) * 3  # blocks, linear layers, tensors of each
@@ -35,6 +35,7 @@ def options(models: Path) -> dict[str, Any]:
         "tokenizer_cache_dir": models,
         "t5xxl_max_token_length": 40,
         "model_prediction_type": "raw",
+        "cache_latents": True,  # its VAE draws from a distribution; so the same of all runs
         "resolution": 160,  # buckets are in steps of 64: 128 x 192, and 192 x 128
     }
 
@@ -85,9 +86,7 @@ def shrink() -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
     )
-    configured(
-        flux_utils, "T5Config", d_model=64, d_ff=32, d_kv=8, num_heads=2, num_layers=1, vocab_size=VOCABULARY
-    )
+    configured(flux_utils, "T5Config", d_model=64, d_ff=32, d_kv=8, num_heads=2, num_layers=1, vocab_size=VOCABULARY)
 
 
 def make(folder: Path) -> None:
@@ -120,33 +119,42 @@ def surroundings(folder: Path) -> None:
     tiny.tokenizer_folder(folder / "openai_clip-vit-large-patch14")
 
 
-def call(**more: Any) -> Call:
-    """Of 20 T5 tokens 9 are words, and padding is masked."""
+def call(*words: int, **more: Any) -> Call:
+    """Of samples with so many words among their 20 T5 tokens; padding is masked."""
     from library import flux_utils
 
+    b = len(words)
     return Call(
         (),
         {
-            "img": flux_utils.pack_latents(shifted(1, 16, *SIZE)),
-            "img_ids": flux_utils.prepare_img_ids(1, SIZE[0] // 2, SIZE[1] // 2),
-            "txt": torch.randn(1, LENGTH, 64),
-            "txt_ids": torch.zeros(1, LENGTH, 3),
-            "y": torch.randn(1, 32),
-            "timesteps": torch.tensor([0.5]),
-            "guidance": torch.tensor([3.5]),
-            "txt_attention_mask": (torch.arange(LENGTH) < WORDS).long()[None],
+            "img": flux_utils.pack_latents(shifted(b, 16, *SIZE)),
+            "img_ids": flux_utils.prepare_img_ids(b, SIZE[0] // 2, SIZE[1] // 2),
+            "txt": torch.randn(b, LENGTH, 64),
+            "txt_ids": torch.zeros(b, LENGTH, 3),
+            "y": torch.randn(b, 32),
+            "timesteps": torch.full((b,), 0.5),
+            "guidance": torch.full((b,), 3.5),
+            "txt_attention_mask": (torch.arange(LENGTH) < torch.tensor(words)[:, None]).long(),
             **more,
         },
     )
 
 
-def planted(models: Path) -> Planted:
+def load(models: Path, model_type: str = "flux") -> nn.Module:
     from library import flux_utils
 
-    _, model = flux_utils.load_flow_model(str(models / "dit.safetensors"), torch.float32, "cpu")
-    return Planted(
-        model.eval(), call(), ["double_blocks", "single_blocks"], 5, range(WORDS, LENGTH), LENGTH, SIZE, plant
-    )
+    dit = str(models / "dit.safetensors")
+    return flux_utils.load_flow_model(dit, torch.float32, "cpu", model_type=model_type)[1].eval()
+
+
+def planted(models: Path) -> Planted:
+    padding = range(WORDS, LENGTH)
+    return Planted(load(models), call(WORDS), ["double_blocks", "single_blocks"], 5, padding, LENGTH, SIZE, plant)
+
+
+def two_samples(models: Path) -> tuple[nn.Module, Call]:
+    """For `compared`."""
+    return load(models), call(WORDS, LENGTH)
 
 
 def plant(output: Tensor, position: int, key: Tensor) -> Tensor:  # [B, heads, T (and image), d], the text first
