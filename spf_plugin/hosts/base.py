@@ -46,8 +46,8 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
 
     @property
     def captions_before_training(self) -> Iterable[tuple[str, Sequence[Target] | None]] | None:
-        """Every caption of the data set with its own targets, if any, where the text encoders will be gone when
-        training starts: all prompts are then encoded when SPF is attached. None where `encode` works all the time."""
+        """Every caption of the data set with its own targets, if any, where the text encoders will be gone, or slow,
+        when training starts: all prompts are then encoded when SPF is attached. None where `encode` always works."""
         ...
 
     def captions(self, batch: Any) -> list[str]:

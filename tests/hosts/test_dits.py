@@ -196,6 +196,36 @@ def test_the_reference_of_other_runs(
     assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
 
 
+@pytest.mark.kinds("flux")
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        pytest.param((), {"network_train_unet_only": None, "gradient_checkpointing": True}, id="clip"),
+        pytest.param(("spf_base=int8",), {}, id="int8"),
+        pytest.param((), {"fp8_base": True, "mixed_precision": "bf16", "apply_t5_attn_mask": True}, id="fp8,mask"),
+    ],
+)
+def test_the_reference_of_other_runs_with_cached_text(
+    dit: Dit, settings: tuple[str, ...], flags: dict[str, object]
+) -> None:
+    """Where CLIP is trained, T5's states stay those of the cache, in the second step of a pair, too."""
+    seen = spied(dit.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **{**dit.kind.CACHED, **flags}))
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+@pytest.mark.kinds("flux")
+def test_nothing_is_drawn_in_the_reference(dit: Dit) -> None:
+    """`networks.lora_flux` draws noise for GGPO in each of its modules, and adds it to their output."""
+    drawing = ("ggpo_beta=0.01", "ggpo_sigma=0.03", "rank_dropout=0.1", "module_dropout=0.1")
+    flags = {"max_train_steps": 3, "network_train_unet_only": None, **dit.kind.CACHED}
+    measured = dit.train(TARGET, *OFF, "spf_log_every=1", *drawing, **flags)
+    assert "drift=" in measured.log
+    plain = dit.train(*drawing, module=dit.kind.NETWORK, **flags)
+    assert equal(measured.tensors(), plain.tensors())
+    assert relative_error(plain.tensors(), dit.plain(**flags).tensors()) > 1e-3
+
+
 @pytest.mark.kinds("anima", "flux")
 def test_an_earlier_lora_is_part_of_the_reference(dit: Dit) -> None:
     """`--base_weights` goes through SPF too, and is the kind's own network there."""
@@ -240,6 +270,14 @@ def test_block_swap_changes_nothing(dit: Dit) -> None:
     swapped = dit.train(*EVERY_STEP, blocks_to_swap=1)
     assert "Block swap enabled" in swapped.said
     assert equal(swapped.tensors(), without)
+
+
+@pytest.mark.kinds("flux", "chroma")
+def test_block_swap_of_double_and_single_blocks_changes_nothing(dit: Dit) -> None:
+    flags = {"gradient_checkpointing": True, **dit.kind.CACHED}
+    swapped = dit.train(*EVERY_STEP, blocks_to_swap=2, **flags)
+    assert "double blocks: 1, single blocks: 2" in swapped.said
+    assert equal(swapped.tensors(), dit.train(*EVERY_STEP, **flags).tensors())
 
 
 @pytest.mark.kinds("anima")
