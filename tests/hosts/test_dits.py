@@ -412,3 +412,19 @@ def test_the_options_of_newer_releases_are_refused() -> None:
     for dit in (None, *trainers.DITS.values()):
         errors = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).errors
         assert [error.split(":")[0] for error in errors] == (["--compile"] if dit else [])
+
+
+@pytest.mark.parametrize(("cached", "warns"), [(False, True), (True, False)])
+def test_the_dropout_that_the_host_leaves_on_is_said(cached: bool, warns: bool) -> None:
+    args = SimpleNamespace(
+        network_train_text_encoder_only=False,
+        network_args=[],
+        train_data_dir=None,
+        dataset_config=None,
+        gradient_checkpointing=True,
+        cache_text_encoder_outputs=cached,
+    )
+    config = parse({"spf_target": "blonde hair"})
+    for dit in (None, *trainers.DITS.values()):
+        said = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).warnings
+        assert any("T5's dropout on" in words for words in said) == (warns and dit is not None and dit.drops)
