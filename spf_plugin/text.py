@@ -247,6 +247,10 @@ class TextSide:
     ) -> None:
         """Encode all that these captions will need, each with its own targets or None, while there are text encoders.
 
+        Args:
+            captions: of the data set.
+            text_encoder_trained: captions without a target need an encoding too, of the untrained encoder.
+
         Raises:
             SPFError: it does not fit into the cache.
         """

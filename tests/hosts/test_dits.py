@@ -404,14 +404,29 @@ def test_spans_are_those_of_the_tokenizer(dit: Dit, full: bool) -> None:
         assert target or name == "cut off" or not full
 
 
-def test_the_options_of_newer_releases_are_refused() -> None:
+def test_chroma_has_no_vector_of_clip() -> None:
+    """Where the trainer has zeros in its place, two phrases would be as far apart as any others."""
+    for model_type, name in (("flux", "pooled"), ("chroma", "stand_in"), (None, "pooled")):
+        trainer = type("FluxNetworkTrainer", (), {"model_type": model_type})()
+        own = trainers.dit_of(type("Mine", (type(trainer),), {})())
+        assert own is not None
+        assert own.text == (name, "hidden", "ids", "hidden_mask")
+
+
+def test_options_that_no_transformer_has_are_refused() -> None:
     args = SimpleNamespace(
-        network_train_text_encoder_only=False, network_args=[], train_data_dir=None, dataset_config=None, compile=True
+        network_train_text_encoder_only=False,
+        network_args=[],
+        train_data_dir=None,
+        dataset_config=None,
+        compile=True,
+        weighted_captions=True,
     )
     config = parse({"spf_target": "blonde hair"})
     for dit in (None, *trainers.DITS.values()):
         errors = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).errors
-        assert [error.split(":")[0] for error in errors] == (["--compile"] if dit else [])
+        refused = ["--compile", "--weighted_captions"] if dit else []
+        assert [error.split()[0].strip(":") for error in errors] == refused
 
 
 @pytest.mark.parametrize(("cached", "warns"), [(False, True), (True, False)])

@@ -186,6 +186,11 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
             "--compile: compiled blocks no longer call the hooks with which SPF reads the attention layers. Remove the "
             "option."
         )
+    if getattr(args, "weighted_captions", False):
+        found.append(
+            "--weighted_captions is not made for this model: sd-scripts fails, or encodes brackets and numbers as "
+            "words. Remove the option, and the weights from the captions."
+        )
     if config is None:
         return found
     if config.enhances:
