@@ -205,8 +205,8 @@ class SPFConfig:
     layers: str = _setting(
         "last",
         _choice_or_regex(LAYERS),
-        "Which cross-attention layers are compared: `last` (the last block of every transformer; of a diffusion "
-        "transformer three about the middle), `all`, or a regular expression over module names.",
+        "Which cross-attention layers are compared: `last` (the last block of every UNet transformer; of the other "
+        "models three from the middle on), `all`, or a regular expression over module names.",
     )
     log_every: int = _setting(
         10, _integer(1), "Report drift and losses to the progress bar and trackers every N steps."

@@ -155,7 +155,7 @@ def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:
 
     captions = host.captions_before_training
     if captions is not None:
-        attachment.text.encode_early(captions)
+        attachment.text.encode_early(captions, text_encoder_trained=host.text_encoder_trained)
 
     @contextmanager
     def applying(models: Sequence[nn.Module]) -> Iterator[None]:

@@ -34,6 +34,8 @@ ANCHORS = (
 )
 CACHED_SPLITS = CACHED_PHRASES = 2**18  # captions and phrases, a few hundred bytes to a few kilobytes each
 CACHED_BYTES = 2 * 2**30  # of encoded base prompts, in main memory: 9,000 of SD1.5 or 3,300 of SDXL in half precision
+# The same where they cannot be encoded later: 4,000 of FLUX, whose 512 states of T5-XXL take 4 MB.
+EARLY_BYTES = 16 * 2**30
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -167,7 +169,7 @@ class TextSide:
 
     def _too_many(self) -> None:
         logger.warning(
-            f"SPF: {len(self._encoded)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB; further ones are "
+            f"SPF: {len(self._encoded)} encoded base prompts fill {self._encoded.size / 2**30:g} GB; further ones are "
             "encoded again each time they come. Shuffled captions and tag dropout make that many"
         )
 
@@ -223,7 +225,8 @@ class TextSide:
 
     @torch.no_grad()
     def base_text(self, text: BatchText, like: Text, *, text_encoder_trained: bool) -> Text:
-        """The base prompts encoded by the untrained text encoder, in the type and on the device of `like`.
+        """The base prompts encoded by the untrained text encoder, in the type and on the device of `like`, and of what
+        a host encodes what `like` has.
 
         Args:
             text: the batch.
@@ -237,28 +240,36 @@ class TextSide:
                 rows.append(map_text(partial(_row, i), like))
             else:
                 rows.append(self._encoded.get_or((base, length), partial(self._encode, base, text.full)))
-        cast = [map_text(lambda part, to: part.to(to.device, to.dtype), row, like) for row in rows]
+        cast = [map_text(lambda to, part: part.to(to.device, to.dtype), like, row) for row in rows]
         return map_text(lambda *parts: torch.cat(parts), *cast)
 
     @torch.no_grad()
-    def encode_early(self, captions: Iterable[tuple[str, Sequence[Target] | None]]) -> None:
+    def encode_early(
+        self, captions: Iterable[tuple[str, Sequence[Target] | None]], *, text_encoder_trained: bool = False
+    ) -> None:
         """Encode all that these captions will need, each with its own targets or None, while there are text encoders.
+
+        Args:
+            captions: of the data set.
+            text_encoder_trained: captions without a target need an encoding too, of the untrained encoder.
 
         Raises:
             SPFError: it does not fit into the cache.
         """
+        self._encoded.size = EARLY_BYTES
         done: set[str] = set()
         for caption, own in captions:
             prompt = split(caption, self.targets if own is None else own)
-            if prompt.base != prompt.full and prompt.base not in done:
+            if (text_encoder_trained or prompt.base != prompt.full) and prompt.base not in done:
                 done.add(prompt.base)
                 encoded = self._encode(prompt.base, [prompt.full])
                 key = (prompt.base, self.family.length(encoded))
                 self._encoded.get_or(key, partial(dict, encoded))
                 if key not in self._encoded:
                     raise SPFError(
-                        f"{len(self._encoded)} encoded base prompts fill {CACHED_BYTES / 2**30:g} GB, and this host "
-                        "frees its text encoders before training. Shuffled captions make that many: do not shuffle."
+                        f"{len(self._encoded)} encoded base prompts fill {EARLY_BYTES / 2**30:g} GB, and this host "
+                        "frees its text encoders before training. Use fewer captions, or let it encode them in every "
+                        "step."
                     )
             if prompt.has_target:
                 for phrase in (*prompt.phrases, prompt.target, *ANCHORS):

@@ -359,6 +359,7 @@ def test_the_pages_on_hosts_and_families_name_every_member() -> None:
     for file, ending in (
         ("spf_plugin/families/unet.py", "UNet"),
         ("spf_plugin/families/anima.py", "Anima"),
+        ("spf_plugin/families/flux.py", "Flux"),
         ("spf_plugin/families/sd3.py", "SD3"),
         ("tests/toy/family.py", "Toy"),
     ):

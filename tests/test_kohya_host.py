@@ -66,7 +66,10 @@ def test_supported_trainers(trainer: type) -> None:
 @pytest.mark.parametrize(
     ("trainer", "reason"),
     [
-        (OtherNetworkTrainer, "OtherNetworkTrainer is not supported: its model is neither a UNet nor Anima nor SD3"),
+        (
+            OtherNetworkTrainer,
+            "OtherNetworkTrainer is not supported: its model is neither a UNet nor a transformer that",
+        ),
         (ThirdFamily, "ThirdFamily belongs to a 2024 development branch"),
         (object, "object has no call_unet"),
     ],

@@ -116,6 +116,6 @@ def test_the_reference_is_the_base_model_for_the_base_prompts() -> None:
 
 
 def test_text_that_does_not_fit_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "CACHED_BYTES", 900)  # one prompt
+    monkeypatch.setattr(text, "EARLY_BYTES", 900)  # one prompt
     with pytest.raises(SPFError, match="frees its text encoders before training"):
         train()

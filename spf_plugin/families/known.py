@@ -7,10 +7,11 @@ from torch import nn
 from spf_plugin.errors import SPFError
 from spf_plugin.families.anima import Anima
 from spf_plugin.families.base import Family
+from spf_plugin.families.flux import Flux
 from spf_plugin.families.sd3 import SD3
 from spf_plugin.families.unet import UNet
 
-FAMILIES = (UNet, Anima, SD3)
+FAMILIES = (UNet, Anima, SD3, Flux)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -24,5 +25,5 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL, SD3 or Anima"
+        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1 or Chroma"
     )

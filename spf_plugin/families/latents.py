@@ -18,6 +18,7 @@ class LatentSpace:
         bias: `[3]`.
         tiny: an `AutoencoderTiny` for them, on the hub.
         blocks: `block_out_channels` of the VAE.
+        scale: the VAE's own, by which it multiplies what it encodes; None where the loop does that.
     """
 
     channels: int
@@ -25,14 +26,19 @@ class LatentSpace:
     bias: Sequence[float]
     tiny: str
     blocks: tuple[int, ...]
+    scale: float | None = None
 
     def is_of(self, vae: Any) -> bool:
-        """Whether a VAE is, as far as its shape tells, the one whose latents these are."""
-        widths = tuple(getattr(getattr(vae, "config", None), "block_out_channels", ()))
-        if not widths:  # sd-scripts' own class for SD3's
-            stages = getattr(getattr(vae, "encoder", None), "down", ())
-            widths = tuple(stage.block[-1].out_channels for stage in stages)
-        return widths == self.blocks
+        """Whether a VAE is, as far as its shape and scale tell, the one whose latents these are."""
+        return _blocks(vae) == self.blocks and getattr(vae, "scale_factor", None) == self.scale
+
+
+def _blocks(vae: Any) -> tuple[int, ...]:
+    """`block_out_channels` of diffusers' VAEs, and what they would be of Black Forest Labs' own."""
+    config, stages = getattr(vae, "config", None), getattr(getattr(vae, "encoder", None), "down", ())
+    if config is not None:
+        return tuple(getattr(config, "block_out_channels", ()))
+    return tuple(stage.block[-1].out_channels for stage in stages)
 
 
 _BLOCKS = (128, 256, 512, 512)
@@ -62,3 +68,28 @@ SD3 = LatentSpace(
     "madebyollin/taesd3",
     _BLOCKS,
 )  # fmt: skip
+FLUX = LatentSpace(
+    16,
+    [
+        [-0.0346, 0.0244, 0.0681],
+        [0.0034, 0.0210, 0.0687],
+        [0.0275, -0.0668, -0.0433],
+        [-0.0174, 0.0160, 0.0617],
+        [0.0859, 0.0721, 0.0329],
+        [0.0004, 0.0383, 0.0115],
+        [0.0405, 0.0861, 0.0915],
+        [-0.0236, -0.0185, -0.0259],
+        [-0.0245, 0.0250, 0.1180],
+        [0.1008, 0.0755, -0.0421],
+        [-0.0515, 0.0201, 0.0011],
+        [0.0428, -0.0012, -0.0036],
+        [0.0817, 0.0765, 0.0749],
+        [-0.1264, -0.0522, -0.1103],
+        [-0.0280, -0.0881, -0.0499],
+        [-0.1262, -0.0982, -0.0778],
+    ],
+    [-0.0329, -0.0718, -0.0851],
+    "madebyollin/taef1",
+    _BLOCKS,
+    scale=0.3611,
+)

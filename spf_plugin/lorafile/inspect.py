@@ -273,6 +273,11 @@ def _group(contents: Contents) -> dict[str, tuple[dict[str, str], Format]]:
 def _detect_base(contents: Contents, grouped: Mapping[str, tuple[dict[str, str], Format]]) -> tuple[AnyBase, str]:
     """Base by shapes, then names, then metadata."""
     told = metadata_base(contents.metadata)
+    flat = [name.replace(".", "_") for name in grouped]  # first: their CLIP has the names of SD's
+    if any("double_blocks_" in n or "single_transformer_blocks_" in n for n in flat):
+        return "flux", "names"
+    if any("joint_blocks_" in n for n in flat):
+        return "sd3", "names"
     scores: list[tuple[int, int, bool, Base]] = []
     for base in BASES:
         fitting = known = 0
@@ -286,11 +291,6 @@ def _detect_base(contents: Contents, grouped: Mapping[str, tuple[dict[str, str],
         scores.append((fitting, known, told == base, base))
     fitting, known, _, best = max(scores, key=lambda s: s[:3])  # the first, SD1, wins a tie
     if not known:
-        flat = [name.replace(".", "_") for name in grouped]
-        if any("double_blocks_" in n or "single_transformer_blocks_" in n for n in flat):
-            return "flux", "names"
-        if any("joint_blocks_" in n for n in flat):
-            return "sd3", "names"
         return told, "metadata" if told != "unknown" else "nothing"
     rivals = [s for s in scores if s[3] != best]
     if fitting > max(s[0] for s in rivals):

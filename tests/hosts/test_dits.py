@@ -45,7 +45,6 @@ class Dit:
     def train(self, *network_args: str, module: str = "spf_plugin.lora", once: bool = False, **flags: Any) -> Result:
         options = {
             "script": self.kind.SCRIPT,
-            **self.kind.options(self.models),
             "train_data_dir": self.images,
             "enable_bucket": True,
             "min_bucket_reso": 64,
@@ -54,6 +53,7 @@ class Dit:
             "learning_rate": 1e-3,
             "mixed_precision": self.kind.PRECISION,
             "sdpa": True,
+            **self.kind.options(self.models),
             **flags,
         }
         return (self.host.trained if once else self.host.train)(*network_args, module=module, **options)
@@ -148,7 +148,7 @@ def test_without_weights_it_is_the_plain_network_bit_for_bit(dit: Dit, cached: b
     without_weights(dit, gradient_checkpointing=True, **(dit.kind.CACHED if cached else {}))
 
 
-@pytest.mark.kinds("anima", "sd3")
+@pytest.mark.kinds("anima", "sd3", "flux")
 def test_without_weights_a_text_encoder_is_trained_as_without_spf(dit: Dit) -> None:
     without_weights(dit, "train_t5xxl=True", network_train_unet_only=None)  # a word of SD3's network; Anima's takes any
 
@@ -206,7 +206,37 @@ def test_the_reference_of_a_base_in_few_bits(dit: Dit) -> None:
     assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
 
 
-@pytest.mark.kinds("anima")
+@pytest.mark.kinds("flux")
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        pytest.param((), {"network_train_unet_only": None, "gradient_checkpointing": True}, id="clip"),
+        pytest.param(("spf_base=int8",), {}, id="int8"),
+        pytest.param((), {"fp8_base": True, "mixed_precision": "bf16", "apply_t5_attn_mask": True}, id="fp8,mask"),
+    ],
+)
+def test_the_reference_of_other_runs_with_cached_text(
+    dit: Dit, settings: tuple[str, ...], flags: dict[str, object]
+) -> None:
+    """Where CLIP is trained, T5's states stay those of the cache, in the second step of a pair, too."""
+    seen = spied(dit.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **{**dit.kind.CACHED, **flags}))
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+@pytest.mark.kinds("flux")
+def test_nothing_is_drawn_in_the_reference(dit: Dit) -> None:
+    """`networks.lora_flux` draws noise for GGPO in each of its modules, and adds it to their output."""
+    drawing = ("ggpo_beta=0.01", "ggpo_sigma=0.03", "rank_dropout=0.1", "module_dropout=0.1")
+    flags = {"max_train_steps": 3, "network_train_unet_only": None, **dit.kind.CACHED}
+    measured = dit.train(TARGET, *OFF, "spf_log_every=1", *drawing, **flags)
+    assert "drift=" in measured.log
+    plain = dit.train(*drawing, module=dit.kind.NETWORK, **flags)
+    assert equal(measured.tensors(), plain.tensors())
+    assert relative_error(plain.tensors(), dit.plain(**flags).tensors()) > 1e-3
+
+
+@pytest.mark.kinds("anima", "flux")
 def test_an_earlier_lora_is_part_of_the_reference(dit: Dit) -> None:
     """`--base_weights` goes through SPF too, and is the kind's own network there."""
     earlier = dit.train(*EVERY_STEP, once=True).file
@@ -249,6 +279,14 @@ def test_block_swap_changes_nothing(dit: Dit) -> None:
     swapped = dit.train(*EVERY_STEP, blocks_to_swap=1)
     assert "Block swap enabled" in swapped.said
     assert equal(swapped.tensors(), without)
+
+
+@pytest.mark.kinds("flux", "chroma")
+def test_block_swap_of_double_and_single_blocks_changes_nothing(dit: Dit) -> None:
+    flags = {"gradient_checkpointing": True, **dit.kind.CACHED}
+    swapped = dit.train(*EVERY_STEP, blocks_to_swap=2, **flags)
+    assert "double blocks: 1, single blocks: 2" in swapped.said
+    assert equal(swapped.tensors(), dit.train(*EVERY_STEP, **flags).tensors())
 
 
 @pytest.mark.kinds("anima", "sd3")
@@ -304,7 +342,7 @@ def test_parts_of_sd3s_text_are_dropped_as_without_spf(dit: Dit) -> None:
             id="response+unsloth",
         ),
         pytest.param(
-            ("spf_base=int8", "spf_network=networks.lora_flux"),
+            ("spf_base=int8", "spf_network=networks.oft_flux"),
             {"blocks_to_swap": 1},
             (
                 "spf_base=int8 and --blocks_to_swap cannot go together",
@@ -362,6 +400,22 @@ def test_a_planted_key_is_where_it_was_planted(dit: Dit) -> None:
         assert found["padding"] == 0, which
 
 
+@pytest.mark.kinds("flux", "chroma")
+def test_what_is_compared_is_what_the_attention_of_the_blocks_compares(dit: Dit) -> None:
+    """Rotary positions and the order of text and image included, in a batch of two texts of different lengths."""
+    name = next(name for name in KINDS if kind(name) is dit.kind)
+    done = subprocess.run(dit.command("compared", name), capture_output=True, text=True, env=dit.host.environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    words, length, image = 9, 20, 8 * 12
+    expected = {
+        "flux": [[length, 0, words], [length, 0, length]],
+        "chroma": [[0, image, words + 1], [0, image, length]],  # it keeps one padding token
+    }[name]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 7
+    assert all(places == expected for places in found.values()), found
+
+
 PROMPTS = {
     "start": "blonde hair, a woman in a brown jacket, curtain background",
     "middle": "a woman in a brown jacket, blonde hair, curtain background",
@@ -402,11 +456,42 @@ def test_spans_are_those_of_the_tokenizer(dit: Dit, full: bool) -> None:
         assert target or name == "cut off" or not full
 
 
-def test_the_options_of_newer_releases_are_refused() -> None:
+def test_chroma_has_no_vector_of_clip() -> None:
+    """Where the trainer has zeros in its place, two phrases would be as far apart as any others."""
+    for model_type, name in (("flux", "pooled"), ("chroma", "stand_in"), (None, "pooled")):
+        trainer = type("FluxNetworkTrainer", (), {"model_type": model_type})()
+        own = trainers.dit_of(type("Mine", (type(trainer),), {})())
+        assert own is not None
+        assert own.text == (name, "hidden", "ids", "hidden_mask")
+
+
+def test_options_that_no_transformer_has_are_refused() -> None:
     args = SimpleNamespace(
-        network_train_text_encoder_only=False, network_args=[], train_data_dir=None, dataset_config=None, compile=True
+        network_train_text_encoder_only=False,
+        network_args=[],
+        train_data_dir=None,
+        dataset_config=None,
+        compile=True,
+        weighted_captions=True,
     )
     config = parse({"spf_target": "blonde hair"})
     for dit in (None, *trainers.DITS.values()):
         errors = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).errors
-        assert [error.split(":")[0] for error in errors] == (["--compile"] if dit else [])
+        refused = ["--compile", "--weighted_captions"] if dit else []
+        assert [error.split()[0].strip(":") for error in errors] == refused
+
+
+@pytest.mark.parametrize(("cached", "warns"), [(False, True), (True, False)])
+def test_the_dropout_that_the_host_leaves_on_is_said(cached: bool, warns: bool) -> None:
+    args = SimpleNamespace(
+        network_train_text_encoder_only=False,
+        network_args=[],
+        train_data_dir=None,
+        dataset_config=None,
+        gradient_checkpointing=True,
+        cache_text_encoder_outputs=cached,
+    )
+    config = parse({"spf_target": "blonde hair"})
+    for dit in (None, *trainers.DITS.values()):
+        said = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).warnings
+        assert any("T5's dropout on" in words for words in said) == (warns and dit is not None and dit.drops)

@@ -277,6 +277,24 @@ def test_wrong_base_in_metadata_is_corrected() -> None:
     assert statuses(judge(fixed, strings)) == ["loads"] * 5
 
 
+@pytest.mark.parametrize("denoiser", ["double_blocks_0_img_attn_qkv", "joint_blocks_0_x_block_attn_qkv"])
+def test_a_text_encoder_of_sd_makes_no_lora_of_sd(denoiser: str) -> None:
+    """FLUX's and SD3's CLIP has the names of SD's, behind a prefix of its own that their loaders ask for."""
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    state_dict = {
+        f"{name}.{suffix}": tensor
+        for name in (f"lora_unet_{denoiser}", layer)
+        for suffix, tensor in {
+            "alpha": torch.tensor(2.0),
+            "lora_down.weight": torch.ones(4, 768),
+            "lora_up.weight": torch.ones(768, 4),
+        }.items()
+    }
+    out, _, _ = normalise(state_dict, {}, judged=False)
+    assert out.keys() == state_dict.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in state_dict.items())
+
+
 def test_unknown_tensors_are_kept_and_named() -> None:
     state_dict = random_lora("sd1", keep=middle) | {"bundle_emb.me.string_to_param.*": torch.ones(2, 768)}
     fixed, _, notes = normalise(state_dict, complete("sd1"))

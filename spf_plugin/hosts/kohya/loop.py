@@ -168,8 +168,9 @@ class KohyaHost:
 
     @property
     def captions_before_training(self) -> Iterable[tuple[str, Sequence[Target] | None]] | None:
-        """Of a UNet None: its text encoders stay, on the CPU at least."""
-        return self._captions_at_hand() if self._text.early else None
+        """Of a UNet None: its text encoders stay, on the CPU at least. Where a transformer's text is cached and one of
+        its encoders is trained, the others stay there, too, and would take seconds for a caption."""
+        return self._captions_at_hand() if self._text.cached else None
 
     def _captions_at_hand(self) -> Iterator[tuple[str, Sequence[Target] | None]]:
         """What the caption files say and the host has encoded: cached text is neither shuffled nor framed."""

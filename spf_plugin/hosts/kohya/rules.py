@@ -28,7 +28,9 @@ DEFAULT_NETWORK = "networks.lora"
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 MUCH_DROPOUT = 0.3  # of the captions
 ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
-SUPPORTED = "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_ and sd3_train_network.py"
+SUPPORTED = (
+    "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_, sd3_ and flux_train_network.py"
+)
 
 
 def unwritable(folder: Path, *, trying: bool) -> str | None:
@@ -75,8 +77,8 @@ def trainer_problem(trainer: Any) -> str | None:
         return f"{cls.__name__} has no call_unet, as the trainers that SPF knows have. {SUPPORTED}"
     if prediction is not None and prediction is not seam and issubclass(prediction, seam) and dit_of(trainer) is None:
         return (
-            f"{cls.__name__} is not supported: its model is neither a UNet nor Anima nor SD3 (FLUX, Lumina and "
-            f"HunyuanImage are not). {SUPPORTED}"
+            f"{cls.__name__} is not supported: its model is neither a UNet nor a transformer that SPF knows. "
+            f"{SUPPORTED}"
         )
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
@@ -187,6 +189,11 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
         found.append(
             f"--pos_emb_random_crop_rate={args.pos_emb_random_crop_rate} puts the image somewhere else in every pass "
             "of the model, and SPF compares passes. Remove the option."
+        )
+    if getattr(args, "weighted_captions", False):
+        found.append(
+            "--weighted_captions is not made for this model: sd-scripts fails, or encodes brackets and numbers as "
+            "words. Remove the option, and the weights from the captions."
         )
     if config is None:
         return found

@@ -43,9 +43,9 @@ class TextEncoding:
         self.trainer, self.args, self.accelerator = trainer, args, accelerator
         self._tokenizers, self.weight_dtype = tokenizers, weight_dtype
         self.dit = dit_of(trainer)
-        self.freed = self.dit is not None and bool(trainer.is_text_encoder_not_needed_for_training(args))
         # Also where it trains one encoder beside what it cached: the other waits on the CPU, where it takes seconds.
-        self.early = self.dit is not None and bool(args.cache_text_encoder_outputs)
+        self.cached = self.dit is not None and bool(getattr(args, "cache_text_encoder_outputs", False))
+        self.freed = self.cached and bool(trainer.is_text_encoder_not_needed_for_training(args))
         # What the host frees, nobody may hold.
         self._held = [] if self.freed else list(text_encoders)
         self._seen = [weakref.ref(encoder) for encoder in text_encoders] if self.freed else []
@@ -110,7 +110,7 @@ class TextEncoding:
         tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
         models = encoders
         if torch.is_grad_enabled():
-            models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, encoders)
+            models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, encoders) or encoders
         with self._undisturbed(encoders), self.accelerator.autocast():
             tokens = tokenizing.tokenize(prompts)
             parts = encoding.encode_tokens(tokenizing, models, tokens, **dit.encoding(self.args))

@@ -57,9 +57,19 @@ DITS = {
         drops_out=True,
         encoding=_of_sd3,
     ),
+    "FluxNetworkTrainer": Dit(
+        "networks.lora_flux", ("pooled", "hidden", "ids", "hidden_mask"), "t5xxl", "_flux_te.npz", drops_out=True
+    ),
+    # Where FLUX has CLIP's vector, Chroma has zeros, which stand for no prompt.
+    "FluxNetworkTrainer chroma": Dit(
+        "networks.lora_flux", ("stand_in", "hidden", "ids", "hidden_mask"), "t5xxl", "_flux_te.npz", drops_out=True
+    ),
 }
+"""By the trainer's class, and its `--model_type` where that makes a difference."""
 
 
 def dit_of(trainer: Any) -> Dit | None:
     """What is special about a trainer, or one that is made from it; None where its model is a UNet."""
-    return next((DITS[cls.__name__] for cls in type(trainer).__mro__ if cls.__name__ in DITS), None)
+    names = [cls.__name__ for cls in type(trainer).__mro__]
+    kind = getattr(trainer, "model_type", None)  # set before the network is made
+    return next((DITS[name] for name in (*(f"{name} {kind}" for name in names), *names) if name in DITS), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tests.hosts import launcher
+from tests.hosts.dits.compared import compared
 from tests.hosts.dits.kinds import MARK, kind
 from tests.hosts.dits.planted import spread
 
@@ -21,6 +22,8 @@ if command == "make":
     folder.mkdir(parents=True, exist_ok=True)
     module.make(folder)
     (folder / MARK).write_text(name, encoding="utf-8")
+elif command == "compared":
+    print(json.dumps(compared(*module.two_samples(folder))))  # type: ignore[attr-defined]
 else:
     made = module.planted(folder)
     print(json.dumps({which: spread(made, which) for which in made.layers}))

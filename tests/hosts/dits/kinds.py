@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.seam import Call
 
-KINDS = ("anima", "sd3")
+KINDS = ("anima", "sd3", "flux", "chroma")
 VARIANTS = ("sd3m",)  # of one of them, that run only what may differ
 MARK = "kind.txt"  # beside a model's weights: which of the kinds it is
 
