@@ -46,7 +46,8 @@ def kohya_ss(preset: dict[str, Any], *, opened: bool = True) -> Arrived:
 
 
 def lora_easy_window(preset: dict[str, Any]) -> dict[str, Any]:
-    """What the window shows after File > Load Toml: everything that the file does not name is as in a new window."""
+    """What the window shows after File > Load Toml. What the file does not name is as in a new window, but the time
+    goes to one step, and buckets go off."""
     general = preset.get("general_args", {})
     own = preset.get("network_args", {}).get("args", {})
     return {
@@ -56,6 +57,10 @@ def lora_easy_window(preset: dict[str, Any]) -> dict[str, Any]:
         "max_train": ("epochs", general["args"]["max_train_epochs"])
         if "max_train_epochs" in general.get("args", {}) else ("steps", 1),
         "train_on": "Unet Only" if own.get("network_train_unet_only") else "Both",
+        "buckets": preset.get("bucket_args", {}).get("dataset_args", {}).get("enable_bucket", False),
+        "gradient_checkpointing": general.get("args", {}).get("gradient_checkpointing", False),
+        "sdpa": general.get("args", {}).get("sdpa", False),
+        "no_half_vae": general.get("args", {}).get("no_half_vae", False),
     }  # fmt: skip
 
 
@@ -76,7 +81,13 @@ def lora_easy(preset: dict[str, Any]) -> Arrived:
 
 
 def lora_scripts(preset: dict[str, Any]) -> Arrived:
-    """The form's own values, with the custom parameters (a TOML in a text) assigned over them, dumped as TOML."""
+    """The form's own values, with the custom parameters (a TOML in a text) assigned over them, dumped as TOML.
+
+    Loading calls `toExponential` on the learning rates of the preset, and gives up where one is a text.
+    """
+    for name in ("learning_rate", "unet_lr", "text_encoder_lr"):
+        if not isinstance(preset["data"].get(name, 0.0), (int, float)):
+            raise TypeError("e[t].toExponential is not a function")
     form = {"network_module": "networks.lora", "network_args": ["conv_dim=1"], **preset["data"]}
     custom = toml.loads(form.pop("ui_custom_params"))
     host = _host(toml.dumps({**form, **custom}), [])

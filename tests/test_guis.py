@@ -57,10 +57,13 @@ def test_ready_file(path: Path) -> None:
     values: dict[str, Any] = dict(preset)
     for section in preset.values():
         if isinstance(section, dict):
-            values |= section.get("args", section)
+            values |= section if "ui_custom_params" in section else section.get("args", {})
+            values |= {f"train_{key}" if key == "batch_size" else key: value
+                       for key, value in section.get("dataset_args", {}).items() if key != "resolution"}  # fmt: skip
     for name in set(values) & set(ours) - {"network_args", "network_module"}:
-        assert float(values[name]) == ours[name] if isinstance(ours[name], int) else values[name] == ours[name], name
-    assert {"network_dim", "network_alpha"} <= set(values)
+        number = isinstance(ours[name], (int, float))
+        assert float(values[name]) == ours[name] if number else values[name] == ours[name], name
+    assert {"network_dim", "network_alpha", "learning_rate", "min_snr_gamma", "train_batch_size"} <= set(values)
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
@@ -73,8 +76,25 @@ def test_panels_that_were_never_opened_and_windows_that_were_reset(model: str) -
     assert window["resolution"] == side
     assert window["train_on"] == "Unet Only"
     assert window["max_train"] == ("epochs", 10)
+    assert all(window[name] for name in ("buckets", "gradient_checkpointing", "sdpa"))
+    assert window["no_half_vae"] == (model == "sdxl")
     data = guis.load(ROOT / "presets" / "guis" / f"lora-scripts-{model}.toml")["data"]
     assert (data["resolution"], data["gradient_checkpointing"]) == (f"{side},{side}", True)
+
+
+def test_lora_scripts_loads_no_learning_rate_that_is_a_text() -> None:
+    preset = guis.load(ROOT / "presets" / "guis" / "lora-scripts-sd15.toml")
+    preset["data"]["unet_lr"] = "2e-4"
+    with pytest.raises(TypeError, match="toExponential"):
+        guis.lora_scripts(preset)
+
+
+@pytest.mark.parametrize("gui", RULES)
+def test_each_page_says_what_was_clicked_and_what_not(gui: str) -> None:
+    text = (ROOT / "docs" / "guis" / f"{gui}.md").read_text(encoding="utf-8")
+    (line,) = [part for part in text.split("\n\n") if part.startswith("Checked by clicking: ")]
+    assert re.search(r"20\d\d-\d\d-\d\d: ", line)
+    assert "Not clicked: " in line
 
 
 def test_there_is_a_file_and_a_page_for_each() -> None:
