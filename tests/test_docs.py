@@ -32,7 +32,7 @@ RUN_BY = {
     "python install.py demo": "tests/portraitlab/test_demo.py::test_the_demo_writes_files_a_page_and_a_table",
     "python install.py test": "this very run, in .ci/run",
     "python install.py --sd-scripts": "tests/test_install.py::test_install_twice_and_uninstall",
-    "python PATH/TO/spf-plugin/install.py": f"{GUI}; tests/test_install.py::test_install_twice_and_uninstall in another",
+    "python PATH/TO/spf-plugin/install.py": f"{GUI}; tests/test_install.py::test_install_twice_and_uninstall",
     "python -m tests.compare_revisions": "half an hour on two revisions; it says itself what is the same",
     "spf lab run": "tests/portraitlab/test_lab.py::test_a_second_run_computes_only_what_is_missing",
     "spf lab sequence": "tests/portraitlab/test_lab.py::test_targets_are_taught_one_after_the_other",
