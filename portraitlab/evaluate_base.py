@@ -1,4 +1,4 @@
-"""Does the base model follow captions? `python -m portraitlab.evaluate_base` samples and lets the judge look."""
+"""Does a base model follow captions? `python -m portraitlab.evaluate_base` samples and lets the judge look."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portraitlab.customisation import neutral_person
 from portraitlab.judge import load_judge, predict
 from portraitlab.model_files import JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample, sheet
 from portraitlab.portraits import BASE_RATES, Person, sample_person
-from portraitlab.train_base import Progressor
+from portraitlab.training import Progressor
 
 TOPICS = ("hair", "skin", "expression", "clothes", "background", "glasses")
 READ = ("hair_colour", "clothes_colour", "background", "skin", "expression", "clothes", "glasses", "presentation")
@@ -46,6 +46,11 @@ def agreement(persons: Sequence[Person], seen: Sequence[dict[str, Any]]) -> dict
         ]
         out[name] = float(np.mean(hits))
     return out
+
+
+def sampler(pipe: Any) -> str:
+    """What the pipeline draws with: `DDIM`, `FlowMatchEulerDiscrete`."""
+    return type(pipe.scheduler).__name__.removesuffix("Scheduler")
 
 
 def target_shares(pipe: Any, judge: Any, count: int, seed: int, **options: Any) -> dict[str, dict[str, float]]:
@@ -91,8 +96,9 @@ def main(
     shares = agreement(persons, predict(judge, images))
     picture.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet(images[:32], 8)).save(picture)
-    result: dict[str, Any] = {"prompts": count, "steps": steps, "guidance": guidance, "seed": seed, "shares": shares}
-    print(f"captioned attribute appears (judge, {count} prompts, DDIM {steps}, guidance {guidance}, seed {seed})")
+    how = {"prompts": count, "sampler": sampler(pipe), "steps": steps, "guidance": guidance, "seed": seed}
+    result: dict[str, Any] = {**how, "shares": shares}
+    print(f"captioned attribute appears (judge; {', '.join(f'{name} {value}' for name, value in how.items())})")
     for name, value in shares.items():
         print(f"  {name:<16}{value:>6.1%}")
     if targets:

@@ -21,7 +21,7 @@ from portraitlab import environment
 from portraitlab.autoencoder import to_tensor
 from portraitlab.model_files import DECODERS, MODEL_FOLDER
 from portraitlab.portraits import BALANCED_RATES, render_batch, sample_person
-from portraitlab.train_base import Progressor
+from portraitlab.training import Progressor
 from spf_plugin.enhancement.decoders import TinyDecoder, VaeDecoder, fit_linear, save_linear
 from spf_plugin.trainer.models import load
 

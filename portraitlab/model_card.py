@@ -1,4 +1,4 @@
-"""Write the model card from the facts that training, judge and evaluation left: `python -m portraitlab.model_card`."""
+"""Write a model card from the facts that training, judge and evaluation left: `python -m portraitlab.model_card`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import typer
 
 from portraitlab.captions import TARGETS
 from portraitlab.model_files import MODEL_FOLDER
+from portraitlab.portraits import BALANCED_RATES
 
 app = typer.Typer(add_completion=False)
 
-TEXT = """# Drawn portraits: a small latent diffusion model
+UNET = """# Drawn portraits: a small latent diffusion model
 
 A text-to-image model for demonstrations and tests: 128 px drawn portraits from comma-separated captions, on a CPU in
 seconds. It has exactly the block structure of Stable Diffusion 1.5 with small widths, so LoRA files have the same keys.
@@ -52,8 +53,63 @@ named to the text encoder; the autoencoder, a codec without words, was trained o
     python -m portraitlab.model_card
 {notes}
 ## Scores
-Autoencoder: {psnr:.1f} dB on 64 held-out portraits.
+Autoencoder: {vae_psnr:.1f} dB on 64 held-out portraits.
 
+{scores}
+"""
+
+DIT = """# Drawn portraits: a small diffusion transformer
+
+The second embedded model: the same 128 px drawn portraits as [the first one](../model/README.md), from the same
+captions in the same latents, drawn by a transformer with the layout of Stable Diffusion 3. Its text encoders have read
+every word, those included whose pictures the transformer never saw, as real ones have. It was trained from scratch on
+the portraits that `portraitlab.portraits` draws: no foreign images or weights went in.
+
+| part | what |
+|---|---|
+| transformer | `SD3Transformer2DModel`: {layers} joint blocks of width {width}, {heads} heads, patches \
+of {patch}x{patch} latents, queries and keys normalised (RMS); 3.5 M parameters |
+| text encoders | two CLIPs from two seeds, 2 layers of width 96, 40 tokens, the part of CLIP's vocabulary that \
+captions use; their last states but one side by side, then 40 zeros in T5's place, as SD3 without T5 |
+| autoencoder | the first model's, weight for weight (`shift_factor` 0 is added to its configuration) |
+| schedule | rectified flow, velocity prediction; the folder's scheduler is Euler without a shift |
+| judge | the first model's (`../model/judge/judge.safetensors`) |
+
+Weights are half precision safetensors. Licence: that of the project.
+
+## Data
+Transformer: {pool} renders, captions drawn anew at every step with synonyms and dropped parts (10 % empty).
+Weak targets ({weak}) are in 1-2 % of the images each and named.
+New targets ({new}) were never shown or named to it.
+Text encoders: {text_portraits} renders each, half of them counterparts that differ in one attribute, with every part
+and every word; each of the weak and new parts is in {text_rates} of them.
+
+## Training
+| | transformer | text encoders |
+|---|---|---|
+| images seen | {images_seen} of {images} planned (batch {batch}, {step} steps) | {text_images} each \
+(batch {text_batch}) |
+| optimiser | AdamW (.9, .99), learning rate {lr} with 300 warm-up steps, cosine; moving average .998 | \
+AdamW (.9, .98), learning rate {text_lr} with 200 warm-up steps, cosine |
+| loss | velocity, times drawn logit-normal (0, 1) | contrast of pictures and texts; the image half, a small \
+convolutional network, is thrown away, and the text half frozen |
+| seed | {seed} | {text_seeds} |
+| machine | {machine} | |
+
+    python -m portraitlab.train_dit --out DIR --images {images}
+    python -m portraitlab.export_base --work DIR
+    python -m portraitlab.evaluate_base --model portraitlab/model_dit --picture docs/images/dit-samples.png \
+        --scores portraitlab/model_dit/scores.json
+    python -m portraitlab.model_card --model portraitlab/model_dit
+{notes}
+## What the text encoders know
+How often, on 1000 held-out portraits with every part, a portrait that shows a phrase lies nearer to its text than one
+that does not (area under the curve; 50 % is chance), the worse of the two encoders. A phrase of two words (red jacket)
+is shown where both are true.
+
+{words}
+
+## Scores
 {scores}
 """
 
@@ -73,7 +129,7 @@ def describe_scores(folder: Path) -> str:
         found.append(table("| attribute | renders | round trips |", rows) + "\n")
     if (folder / "scores.json").exists():
         scores = json.loads((folder / "scores.json").read_text())
-        how = "{prompts} prompts, DDIM {steps} steps, guidance {guidance}, seed {seed}".format(**scores)
+        how = "{prompts} prompts, {sampler} {steps} steps, guidance {guidance}, seed {seed}".format(**scores)
         found.append(f"Captioned attributes that the judge sees in samples ({how}):\n")
         found.append(table("| attribute | share |", [f"| {n} | {v:.1%} |" for n, v in scores["shares"].items()]) + "\n")
         if "targets" in scores:
@@ -86,6 +142,22 @@ def describe_scores(folder: Path) -> str:
     return "\n".join(found) or "Not measured yet."
 
 
+def describe_text(encoders: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the transformer's card says of its text encoders, from the `scores.json` of each."""
+    shares = [BALANCED_RATES.flags[t.name] for t in TARGETS.values() if t.name in BALANCED_RATES.flags]
+    found = {phrase: min(e["separation"][phrase] for e in encoders) for phrase in encoders[0]["separation"]}
+    ordered = sorted(found.items(), key=lambda pair: pair[1])
+    return {
+        "text_portraits": encoders[0]["portraits"],
+        "text_images": encoders[0]["images"],
+        "text_batch": encoders[0]["batch"],
+        "text_lr": encoders[0]["lr"],
+        "text_seeds": ", ".join(str(e["seed"]) for e in encoders),
+        "text_rates": f"{min(shares):.0%} to {max(shares):.0%}",
+        "words": table("| phrase | separated |", [f"| {phrase} | {value:.1%} |" for phrase, value in ordered]),
+    }
+
+
 def card(folder: Path) -> str:
     """The model card of a model folder, as Markdown."""
     facts: dict[str, Any] = json.loads((folder / "training.json").read_text())
@@ -93,12 +165,8 @@ def card(folder: Path) -> str:
     for seen, planned in facts.get("extended", []):
         notes += f"\nThe run was planned for {planned} images; at {seen} it was resumed with another `--images`.\n"
     by_kind = {k: ", ".join(t.phrase for t in TARGETS.values() if t.kind == k) for k in ("weak", "new")}
-    return TEXT.format(
-        **{**facts, "notes": notes},
-        **by_kind,
-        psnr=facts["vae_psnr"],
-        scores=describe_scores(folder).rstrip(),
-    )
+    text, encoders = (UNET, {}) if "text_encoders" not in facts else (DIT, describe_text(facts["text_encoders"]))
+    return text.format(**{**facts, "notes": notes, **by_kind, **encoders}, scores=describe_scores(folder).rstrip())
 
 
 @app.command()

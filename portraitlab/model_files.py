@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from portraitlab import environment  # noqa: F401  (before diffusers)
 from spf_plugin.trainer.models import quiet
 
 MODEL_FOLDER = Path(__file__).parent / "model"
+#: The second embedded model, a diffusion transformer.
+DIT_FOLDER = Path(__file__).parent / "model_dit"
 JUDGE_FILE = MODEL_FOLDER / "judge" / "judge.safetensors"
 #: Cheap decoders of the embedded model's latents: `linear.safetensors` and the folder `tiny`.
 DECODERS = MODEL_FOLDER.parent / "decoders"
@@ -22,20 +25,26 @@ CLIP_FOLDERS = (MODEL_FOLDER.parent / "clip" / "guide", MODEL_FOLDER.parent / "c
 
 
 def load_pipeline(folder: Path = MODEL_FOLDER, device: str = "cpu") -> Any:
-    """The embedded model as a `StableDiffusionPipeline` in float32.
+    """An embedded model in float32: a `StableDiffusionPipeline` or a `StableDiffusion3Pipeline`.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
-    if not (folder / "model_index.json").exists():
+    index = folder / "model_index.json"
+    if not index.exists():
         raise FileNotFoundError(
-            f"no model in {folder}: train one with python -m portraitlab.train_base, "
+            f"no model in {folder}: train one with python -m portraitlab.train_base (or train_dit), "
             "then export it with python -m portraitlab.export_base"
         )
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    # A part that a folder goes without must be said to be absent, else diffusers looks for it.
+    absent = {name: None for name, what in parts.items() if what == [None, None] and name.endswith("_3")}
     with quiet():
-        pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        pipe = getattr(diffusers, parts["_class_name"]).from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, **absent
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -50,13 +59,13 @@ def sample(
     batch: int = 16,
     report: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.uint8]:
-    """Draw one image a prompt with DDIM, each from its own seed.
+    """Draw one image a prompt with the pipeline's own scheduler, each from its own seed.
 
     Args:
-        pipe: a `StableDiffusionPipeline`.
+        pipe: as `load_pipeline` gives it.
         prompts: N captions.
         seeds: N seeds of the starting noise; the image does not depend on its neighbours' seeds.
-        steps: DDIM steps.
+        steps: of the scheduler: DDIM, or Euler along the flow.
         guidance: classifier-free guidance scale.
         batch: images at a time.
         report: called with (images done, N).

@@ -75,6 +75,20 @@ def build_pool(
             report(chunks - len(jobs) + index + 1, chunks)
 
 
+def prepare_pool(
+    folder: Path, vae: Path, *, chunks: int, seed: int, device: str, workers: int
+) -> tuple[Tensor, list[Person]]:
+    """Build what `folder` lacks, with progress, and load it: `build_pool`, then `load_pool`."""
+    from portraitlab.training import Progressor
+
+    with Progressor("encoding portraits") as progress:
+        build_pool(folder, vae, chunks=chunks, seed=seed, device=device, workers=workers, report=progress)
+    latents, persons = load_pool(folder, chunks=chunks, seed=seed)
+    mean, std = latents.float().mean(), latents.float().std()
+    print(f"pool: {len(persons)} portraits, latents mean {mean:.3f} std {std:.3f}", flush=True)
+    return latents, persons
+
+
 def load_pool(folder: Path, *, chunks: int, seed: int) -> tuple[Tensor, list[Person]]:
     """Latents float16 `[N, 4, 16, 16]` (unit variance) and the persons they show."""
     latents = np.concatenate([np.load(folder / f"latents-{c:04d}.npy", allow_pickle=False) for c in range(chunks)])

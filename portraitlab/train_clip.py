@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +18,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from numpy.typing import NDArray
 from torch import Tensor
 
-from portraitlab import environment
 from portraitlab.autoencoder import to_tensor
 from portraitlab.captions import DROP, FLAG_WORDS, TARGETS, caption, phrases
 from portraitlab.model_files import CLIP_FOLDERS
 from portraitlab.portraits import BALANCED_RATES, CLOTHES_COLOURS, HAIR_COLOURS, Person, sample_person
 from portraitlab.text import clip_merges, merges_for, save_tokenizer
-from portraitlab.train_base import Progressor
 from portraitlab.train_judge import damage, draw
+from portraitlab.training import Progressor, prepare_process
 
-SIZE, TOKENS = 96, 40
+SIZE, TOKENS, PROJECTION = 96, 40, 64
 SINGLE = 0.3  # share of texts that are one phrase alone, as a target is
 app = typer.Typer(add_completion=False)
 
@@ -52,6 +52,7 @@ def build(vocabulary: int) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 3,
         "max_position_embeddings": TOKENS,
+        "projection_dim": PROJECTION,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
@@ -64,7 +65,7 @@ def build(vocabulary: int) -> Any:
         "image_size": SIZE,
         "patch_size": 16,
     }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
 
 
 def text_of(person: Person, rng: np.random.Generator) -> str:
@@ -88,6 +89,24 @@ def resized(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def embed_images(model: Any, pixels: Tensor) -> Tensor:
+    """Unit vectors `[N, 64]` of pixels as the model's image half takes them."""
+    parts = [model.visual_projection(model.vision_model(p).pooler_output) for p in pixels.split(100)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+@torch.no_grad()
+def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Unit vectors `[N, 64]` of texts."""
+    states = model.text_model(**tokens(tokenizer, texts))
+    return F.normalize(model.text_projection(states.pooler_output), dim=-1)
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """How often one of `positive` `[N]` is larger than one of `negative` `[M]`."""
+    return float((positive[:, None] > negative[None]).float().mean())
+
+
 def zero_shot(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Tensor) -> dict[str, float]:
     """Share of portraits whose attribute the model names right, by the nearest of the possible phrases.
 
@@ -95,16 +114,10 @@ def zero_shot(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Ten
     text than images without (area under the curve).
     """
     model.eval()
-    images = torch.cat(
-        [
-            F.normalize(model.visual_projection(model.vision_model(resized(part)).pooler_output), dim=-1)
-            for part in pixels.split(100)
-        ]
-    )
+    images = embed_images(model, pixels)
 
     def embed(texts: Sequence[str]) -> Tensor:
-        states = model.text_model(**tokens(tokenizer, texts))
-        return F.normalize(model.text_projection(states.pooler_output), dim=-1)
+        return embed_texts(model, tokenizer, texts)
 
     scores = {}
     for name, values, form in (
@@ -117,8 +130,59 @@ def zero_shot(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Ten
     for target in TARGETS.values():
         there = torch.tensor([target.present(p) for p in persons])
         similarity = images @ embed([target.phrase])[0]
-        scores[f"{target.name} (AUC)"] = float((similarity[there][:, None] > similarity[~there][None]).float().mean())
+        scores[f"{target.name} (AUC)"] = auc(similarity[there], similarity[~there])
     return scores
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    persons: Sequence[Person],
+    batch_of: Callable[[np.random.Generator], tuple[NDArray[np.int64], Tensor]],
+    *,
+    seed: int,
+    images: int,
+    lr: float,
+    title: str,
+) -> None:
+    """Train a `CLIPModel` on the contrast of pictures and texts.
+
+    Args:
+        model: trained in place.
+        tokenizer: its own.
+        persons: N of them.
+        batch_of: draws a batch: whom of the persons it shows, and the pixels as the model's image half takes them.
+        seed: of the order and the texts; a step's draws depend on its number alone.
+        images: images seen.
+        lr: peak learning rate.
+        title: what the progress calls it.
+    """
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    model.train()
+    done, step = 0, 0
+    with Progressor(title) as progress:
+        while done < images:
+            rng = np.random.default_rng([seed, 62, step])
+            chosen, pixels = batch_of(rng)
+            texts = tokens(tokenizer, [text_of(persons[i], rng) for i in chosen])
+            for group in optimiser.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done / images)))
+            logits = model(pixel_values=pixels, **texts).logits_per_text
+            labels = torch.arange(len(chosen))
+            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))
+            step, done = step + 1, done + len(chosen)
+            progress(done, images, float(loss.detach()))
+    model.eval()
 
 
 @app.command()
@@ -132,40 +196,21 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Train, report how well it names attributes of held-out portraits, and write the model."""
-    torch.set_num_threads(threads)
-    environment.keep_freed_memory()
+    prepare_process("cpu", threads)
     torch.manual_seed(seed)
     folder = out or CLIP_FOLDERS[seed]
     tokenizer = save_tokenizer(folder, merges_for(words(), clip_merges()))
     model = build(len(tokenizer))
     persons, pictures = draw(seed, 61, portraits)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-    steps = images // batch
-    model.train()
-    with Progressor("CLIP") as progress:
-        for step in range(steps):
-            rng = np.random.default_rng([seed, 62, step])
-            chosen = rng.integers(0, portraits, batch)
-            pixels = torch.cat([damage(part, rng) for part in to_tensor(pictures[chosen]).split(batch // 4)])
-            texts = tokens(tokenizer, [text_of(persons[i], rng) for i in chosen])
-            for group in optimiser.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * step / steps)))
-            logits = model(pixel_values=resized(pixels), **texts).logits_per_text
-            labels = torch.arange(batch)
-            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(100))
-            progress((step + 1) * batch, images, float(loss.detach()))
+
+    def batch_of(rng: np.random.Generator) -> tuple[NDArray[np.int64], Tensor]:
+        chosen = rng.integers(0, portraits, batch)
+        pixels = torch.cat([damage(part, rng) for part in to_tensor(pictures[chosen]).split(batch // 4)])
+        return chosen, resized(pixels)
+
+    fit(model, tokenizer, persons, batch_of, seed=seed, images=images, lr=lr, title="CLIP")
     held, held_pictures = draw(seed, 64, 1000)
-    scores = zero_shot(model, tokenizer, held, to_tensor(held_pictures))
+    scores = zero_shot(model, tokenizer, held, resized(to_tensor(held_pictures)))
     model.half().save_pretrained(folder)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": SIZE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")

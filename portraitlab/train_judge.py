@@ -19,7 +19,8 @@ from portraitlab.autoencoder import decode, encode, to_images, to_tensor
 from portraitlab.judge import Judge, accuracy, judge_loss, label_tensors, predict, save_judge
 from portraitlab.model_files import JUDGE_FILE
 from portraitlab.portraits import BALANCED_RATES, Person, render_batch, sample_person
-from portraitlab.train_base import DEFAULT_WORK, Progressor
+from portraitlab.train_base import DEFAULT_WORK
+from portraitlab.training import Progressor
 
 app = typer.Typer(add_completion=False)
 

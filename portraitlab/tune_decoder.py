@@ -18,7 +18,8 @@ import typer
 from portraitlab import environment
 from portraitlab.autoencoder import decode, detail_weights, encode, psnr, to_tensor
 from portraitlab.portraits import BALANCED_RATES, BASE_RATES, render_batch, sample_person
-from portraitlab.train_base import DEFAULT_WORK, Progressor
+from portraitlab.train_base import DEFAULT_WORK
+from portraitlab.training import Progressor
 
 app = typer.Typer(add_completion=False)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,9 @@ from portraitlab.export_base import export
 from portraitlab.model_files import JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample, sheet
 from portraitlab.portraits import BASE_RATES, render_batch, sample_person
 from portraitlab.text import save_tokenizer
-from portraitlab.train_base import Trainer, build_unet, snr_weights
+from portraitlab.train_base import NoisePrediction, build_unet, snr_weights
+from portraitlab.train_dit import FlowMatching, load_encoders
+from portraitlab.training import Trainer
 
 exported = pytest.mark.skipif(not (MODEL_FOLDER / "model_index.json").exists(), reason="no model exported yet")
 
@@ -45,8 +50,8 @@ def test_noise_schedule_is_diffusers_ddpm():
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
-    trainer = Trainer(images=64, batch=2, lr=1e-3, seed=0, device="cpu")
-    torch.testing.assert_close(trainer.alphas_cumprod, scheduler.alphas_cumprod)
+    recipe = NoisePrediction(None, seed=0, device="cpu")
+    torch.testing.assert_close(recipe.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 def test_unet_has_sd15s_block_structure():
@@ -73,26 +78,62 @@ def test_normalise_gives_unit_latents_and_the_same_pictures():
     torch.testing.assert_close(shift, expected.expand_as(shift), atol=1e-3, rtol=0)
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path):
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def make_recipe(request, tokenizer, random_encoders):
+    """Makes the recipe of the kind that the test is run for, with the same weights every time."""
+    if request.param == "unet":
+        return lambda: NoisePrediction(tokenizer, seed=3, device="cpu")
+    return lambda: FlowMatching(*load_encoders(random_encoders), seed=3, device="cpu")
+
+
+@pytest.mark.parametrize("make_recipe", ["unet", "dit"], indirect=True)
+def test_a_resumed_run_is_the_same_run(tmp_path, make_recipe):
     persons, _ = portraits(8, 2)
     latents = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    options = {"images": 64, "batch": 2, "lr": 1e-3, "seed": 3, "device": "cpu"}
-    straight = Trainer(**options)
-    losses = [straight.train_step(latents, persons, tokenizer) for _ in range(3)]
-    first = Trainer(**options)
-    first.train_step(latents, persons, tokenizer)
+    options = {"images": 6, "batch": 2, "lr": 1e-3, "seed": 3, "device": "cpu"}
+    straight = Trainer(make_recipe(), **options)
+    losses = [straight.train_step(latents, persons) for _ in range(3)]
+    first = Trainer(make_recipe(), **options)
+    first.train_step(latents, persons)
     first.save(tmp_path / "base.pt")
-    second = Trainer(**options)
+    second = Trainer(make_recipe(), **options)
     second.load(tmp_path / "base.pt")
-    assert [second.train_step(latents, persons, tokenizer) for _ in range(2)] == losses[1:]
+    assert [second.train_step(latents, persons) for _ in range(2)] == losses[1:]
     for a, b in zip(straight.parameters + straight.ema, second.parameters + second.ema, strict=True):
         assert torch.equal(a, b)
-    longer = Trainer(**{**options, "images": 128})
+    longer = Trainer(make_recipe(), **{**options, "images": 128})
     longer.load(tmp_path / "base.pt")
-    assert longer.extended == [[2, 64]]
+    assert longer.extended == [[2, 6]]
     with pytest.raises(ValueError, match="same options"):
-        Trainer(**{**options, "lr": 2e-3}).load(tmp_path / "base.pt")
+        Trainer(make_recipe(), **{**options, "lr": 2e-3}).load(tmp_path / "base.pt")
+
+
+@pytest.mark.parametrize("make_recipe", ["dit"], indirect=True)
+def test_a_terminated_run_goes_on_to_the_same_weights(tmp_path, make_recipe, monkeypatch):
+    persons, _ = portraits(8, 2)
+    latents = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    options = {"images": 6, "batch": 2, "lr": 1e-3, "seed": 3, "device": "cpu"}
+    straight, stopped, resumed = (Trainer(make_recipe(), **options) for _ in range(3))
+    assert straight.run("straight", latents, persons, tmp_path / "straight.pt", 5)
+    loss = stopped.recipe.loss
+
+    def terminated(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    monkeypatch.setattr(stopped.recipe, "loss", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert not stopped.run("stopped", latents, persons, tmp_path / "base.pt", 5)
+    assert stopped.done == 2
+    assert resumed.run("resumed", latents, persons, tmp_path / "base.pt", 5)
+    assert signal.getsignal(signal.SIGTERM) == before
+    for a, b in zip(straight.parameters + straight.ema, resumed.parameters + resumed.ema, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_export_without_a_checkpoint_says_what_to_do(tmp_path):

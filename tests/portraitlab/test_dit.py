@@ -1,0 +1,143 @@
+"""The transformer's base: its loss, its text encoders, and the folder that diffusers reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from portraitlab.autoencoder import build_autoencoder
+from portraitlab.captions import phrases
+from portraitlab.export_base import export
+from portraitlab.model_card import card
+from portraitlab.model_files import load_pipeline, sample
+from portraitlab.portraits import BALANCED_RATES, BASE_RATES, sample_person
+from portraitlab.train_dit import FlowMatching, load_encoders
+from portraitlab.train_text import claims, counterpart, train
+from portraitlab.training import Trainer
+
+
+@pytest.fixture(scope="module")
+def recipe(random_encoders):
+    return FlowMatching(*load_encoders(random_encoders), seed=0, device="cpu")
+
+
+def test_the_target_is_what_diffusers_sampler_follows(recipe, monkeypatch):
+    """A model that leads the scheduler from the noisy latents back to the clean ones in one step has no loss."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    clean = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    def perfect(noisy, states, pooled, timesteps, **_):
+        calls.append((noisy, timesteps))
+        out = []
+        for row, timestep, goal in zip(noisy, timesteps, clean, strict=True):
+            scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+            scheduler.set_timesteps(sigmas=[float(timestep) / 1000])
+            assert float(scheduler.timesteps[0]) == pytest.approx(float(timestep), rel=1e-5)
+            still = scheduler.step(torch.zeros_like(row), scheduler.timesteps[0], row).prev_sample
+            scheduler._step_index = None
+            moved = scheduler.step(torch.ones_like(row), scheduler.timesteps[0], row).prev_sample
+            out.append((goal - still) / (moved - still))
+        return (torch.stack(out),)
+
+    monkeypatch.setattr(recipe, "transformer", perfect)
+    loss = recipe.loss(clean, ["a man"] * 4, torch.Generator().manual_seed(2))
+    assert float(loss) < 1e-6
+    noisy, timesteps = calls[0]
+    assert not torch.allclose(noisy, clean, atol=0.1)
+    assert len(set(timesteps.tolist())) == 4
+
+
+def test_times_are_logit_normal(recipe, monkeypatch):
+    seen = []
+
+    def record(noisy, states, pooled, timesteps, **_):
+        seen.append(timesteps)
+        return (noisy,)
+
+    monkeypatch.setattr(recipe, "transformer", record)
+    recipe.loss(torch.zeros(20_000, 4, 1, 1), [""], torch.Generator().manual_seed(0))
+    logits = torch.logit(seen[0].double() / 1000)
+    assert abs(float(logits.mean())) < 0.03
+    assert abs(float(logits.std()) - 1) < 0.03
+    assert abs(float((logits.abs() < 1).double().mean()) - 0.6827) < 0.015
+
+
+def test_the_exported_folder_is_a_stable_diffusion_3_pipeline(tmp_path, random_encoders):
+    from diffusers import StableDiffusion3Pipeline
+
+    work = tmp_path / "work"
+    for folder in random_encoders:
+        shutil.copytree(folder, work / folder.name)
+    recipe = FlowMatching(*load_encoders(random_encoders), seed=0, device="cpu")
+    trainer = Trainer(recipe, images=4, batch=2, lr=1e-3, seed=0, device="cpu")
+    rng = np.random.default_rng(0)
+    persons = [sample_person(rng, BASE_RATES) for _ in range(4)]
+    for _ in range(2):
+        trainer.train_step(torch.randn(4, 4, 16, 16).half(), persons)
+    trainer.save(work / "base.pt")
+    build_autoencoder().save_pretrained(work / "vae")
+    texts = ["a man, blonde hair, hat", ""]
+    states, pooled = recipe.encode(texts)
+
+    folder, facts = export(work, tmp_path / "model")
+    assert facts["images_seen"] == 4
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 30 * 2**20
+    pipe = load_pipeline(folder)
+    assert isinstance(pipe, StableDiffusion3Pipeline)
+    for a, b in zip(pipe.transformer.parameters(), trainer.ema, strict=True):
+        assert torch.equal(a, b.half().float())
+    read, _, read_pooled, _ = pipe.encode_prompt(texts, texts, texts, do_classifier_free_guidance=False)
+    torch.testing.assert_close(read, states, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(read_pooled, pooled, atol=5e-3, rtol=5e-3)
+    assert sample(pipe, texts[:1], [0], steps=2).shape == (1, 128, 128, 3)
+    page = card(folder)
+    assert "| hat |" in page
+    assert "(hat, scarf, earrings) were never shown" in page
+    assert "\\" not in page
+
+
+def test_what_a_phrase_claims_is_true_of_whom_captions_describe_with_it():
+    rng = np.random.default_rng(3)
+    said, used = claims(), set()
+    for _ in range(1500):
+        person = sample_person(rng, BALANCED_RATES)
+        for phrase in (p.text.removeprefix("wearing a ") for p in phrases(person, rng)):
+            used.add(phrase)
+            for name, value in said.get(phrase, {}).items():
+                assert getattr(person, name) == value, phrase
+    # Styles and textures are said before "hair" and "background" only.
+    assert set(said) - used <= {"long", "bob cut", "hair bun", "curly", "short", "swept"} | {
+        f"{texture} {word}"
+        for texture in ("plain", "striped", "gradient", "dotted", "polka dot")
+        for word in ("background", "backdrop")
+    }
+
+
+def test_a_counterpart_differs_in_one_attribute():
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        person = sample_person(rng, BALANCED_RATES)
+        other = counterpart(person, rng)
+        changed = {name for name, value in person.labels().items() if other.labels()[name] != value}
+        assert len(changed) == 1 or changed == {"glasses", "sunglasses"}
+        assert other.geometry == person.geometry
+
+
+def test_a_trained_text_encoder_is_read_back_with_its_figures(tmp_path):
+    torch.manual_seed(0)
+    summary = train(tmp_path, seed=5, portraits=12, images=16, batch=8)
+    assert summary == json.loads((tmp_path / "scores.json").read_text())
+    assert set(summary["separation"]) == set(claims())
+    assert all(0 <= value <= 1 for value in summary["separation"].values())
+    encoders, tokenizers = load_encoders([tmp_path])
+    ids = tokenizers[0](["a man, hat"], return_tensors="pt").input_ids
+    out = encoders[0](ids, output_hidden_states=True)
+    assert out.text_embeds.shape == (1, 64)
+    assert len(out.hidden_states) == 3
+    assert not any(p.requires_grad for p in encoders[0].parameters())
