@@ -17,6 +17,7 @@ from portraitlab.model_files import DIT_FOLDER, MODEL_FOLDER
 from portraitlab.pool import CHUNK
 from portraitlab.text import save_tokenizer
 from portraitlab.training import CHECKPOINT, averaged
+from spf_plugin.trainer.models import quiet
 
 app = typer.Typer(add_completion=False)
 
@@ -102,7 +103,8 @@ def export(work: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
             facts["notes"] = json.loads((work / "notes.json").read_text())
         if (folder / "score.json").exists():  # a finished model's autoencoder is not measured again
             facts["vae_psnr"] = json.loads((folder / "score.json").read_text())["psnr"]
-        pipeline.save_pretrained(aside)
+        with quiet():  # it says of every part that is None that it cannot be saved
+            pipeline.save_pretrained(aside)
         if not is_dit:
             save_tokenizer(aside / "tokenizer")  # the pipeline wrote an indented vocabulary, 0.2 MB longer
         for config in aside.rglob("config.json"):  # not where this machine keeps its files

@@ -81,8 +81,8 @@ Weights are half precision safetensors. Licence: that of the project.
 Transformer: {pool} renders, captions drawn anew at every step with synonyms and dropped parts (10 % empty).
 Weak targets ({weak}) are in 1-2 % of the images each and named.
 New targets ({new}) were never shown or named to it.
-Text encoders: {text_portraits} renders each, half of them counterparts that differ in one attribute, with every part
-and every word; each of the weak and new parts is in {text_rates} of them.
+Text encoders: {text_portraits} renders each, three of four counterparts that differ from the first in one attribute,
+with every part and every word; each of the weak and new parts is in {text_rates} of them.
 
 ## Training
 | | transformer | text encoders |
@@ -90,7 +90,7 @@ and every word; each of the weak and new parts is in {text_rates} of them.
 | images seen | {images_seen} of {images} planned (batch {batch}, {step} steps) | {text_images} each \
 (batch {text_batch}) |
 | optimiser | AdamW (.9, .99), learning rate {lr} with 300 warm-up steps, cosine; moving average .998 | \
-AdamW (.9, .98), learning rate {text_lr} with 200 warm-up steps, cosine |
+AdamW (.9, .98), learning rate {text_lr} with 60 warm-up steps, cosine |
 | loss | velocity, times drawn logit-normal (0, 1) | contrast of pictures and texts; the image half, a small \
 convolutional network, is thrown away, and the text half frozen |
 | seed | {seed} | {text_seeds} |

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from numpy.typing import NDArray
 from torch import Tensor
 
 from portraitlab.autoencoder import to_tensor
@@ -137,12 +136,12 @@ def zero_shot(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Ten
 def fit(
     model: Any,
     tokenizer: Any,
-    persons: Sequence[Person],
-    batch_of: Callable[[np.random.Generator], tuple[NDArray[np.int64], Tensor]],
+    batch_of: Callable[[np.random.Generator], tuple[Tensor, list[str], Tensor]],
     *,
     seed: int,
     images: int,
     lr: float,
+    warm_up: int = 200,
     title: str,
 ) -> None:
     """Train a `CLIPModel` on the contrast of pictures and texts.
@@ -150,11 +149,12 @@ def fit(
     Args:
         model: trained in place.
         tokenizer: its own.
-        persons: N of them.
-        batch_of: draws a batch: whom of the persons it shows, and the pixels as the model's image half takes them.
-        seed: of the order and the texts; a step's draws depend on its number alone.
+        batch_of: draws a batch: B pictures as the model's image half takes them, T texts, and float32 `[T, B]` with 1
+            where a text fits a picture. A text that fits several is to lie equally near to them (arXiv 2204.03610).
+        seed: of the batches; what is drawn for a step depends on its number alone.
         images: images seen.
         lr: peak learning rate.
+        warm_up: steps until it is reached.
         title: what the progress calls it.
     """
     groups = [
@@ -167,20 +167,22 @@ def fit(
     with Progressor(title) as progress:
         while done < images:
             rng = np.random.default_rng([seed, 62, step])
-            chosen, pixels = batch_of(rng)
-            texts = tokens(tokenizer, [text_of(persons[i], rng) for i in chosen])
+            pixels, texts, fits = batch_of(rng)
             for group in optimiser.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * done / images)))
-            logits = model(pixel_values=pixels, **texts).logits_per_text
-            labels = torch.arange(len(chosen))
-            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+                group["lr"] = (
+                    lr * min(1, (step + 1) / warm_up) * max(0.01, 0.5 * (1 + math.cos(math.pi * done / images)))
+                )
+            logits = model(pixel_values=pixels, **tokens(tokenizer, texts)).logits_per_text
+            per_text = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
+            per_image = F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
+            loss = (per_text + per_image) / 2
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=math.log(100))
-            step, done = step + 1, done + len(chosen)
+            step, done = step + 1, done + len(pixels)
             progress(done, images, float(loss.detach()))
     model.eval()
 
@@ -203,12 +205,12 @@ def main(
     model = build(len(tokenizer))
     persons, pictures = draw(seed, 61, portraits)
 
-    def batch_of(rng: np.random.Generator) -> tuple[NDArray[np.int64], Tensor]:
+    def batch_of(rng: np.random.Generator) -> tuple[Tensor, list[str], Tensor]:
         chosen = rng.integers(0, portraits, batch)
         pixels = torch.cat([damage(part, rng) for part in to_tensor(pictures[chosen]).split(batch // 4)])
-        return chosen, resized(pixels)
+        return resized(pixels), [text_of(persons[i], rng) for i in chosen], torch.eye(batch)
 
-    fit(model, tokenizer, persons, batch_of, seed=seed, images=images, lr=lr, title="CLIP")
+    fit(model, tokenizer, batch_of, seed=seed, images=images, lr=lr, title="CLIP")
     held, held_pictures = draw(seed, 64, 1000)
     scores = zero_shot(model, tokenizer, held, resized(to_tensor(held_pictures)))
     model.half().save_pretrained(folder)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from portraitlab.autoencoder import build_autoencoder
-from portraitlab.captions import phrases
+from portraitlab.captions import DROP, caption, phrases
 from portraitlab.export_base import export
 from portraitlab.model_card import card
 from portraitlab.model_files import load_pipeline, sample
 from portraitlab.portraits import BALANCED_RATES, BASE_RATES, sample_person
 from portraitlab.train_dit import FlowMatching, load_encoders
-from portraitlab.train_text import claims, counterpart, train
+from portraitlab.train_text import claims, counterpart, is_true, says, train
 from portraitlab.training import Trainer
 
 
@@ -117,6 +117,26 @@ def test_what_a_phrase_claims_is_true_of_whom_captions_describe_with_it():
         for texture in ("plain", "striped", "gradient", "dotted", "polka dot")
         for word in ("background", "backdrop")
     }
+
+
+def test_a_text_says_what_its_phrases_are_about():
+    """Captions, taken apart again: what they say is true, of nobody else, and all of it if no part is left out."""
+    topics = {"hair": "hair_colour", "eyes": "eye_colour", "clothes": "clothes_colour"}
+    rng = np.random.default_rng(6)
+    persons = [sample_person(rng, BALANCED_RATES) for _ in range(60)]
+    for person in persons:
+        text = caption(person, rng, dict.fromkeys(DROP, 0.0))
+        said = says(text)
+        assert is_true(said, person)
+        assert not any(is_true(said, other) for other in persons if other is not person)
+        for topic in DROP:
+            name = topics.get(topic, topic)
+            assert name in said or getattr(person, name) is False, text
+    assert says("a person with long blond hair, polka dot red backdrop, wearing a blue tee") == {
+        "hair_style": "long", "hair_colour": "blonde", "texture": "dotted", "background": "red",
+        "clothes_colour": "blue", "clothes": "t-shirt",
+    }  # fmt: skip
+    assert says("a person") == {}
 
 
 def test_a_counterpart_differs_in_one_attribute():
