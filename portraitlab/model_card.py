@@ -11,7 +11,7 @@ import typer
 
 from portraitlab.captions import TARGETS
 from portraitlab.model_files import MODEL_FOLDER
-from portraitlab.portraits import BALANCED_RATES
+from portraitlab.train_text import claims
 
 app = typer.Typer(add_completion=False)
 
@@ -82,7 +82,7 @@ Transformer: {pool} renders, captions drawn anew at every step with synonyms and
 Weak targets ({weak}) are in 1-2 % of the images each and named.
 New targets ({new}) were never shown or named to it.
 Text encoders: {text_portraits} renders each, three of four counterparts that differ from the first in one attribute,
-with every part and every word; each of the weak and new parts is in {text_rates} of them.
+with every part and every word; each weak or new part is in a fifth of them or more.
 
 ## Training
 | | transformer | text encoders |
@@ -98,14 +98,14 @@ convolutional network, is thrown away, and the text half frozen |
 
     python -m portraitlab.train_dit --out DIR --images {images}
     python -m portraitlab.export_base --work DIR
-    python -m portraitlab.evaluate_base --model portraitlab/model_dit --picture docs/images/dit-samples.png \
+    python -m portraitlab.evaluate_base --model portraitlab/model_dit --picture docs/images/dit-samples.png \\
         --scores portraitlab/model_dit/scores.json
     python -m portraitlab.model_card --model portraitlab/model_dit
 {notes}
 ## What the text encoders know
 How often, on 1000 held-out portraits with every part, a portrait that shows a phrase lies nearer to its text than one
-that does not (area under the curve; 50 % is chance), the worse of the two encoders. A phrase of two words (red jacket)
-is shown where both are true.
+that does not (area under the curve; 50 % is chance), by the worse of the two encoders. A portrait shows "red
+jacket" where both words are true of it.
 
 {words}
 
@@ -144,17 +144,21 @@ def describe_scores(folder: Path) -> str:
 
 def describe_text(encoders: list[dict[str, Any]]) -> dict[str, Any]:
     """What the transformer's card says of its text encoders, from the `scores.json` of each."""
-    shares = [BALANCED_RATES.flags[t.name] for t in TARGETS.values() if t.name in BALANCED_RATES.flags]
-    found = {phrase: min(e["separation"][phrase] for e in encoders) for phrase in encoders[0]["separation"]}
-    ordered = sorted(found.items(), key=lambda pair: pair[1])
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for phrase, what in claims().items():
+        worse = min(encoder["separation"][phrase] for encoder in encoders)
+        groups.setdefault(" and ".join(what), []).append((worse, phrase))
+    rows = []
+    for name, found in groups.items():
+        mean, (worst, phrase) = sum(value for value, _ in found) / len(found), min(found)
+        rows.append(f"| {name} | {len(found)} | {mean:.1%} | {worst:.1%} ({phrase}) |")
     return {
         "text_portraits": encoders[0]["portraits"],
         "text_images": encoders[0]["images"],
         "text_batch": encoders[0]["batch"],
         "text_lr": encoders[0]["lr"],
         "text_seeds": ", ".join(str(e["seed"]) for e in encoders),
-        "text_rates": f"{min(shares):.0%} to {max(shares):.0%}",
-        "words": table("| phrase | separated |", [f"| {phrase} | {value:.1%} |" for phrase, value in ordered]),
+        "words": table("| attribute | phrases | mean | worst |", rows),
     }
 
 
