@@ -16,6 +16,10 @@ from spf_plugin.lorafile import names, reader
 from spf_plugin.lorafile.names import BASES, Base, Resolved
 from spf_plugin.lorafile.record import KEY, Run
 
+#: In the metadata of a file whose alphas are not those that its training's arguments give: what plain sd-scripts needs
+#: to go on from it. `networks.lora` takes its scale from its arguments and no notice of a file's alphas, unless told.
+CONTINUED_WITH = "spf.continued_with"
+DIM_FROM_WEIGHTS = "--dim_from_weights"
 FP16_MAX = 65504.0
 
 AnyBase = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "unknown"]
@@ -386,6 +390,8 @@ def settings(metadata: Mapping[str, str]) -> dict[str, str]:
     rest = {key: value for key, value in arguments.items() if not key.startswith("spf_")}
     if rest:
         out["network args"] = ", ".join(f"{key}={value}" for key, value in sorted(rest.items()))
+    if metadata.get(CONTINUED_WITH):
+        out["to go on"] = f"without SPF only with {metadata[CONTINUED_WITH]}: its alphas are not those of its arguments"
     return out
 
 

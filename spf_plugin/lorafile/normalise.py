@@ -16,7 +16,16 @@ import torch
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import names
 from spf_plugin.lorafile.findings import refuse_damaged, some
-from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
+from spf_plugin.lorafile.inspect import (
+    CONTINUED_WITH,
+    DIM_FROM_WEIGHTS,
+    FP16_MAX,
+    Description,
+    algorithm,
+    describe,
+    dtype_name,
+    gather,
+)
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.metadata import as_strings, complete
 from spf_plugin.lorafile.names import Base, Module
@@ -74,7 +83,8 @@ def normalise(
     _collapse_tucker(modules, notes)
     _reshape(modules, table, notes)
     _readable_dtypes(modules, dtype, notes)
-    _one_alpha(modules, one_rank, notes)
+    if _one_alpha(modules, one_rank, notes):
+        strings[CONTINUED_WITH] = DIM_FROM_WEIGHTS
     if description.base in ("sd1", "sd2", "sdxl"):
         _complete_attention(modules, table, description.base, notes)
     _within_range(modules, dtype, notes)
@@ -245,8 +255,13 @@ def _alpha(parts: Parts) -> float:
     return float(parts[ALPHA]) if ALPHA in parts else float(parts[DOWN].shape[0])
 
 
-def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> None:
-    """One alpha per half of the file: modules that differ get the quotient multiplied into a factor."""
+def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> bool:
+    """One alpha per half of the file: modules that differ get the quotient multiplied into a factor.
+
+    Returns:
+        Whether an alpha is another now than the arguments of the training gave it.
+    """
+    changed = False
     for half in ("UNet", "text encoders"):
         loras = {name: parts for name, parts in modules.items() if _half(name) == half and _is_lora(parts)}
         if not loras:
@@ -271,6 +286,7 @@ def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> None:
                 parts[ALPHA] = _alpha_like(up, target)
             elif alpha != target:
                 parts[ALPHA] = _alpha_like(parts[ALPHA], target)
+                changed = True
             if factor != 1.0:
                 exactly = _scale(parts, factor)
                 if exactly is None:
@@ -287,6 +303,7 @@ def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> None:
         if scaled:
             how = f", {rounded} of them rounded to the file's dtype" if rounded else ", exactly"
             notes.append(f"{half}: one alpha, {target:g}; {scaled} modules scaled to keep their delta{how}")
+    return changed
 
 
 def _target_alpha(counts: Counter[float]) -> float:

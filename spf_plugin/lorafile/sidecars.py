@@ -16,7 +16,7 @@ from pathlib import Path
 from spf_plugin.core.prompt import parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.files import IMAGE_BYTES, read_bytes, read_json
-from spf_plugin.lorafile.inspect import AnyBase, Contents, describe, network_args
+from spf_plugin.lorafile.inspect import CONTINUED_WITH, AnyBase, Contents, describe, network_args
 from spf_plugin.lorafile.writer import replacing
 
 # A1111's spelling of base models in the card; "Unknown" is never hidden.
@@ -151,6 +151,8 @@ def training_card(contents: Contents) -> Card | None:
         for label, key in (("steps", "ss_steps"), ("rank", "ss_network_dim"), ("alpha", "ss_network_alpha"))
         if metadata.get(key, "None") != "None"
     ]
+    going_on = metadata.get(CONTINUED_WITH, "")
+    facts += [f"to go on without SPF, use {going_on}"] if going_on else []
     return Card(
         activation_text=", ".join(phrases),
         sd_version=SD_VERSION.get(describe(contents).base, "Unknown"),

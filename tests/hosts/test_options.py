@@ -7,12 +7,13 @@ import re
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.hosts.conftest import Host, Result
@@ -170,6 +171,41 @@ def test_training_goes_on_from_a_file_whose_alphas_were_made_one(host: Host) -> 
     assert {float(t) for name, t in first.tensors().items() if name.endswith("alpha")} == {2.0}
     for name, tensor in first.tensors().items():
         assert torch.allclose(still.tensors()[name], tensor, rtol=1e-5, atol=1e-9), name
+
+
+@one_host
+def test_plain_sd_scripts_go_on_from_such_a_file_as_it_says(host: Host, tmp_path: Path) -> None:
+    """A step of plain gradient descent by networks.lora, from the file with the alphas of the user and from ours."""
+    convolutions = ["conv_dim=4", "conv_alpha=16"]
+    first = host.trained(*EVERY_STEP, *convolutions, max_train_steps=2)
+    assert first.metadata()["spf.continued_with"] == "--dim_from_weights"
+    assert "use --dim_from_weights" in json.loads(first.file.with_suffix(".json").read_text("utf-8"))["notes"]
+    own = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    wide = {name.split(".")[0] for name, tensor in own.items() if "lora_down" in name and tensor.shape[2:] == (3, 3)}
+    for name in wide:  # the same delta
+        own[f"{name}.alpha"] = torch.full_like(own[f"{name}.alpha"], 16)
+        own[f"{name}.lora_up.weight"] /= 8
+    users = tmp_path / "users.safetensors"
+    save_file(own, users)
+
+    def updates(file: Path, **flags: Any) -> dict[str, torch.Tensor]:
+        options = {"module": "networks.lora", "optimizer_type": "SGD", "max_train_steps": 1, "learning_rate": 1.0}
+        result = host.train(*convolutions, network_weights=file, **options, **flags)
+        before = load_file(file)
+        return {
+            name: tensor - before[name]
+            for name, tensor in result.tensors().items()
+            if name.split(".")[0] not in wide and "lora_up" in name
+        }
+
+    def apart(**flags: Any) -> float:
+        """How far the steps are apart, as a share of the right one; each way draws its own noise."""
+        right, ours = updates(users, **flags), updates(first.file, **flags)
+        assert max(float(update.abs().max()) for update in right.values()) > 0
+        return max(float((ours[name] - update).norm() / update.norm()) for name, update in right.items())
+
+    assert apart(dim_from_weights=True) < 1e-3
+    assert apart() > 0.1
 
 
 def test_a_loop_that_begins_late(host: Host) -> None:
