@@ -52,9 +52,9 @@ class Run:
     def args(self, *words: str) -> None:
         self.set(network_args=list(words))
 
-    def dataset(self, text: str) -> None:
+    def dataset(self, text: str, **options: object) -> None:
         (self.folder / "dataset.toml").write_text(text, encoding="utf-8")
-        self.set(train_data_dir=None, dataset_config="dataset.toml")
+        self.set(train_data_dir=None, dataset_config="dataset.toml", **options)
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
@@ -90,6 +90,14 @@ def _subset(line: str = "", general: str = "") -> str:
         f'[general]\n{general}\n[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "data/10_hair"\n'
         f'caption_extension = ".txt"\n{line}\n'
     )
+
+
+def _masks(run: Run, line: str = "", general: str = "") -> None:
+    """A mask for every image."""
+    (run.folder / "masks").mkdir()
+    for path in run.images.glob("*.png"):
+        Image.new("L", (16, 16), 255).save(run.folder / "masks" / path.name)
+    run.dataset(_subset(f'conditioning_data_dir = "masks"\n{line}', general), masked_loss=True)
 
 
 def _metadata(run: Run) -> None:
@@ -218,13 +226,45 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("no-list", "error", lambda r: r.set(base_weights="a.safetensors")),
     ("no-list", "error", lambda r: r.set(base_weights=["a.safetensors"], base_weights_multiplier=0.5)),
     ("newer", "note", lambda r: r.set(text_encoder_lr=[1e-5, 1e-5])),
-    ("quoted-boolean", "warning", lambda r: r.set(shuffle_caption="false")),
+    ("quoted-boolean", "warning", lambda r: r.set(sdpa="false")),
+    ("wrong-type", "error", lambda r: r.set(shuffle_caption="false")),  # the schema of its data sets refuses it
+    ("wrong-type", "error", lambda r: r.set(enable_bucket=1)),
+    ("wrong-type", "error", lambda r: r.set(validation_split=0)),
     ("backslash", "error", lambda r: r.set(output_dir="C:\new")),  # what "C:\new" in TOML becomes
     ("other-module", "error", lambda r: r.set(network_module="networks.lora")),
     ("no-module", "warning", lambda r: r.set(network_module=None)),
     ("other-model", "error", lambda r: r.set(t5xxl="t5.safetensors")),
     ("max-token-length", "error", lambda r: r.set(max_token_length=77)),
     ("no-resolution", "error", lambda r: r.set(resolution=None)),
+    ("no-resolution", "error", lambda r: r.set(resolution="512x512")),
+    ("no-resolution", "error", lambda r: r.dataset(_subset().replace("resolution = 512\n", ""), resolution=None)),
+    ("crop-range", "error", lambda r: r.set(face_crop_aug_range="4.0,2.0")),
+    ("batch-size", "error", lambda r: r.set(train_batch_size=0)),
+    ("buckets", "error", lambda r: r.set(enable_bucket=True, min_bucket_reso=640)),
+    ("buckets", "error", lambda r: r.set(enable_bucket=True, max_bucket_reso=256)),
+    ("buckets", "error", lambda r: r.set(enable_bucket=True, min_bucket_reso=16)),
+    ("buckets", "error", lambda r: r.set(enable_bucket=True, max_bucket_reso=10**9, bucket_reso_steps=1)),
+    ("buckets", "warning", lambda r: r.set(enable_bucket=True, bucket_reso_steps=32)),  # the model's name is a guess
+    ("buckets", "error", lambda r: r.set(enable_bucket=True, bucket_no_upscale=True)),  # images of 16 pixels
+    ("interpolation", "error", lambda r: r.set(resize_interpolation="best")),
+    ("changed-images", "error", lambda r: r.set(cache_latents=True, color_aug=True)),
+    ("changed-images", "error", lambda r: _masks(r, "random_crop = true")),
+    ("masks", "error", lambda r: (_masks(r), (r.folder / "masks" / "p0.png").unlink())),
+    (
+        "masks",
+        "error",
+        lambda r: (
+            _masks(r, general="enable_bucket = true"),
+            Image.new("L", (17, 16)).save(r.folder / "masks" / "p0.png"),
+        ),
+    ),
+    ("newer", "warning", lambda r: (_masks(r), Image.new("L", (16, 16)).save(r.folder / "masks" / "other.png"))),
+    ("no-folder", "error", lambda r: (_masks(r), shutil.rmtree(r.folder / "masks"))),
+    ("dataset-config", "error", lambda r: (_masks(r), r.set(masked_loss=None))),
+    ("same-subset", "warning", lambda r: r.dataset(_subset() + _subset().split("resolution = 512\n")[1])),
+    ("dataset-config", "warning", lambda r: r.dataset(_subset("num_repeats = true"))),
+    ("dataset-config", "error", lambda r: r.dataset(_subset("face_crop_aug_range = [2, 4]"))),
+    ("ignored-option", "warning", lambda r: r.set(masked_loss=True, conditioning_data_dir="masks")),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, shuffle_caption=True)),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, network_train_unet_only=None)),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs_to_disk=True, shuffle_caption=True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -294,7 +295,8 @@ def test_a_check_changes_nothing_on_the_disk(run: Run) -> None:
         ("1000", {"max_train_epochs": 3}, "error"),  # 60 images an epoch
         ("180", {"max_train_epochs": 3}, "error"),
         ("179", {"max_train_epochs": 3}, None),
-        ("45", {"max_train_epochs": 3, "train_batch_size": 4}, "warning"),  # unless buckets make more batches
+        ("45", {"max_train_epochs": 3, "train_batch_size": 4}, "error"),
+        ("39", {"max_train_epochs": 3, "train_batch_size": 4, "validation_split": 0.2}, "warning"),  # unless buckets
         ("54", {"max_train_epochs": 3, "train_batch_size": 4}, "error"),
         ("44", {"max_train_epochs": 3, "train_batch_size": 4}, None),
         ("60", {"max_train_epochs": 3, "gradient_accumulation_steps": 3}, "error"),
@@ -317,7 +319,8 @@ def test_the_batch_size_of_a_dataset_and_regularisation_images_count(run: Run) -
     (finding,) = [finding for finding in look(run).findings if finding.code == "never-aligned"]
     assert "the run ends at about step 10" in finding.message
     both = {"image_dir": "data/10_hair", "caption_extension": ".txt", "num_repeats": 10}
-    reg = {**both, "is_reg": True, "num_repeats": 1}
+    shutil.copytree(run.images, run.folder / "reg")
+    reg = {**both, "image_dir": "reg", "is_reg": True, "num_repeats": 1}
     run.dataset(toml.dumps({"datasets": [{"resolution": 512, "batch_size": 6, "subsets": [both, reg]}]}))
     (finding,) = [finding for finding in look(run).findings if finding.code == "never-aligned"]
     assert "about step 20" in finding.message

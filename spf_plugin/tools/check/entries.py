@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import CAPTION_BYTES, METADATA_BYTES, read_json, read_text
 from spf_plugin.hosts.kohya.cached_text import INFO_CACHE
 from spf_plugin.hosts.kohya.captions import of_file
-from spf_plugin.tools.check import subsets
+from spf_plugin.tools.check import limits, registered, subsets
 from spf_plugin.tools.check.dataset import Data, Entry, Subset
 from spf_plugin.tools.check.findings import some
+from spf_plugin.tools.check.host_options import MASKS, METADATA
 from spf_plugin.tools.check.source import HostArgs
 from spf_plugin.tools.check.subsets import IMAGE_ENDINGS, images, listed
 
@@ -22,36 +24,46 @@ from spf_plugin.tools.check.subsets import IMAGE_ENDINGS, images, listed
 OTHER_IMAGES = (".gif", ".tif", ".tiff", ".heic", ".avif", ".jxl")
 
 
-def read_data(args: HostArgs, *, loose_images: bool = False) -> Data:
+def read_data(args: HostArgs, *, loose_images: bool = False, whole: bool = True) -> Data:
     """The data set that these arguments name.
 
     Args:
         args: the host's arguments.
         loose_images: take images that lie directly in `train_data_dir` too, as `spf train` does and the host does not.
+        whole: the run is known, and not only its data: what is missing is missing.
 
     Raises:
         SPFError: the dataset TOML cannot be read.
     """
     data = Data()
+    limits.of_arguments(args, data)
     if args.dataset_config:
-        data.subsets = list(subsets.from_config(Path(args.dataset_config), args, data))
+        data.datasets = list(subsets.from_config(Path(args.dataset_config), args, data))
         ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if args.given.get(name)]
         if ignored:
             data.add("warning", "ignored-option", f"{some(ignored)}: sd-scripts ignores them beside a dataset_config")
     elif args.in_json:
-        data.subsets = [subsets.make(args, image_dir=args.train_data_dir, metadata_file=args.in_json)]
+        own = {"image_dir": args.train_data_dir, "metadata_file": args.in_json}
+        data.datasets = [subsets.gather(args, [subsets.make(args, own, kind=METADATA)], kind=METADATA)]
     else:
-        data.subsets = [
+        found = [
             *subsets.from_folder(args.train_data_dir, args, data, loose_images=loose_images),
             *subsets.from_folder(args.reg_data_dir, args, data, is_reg=True),
         ]
-    for subset in data.subsets:
-        if subset.num_repeats < 1:
-            data.add("warning", "no-repeats", f"{subset.label}: num_repeats is below 1, so sd-scripts leaves it out")
-        else:
-            data.entries += from_metadata(subset, data) if subset.metadata_file else from_folder(subset, data)
-    trained = [entry for entry in data.entries if not entry.subset.is_reg]
-    if not trained and not any(f.level == "error" for f in data.findings):
+        data.datasets = [subsets.gather(args, found)]
+    if args.conditioning_data_dir and not any(dataset.kind == MASKS for dataset in data.datasets):
+        data.add(
+            "warning",
+            "ignored-option",
+            "conditioning_data_dir: sd-scripts takes masks only from the subsets of a dataset_config, and ignores this",
+        )
+    for dataset in data.datasets:
+        limits.look(dataset, args, data, whole=whole)
+        registered.add(dataset, from_metadata if dataset.kind == METADATA else from_folder, data)
+    limits.cached(args, data)
+    if not any(not entry.subset.is_reg for entry in data.entries) and not any(
+        f.level == "error" for f in data.findings
+    ):
         data.add(
             "error",
             "no-images",
@@ -85,7 +97,7 @@ def from_folder(subset: Subset, data: Data) -> Iterator[Entry]:
         if caption is None:
             without.append(path)
             caption, source = (subset.class_tokens, "class") if subset.class_tokens is not None else ("", "nothing")
-        yield Entry(path, f"{folder.name}/{path.name}", caption, source, subset)
+        yield Entry(path, f"{folder.name}/{path.name}", caption, source, subset, str(path))
     for problem, names in problems.items():
         code, fix = _PROBLEMS[problem]
         level = "error" if code in ("empty-caption-file", "not-utf8") else "warning"
@@ -175,34 +187,67 @@ def from_metadata(subset: Subset, data: Data) -> Iterator[Entry]:
     """The images that an `in_json` names (JSON or JSON lines)."""
     path = Path(subset.metadata_file or "")
     try:
-        if path.suffix == ".jsonl":
-            text = read_text(path, METADATA_BYTES)
-            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-            metadata = {line["image_path"]: line for line in lines}
-        else:
-            metadata = read_json(path, METADATA_BYTES)
+        metadata = _lines(path) if path.suffix == ".jsonl" else read_json(path, METADATA_BYTES)
         rows = [(str(key), dict(value)) for key, value in metadata.items()]
+        relative = [key for key, _ in rows if not os.path.isabs(key)]
     except SPFError as error:
         data.add("error", "metadata", f"metadata {error.problems[0]}")
         return
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         data.add("error", "metadata", f"metadata {path} is not the JSON that sd-scripts writes: {error}")
         return
-    missing = []
+    if path.suffix == ".jsonl":
+        data.add("note", "newer", f"{path.name}: sd-scripts up to v0.9.1 reads no .jsonl", "Use a later release.")
+    if relative and subset.image_dir is None:
+        fix = "Set image_dir (train_data_dir), or write whole paths."
+        message = f"{path.name} names images such as {relative[0]}, and nothing says in which folder they lie"
+        data.add("error", "metadata", message, fix)
+        return
+    missing, endless, ended, only_tags = [], [], [], []
     for key, row in rows:
         image = _metadata_image(key, subset)
         if image is None:
             missing.append(key)
             continue
-        caption, tags = str(row.get("caption") or ""), row.get("tags")
-        if tags:
-            caption = f"{caption}{subset.caption_separator}{tags}" if caption else str(tags)
-        yield Entry(image, f"{image.parent.name}/{image.name}", caption, "metadata", subset)
+        if str(image) != os.path.join(subset.image_dir or "", key):
+            endless.append(key)
+        elif not os.path.exists(key):
+            ended.append(key)
+        if subset.enable_wildcard and row.get("tags") and not str(row.get("caption") or "").strip():
+            only_tags.append(key)
+        yield Entry(image, f"{image.parent.name}/{image.name}", _metadata_caption(row, subset), "metadata", subset, key)
+    if endless:
+        message = f"{path.name}: {some(endless)} without the ending of its image, which some releases do not find"
+        data.add("warning", "newer", message, "Write the whole name, or use v0.11 or later.", endless)
+    if only_tags:
+        message = f"{path.name}: {some(only_tags)}: tags without caption, which enable_wildcard loses before v0.11"
+        data.add("warning", "newer", message, "Write them as the caption, or use a later release.", only_tags)
+    if ended:
+        message = (
+            f"{path.name}: {some(ended)}: sd-scripts up to v0.9.1 finds an image in image_dir only without its ending"
+        )
+        data.add("note", "newer", message, "Use a later release.", ended)
     if missing:
         fix = "Paths are relative to image_dir (train_data_dir)."
         data.add(
             "error", "image-missing", f"{path.name} names images that are not there: {some(missing)}", fix, missing
         )
+
+
+def _lines(path: Path) -> dict[str, Any]:
+    """JSON lines: every line is one, so that an empty one is a mistake."""
+    lines = read_text(path, METADATA_BYTES).removesuffix("\n").split("\n")
+    return {row["image_path"]: row for row in map(json.loads, lines)}
+
+
+def _metadata_caption(row: Mapping[str, Any], subset: Subset) -> str:
+    """Caption and tags; with wildcards every line of the caption has the tags."""
+    caption, tags = str(row.get("caption") or ""), str(row.get("tags") or "")
+    if not subset.enable_wildcard or not tags:
+        return f"{caption}{subset.caption_separator}{tags}" if caption and tags else caption or tags
+    tags = tags.replace("\n", subset.caption_separator)
+    lines = [line for line in caption.split("\n") if line.strip()]
+    return "\n".join(f"{line}{subset.caption_separator}{tags}" for line in lines) or tags
 
 
 def _metadata_image(key: str, subset: Subset) -> Path | None:

@@ -155,3 +155,15 @@ SUBSET: dict[str, type | tuple[type, ...]] = {
     "metadata_file": str,
     "conditioning_data_dir": str,
 }
+#: Three kinds of data set, each of its own class in the host.
+FOLDERS, METADATA, MASKS = "folders", "metadata", "masks"
+#: What a kind does not take, in its [[datasets]] or its subsets; [general] takes all.
+NOT_OF: dict[str, frozenset[str]] = {
+    FOLDERS: frozenset(("metadata_file", "conditioning_data_dir")),
+    METADATA: frozenset(("caption_extension", "class_tokens", "cache_info", "is_reg", "conditioning_data_dir")),
+    MASKS: frozenset(("class_tokens", "is_reg", "alpha_mask", "metadata_file")),
+}
+#: What v0.9.1 refuses in a data set and later releases take.
+SINCE_2025 = ("custom_attributes", "resize_interpolation", "validation_seed", "validation_split")
+#: What the host takes for resize_interpolation in a data set; its parser leaves out the last.
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")

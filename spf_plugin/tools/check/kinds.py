@@ -70,7 +70,16 @@ def fits(option: str, value: Any) -> bool:
 
 
 def is_of(value: Any, wanted: type | tuple[type, ...]) -> bool:
-    """Whether a value of a data set's configuration has such a type; true is no number, and inf neither."""
-    if isinstance(value, bool):
-        return wanted is bool
+    """Whether a value of a data set's configuration has such a type; inf is no number."""
     return isinstance(value, wanted) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+#: What of a data set's configuration is two of a kind, as the host's schema has it: a whole number is no float.
+_PAIRS = {"resolution": int, "skip_image_resolution": int, "face_crop_aug_range": float}
+
+
+def in_data_set(key: str, value: Any, wanted: type | tuple[type, ...]) -> bool:
+    """Whether the host takes this value of a data set's configuration."""
+    if key in _PAIRS and isinstance(value, list):
+        return len(value) == 2 and all(is_of(item, _PAIRS[key]) for item in value)
+    return is_of(value, wanted)

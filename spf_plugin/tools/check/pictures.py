@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,15 +57,16 @@ def look_at(
     broken: dict[str, str] = {}
     digests: dict[str, list[Entry]] = {}
     seen: dict[str, borders.Colour | None] = {}
-    for done, entry in enumerate(entries):
-        progress(done, len(entries))
+    files = {os.path.abspath(entry.path): entry for entry in entries}  # one folder may be trained at two resolutions
+    for done, entry in enumerate(files.values()):
+        progress(done, len(files))
         colour, reason = _border(entry.path)
         if reason:
             broken[entry.name] = reason
         else:
             seen[entry.name] = colour
             digests.setdefault(_digest(entry.path), []).append(entry)
-    progress(len(entries), len(entries))
+    progress(len(files), len(files))
     found = []
     if broken:
         shown = some([f"{name} ({reason})" for name, reason in broken.items()])
@@ -72,7 +74,7 @@ def look_at(
             Finding(
                 "error",
                 "unreadable",
-                f"{of(len(broken), len(entries))} cannot be read: {shown}",
+                f"{of(len(broken), len(files))} cannot be read: {shown}",
                 "Replace or remove them.",
                 tuple(broken),
             )

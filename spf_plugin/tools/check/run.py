@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target
-from spf_plugin.files import read_toml
+from spf_plugin.errors import SPFError
+from spf_plugin.files import read_json, read_toml
 from spf_plugin.hosts.kohya import rules
-from spf_plugin.tools.check import captions, entries, family, pictures, sets, settings, source, tokens
+from spf_plugin.tools.check import (
+    captions,
+    entries,
+    family,
+    limits,
+    pictures,
+    presets,
+    sets,
+    settings,
+    source,
+    tokens,
+)
 from spf_plugin.tools.check.captions import Described
-from spf_plugin.tools.check.dataset import Data
+from spf_plugin.tools.check.dataset import Count, Data
 from spf_plugin.tools.check.findings import Finding, of, ordered
 from spf_plugin.tools.check.host_options import CHOICES
 
@@ -43,12 +55,12 @@ class Report:
 
     @property
     def images(self) -> int:
-        return sum(not entry.subset.is_reg for entry in self.data.entries)
+        return sum(count.images for count in self.data.counts)
 
     @property
     def steps_per_epoch(self) -> int:
         """Images of an epoch, repeats included."""
-        return sum(entry.subset.num_repeats for entry in self.data.entries if not entry.subset.is_reg)
+        return sum(count.repeats for count in self.data.counts)
 
     @property
     def failed(self) -> bool:
@@ -59,6 +71,7 @@ class Report:
             "settings": self.config.to_metadata() if self.config else None,
             "images": self.images,
             "images_per_epoch": self.steps_per_epoch,
+            "datasets": [_count(count) for count in self.data.counts],
             "tokenizer": self.tokenizer or None,
             "tokens_estimated": not self.tokenizer,
             "token_limit": self.limit,
@@ -69,6 +82,12 @@ class Report:
                 for found in sets.together(self.rows)
             ],
         }
+
+
+def _count(count: Count) -> dict[str, Any]:
+    """What a data set comes to; buckets by `"WIDTHxHEIGHT"`."""
+    buckets = None if count.buckets is None else {f"{w}x{h}": shown for (w, h), shown in count.buckets.items()}
+    return {**asdict(count), "buckets": buckets}
 
 
 def _row(row: Described) -> dict[str, Any]:
@@ -84,8 +103,22 @@ def _row(row: Described) -> dict[str, Any]:
         ],
         "tokens": row.tokens,
         "cut": row.cut,
-        "repeats": row.entry.subset.num_repeats,
+        "repeats": row.entry.shown,
     }
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file that says what a run is: TOML, or the JSON of a data set or of a GUI.
+
+    Raises:
+        SPFError: it cannot be read.
+    """
+    if path.suffix.lower() != ".json":
+        return read_toml(path)
+    content = read_json(path)
+    if isinstance(content, dict) and ("datasets" in content or presets.of_gui(content) is not None):
+        return content
+    raise SPFError(f"{path} is neither the JSON of a data set, which has datasets, nor a preset of kohya_ss.")
 
 
 def check(
@@ -99,7 +132,8 @@ def check(
     """Look at a run before it starts.
 
     Args:
-        path: a `--config_file`, a `--dataset_config`, a data folder, or None where the words say everything.
+        path: a `--config_file`, a `--dataset_config`, a preset of a GUI, a data folder, or None where the words say
+            everything.
         words: options of the host (`source.parse_words`); they win over the file.
         target: what the LoRA shall learn, in place of `spf_target`.
         tokenizer: folder of CLIP's tokenizer.
@@ -109,13 +143,14 @@ def check(
         SPFError: a file that says what the run is cannot be read.
     """
     folder = path is not None and os.path.isdir(path)
-    only_data = folder or (path is not None and "datasets" in read_toml(path))
+    content = {} if path is None or folder else _content(path)
+    only_data = folder or "datasets" in content
     if folder:
         words = {"train_data_dir": str(path), "caption_extension": ".txt", **words}
     elif only_data:
-        words = {"dataset_config": str(path), **words}
-    args, findings = source.read(None if only_data else path, words)
-    data = entries.read_data(args, loose_images=folder)
+        words = {"dataset_config": str(path), "masked_loss": True, **words}  # as a run with these masks would be
+    args, findings = source.read(None if only_data else path, words, presets.of_gui(content))
+    data = entries.read_data(args, loose_images=folder, whole=not only_data)
     config, targets, problems = settings.parse_settings(args, target, rules.folders(args))
     model = family.find(args.given, None if only_data else path)
     candidates = (
@@ -125,6 +160,7 @@ def check(
     findings += [
         *problems,
         *data.findings,
+        *limits.steps(data, model),
         *settings.look(args, config, data, model, loaded.tokenize, for_host=not only_data),
     ]
 

@@ -149,7 +149,7 @@ def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
         message = f"text_encoder_lr = {rates}: one for each text encoder, and sd-scripts up to v0.9.1 takes only one"
         found.append(Finding("note", "newer", message, "Use a later release, or give one."))
     if args.given.get("skip_image_resolution"):
-        message = "skip_image_resolution: only sd-scripts from v0.11 on has it; what it leaves out is counted here"
+        message = "skip_image_resolution: only sd-scripts from v0.11 on has it"
         found.append(Finding("note", "newer", message, "Use a later release, or take the small images out."))
     ignored = [name for name in SDXL_ONLY if args.given.get(name) and not sdxl]
     if ignored:
@@ -172,8 +172,6 @@ def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
             found.append(
                 Finding("error", "cached-text", "cached text encoder outputs allow no training of text encoders", fix)
             )
-    if args.resolution is None and not args.dataset_config:
-        found.append(Finding("error", "no-resolution", "resolution is missing", 'For example resolution = "512,512"'))
     for subset in data.subsets:
         separator = subset.keep_tokens_separator
         mine = [entry for entry in data.entries if entry.subset is subset]
@@ -208,18 +206,17 @@ def _importable(package: str) -> bool:
 
 
 def _length(args: HostArgs, data: Data) -> tuple[int, int]:
-    """Optimiser steps of the run, and how many they are at most: buckets make the batches of an epoch more."""
+    """Optimiser steps of the run, and how many they are at most: buckets that are not known make more batches."""
     if not args.max_train_epochs:
         return args.max_train_steps, args.max_train_steps
-    most = 0
-    sizes: dict[int, int] = {}
-    for entry in data.entries:
-        if not entry.subset.is_reg:
-            sizes[entry.subset.batch_size] = sizes.get(entry.subset.batch_size, 0) + entry.subset.num_repeats
-            most += -(-entry.subset.num_repeats // max(1, entry.subset.batch_size))
-    batches = sum(-(-count // max(1, size)) for size, count in sizes.items())
-    if any(entry.subset.is_reg for entry in data.entries):  # the host shows as many of these
-        batches, most = 2 * batches, most + sum(sizes.values())
+    batches = most = 0
+    for dataset, count in zip(data.datasets, data.counts, strict=True):
+        if count.batches is not None:
+            batches, most = batches + count.batches, most + count.batches
+            continue
+        shown = count.repeats + count.regular
+        batches += -(-shown // max(1, dataset.batch_size))
+        most += shown
     accumulated = max(1, args.gradient_accumulation_steps or 1)
     return args.max_train_epochs * -(-batches // accumulated), args.max_train_epochs * -(-most // accumulated)
 

@@ -13,8 +13,8 @@ from spf_plugin.config import PREFIX
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import SLASHES, read_toml, shown
 from spf_plugin.tools.check.findings import Finding
-from spf_plugin.tools.check.host_options import CHOICES, LISTS, NUMBERS, OPTIONS, SWITCHES, TYPES
-from spf_plugin.tools.check.kinds import KINDS, fits
+from spf_plugin.tools.check.host_options import CHOICES, DATASET, LISTS, NUMBERS, OPTIONS, SWITCHES, TYPES
+from spf_plugin.tools.check.kinds import KINDS, fits, is_of
 
 #: The host's own defaults of what is read here.
 DEFAULTS: dict[str, Any] = {
@@ -31,6 +31,21 @@ DEFAULTS: dict[str, Any] = {
 OWN_OPTIONS = ("target", "tokenizer", "images", "json")  # of the command line itself
 #: Where one value may stand for a list: `settings` looks at network_args, and the host takes a number for the other.
 _SAID_ELSEWHERE = ("network_args", "text_encoder_lr")
+
+
+#: Options that the host puts through the schema of its data sets, which takes no `1` for true.
+_SCHEMA = {
+    option: wanted
+    for name, wanted in DATASET.items()
+    if (option := {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}.get(name, name)) in OPTIONS
+    and name not in ("resolution", "skip_image_resolution", "face_crop_aug_range")
+}
+
+
+def _written(option: str) -> str:
+    wanted = _SCHEMA.get(option)
+    point = "a number with a point" if wanted is float else KINDS[option].name
+    return f"Write {point}." if wanted is not bool else "Write true or false, without quotes."
 
 
 class HostArgs:
@@ -108,17 +123,20 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     return vars(values)
 
 
-def read(config: Path | None, words: Mapping[str, Any]) -> tuple[HostArgs, list[Finding]]:
+def read(
+    config: Path | None, words: Mapping[str, Any], content: Mapping[str, Any] | None = None
+) -> tuple[HostArgs, list[Finding]]:
     """The host's arguments, and what is wrong with how they are written.
 
     Args:
         config: the `--config_file`, or None.
         words: options of the command line (`parse_words`); they win.
+        content: what the file says, where it is no `--config_file` but says the same; read from the file otherwise.
 
     Raises:
         SPFError: the file cannot be read.
     """
-    from_file = unfolded(read_toml(config)) if config else {}
+    from_file = {} if config is None else unfolded(read_toml(config)) if content is None else content
     findings = [*_written_wrongly(config, from_file)] if config else []
     values = {**{k: v for k, v in from_file.items() if not k.startswith(PREFIX)}, **words}
     # What the host cannot work with is said above, and left out of what is looked at.
@@ -167,7 +185,7 @@ def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
                     f"Write {key} = [{json.dumps(value)}]" if isinstance(value, str | int | float) else "Write a list.",
                 )
             )
-        elif isinstance(value, str) and value.lower() in ("true", "false"):
+        elif isinstance(value, str) and value.lower() in ("true", "false") and key not in _SCHEMA:
             findings.append(
                 Finding(
                     "warning",
@@ -176,9 +194,11 @@ def _written_wrongly(path: Path, values: Mapping[str, Any]) -> list[Finding]:
                     f"Write {key} = {value.lower()} without quotes.",
                 )
             )
-        if len(findings) == said and not fits(key, value) and not (key == "network_args" and isinstance(value, str)):
+        refused = key in _SCHEMA and not isinstance(value, list) and not is_of(value, _SCHEMA[key])
+        taken = fits(key, value) or (key == "network_args" and isinstance(value, str))
+        if len(findings) == said and (refused or not taken):
             text = f"{path.name}: {key} = {shown(value)} is not what sd-scripts can work with"
-            findings.append(Finding("error", "wrong-type", text, f"Write {KINDS[key].name}."))
+            findings.append(Finding("error", "wrong-type", text, _written(key)))
         if isinstance(value, str) and re.search(r"[\x00-\x08\x0a-\x1f]", value):
             findings.append(
                 Finding("error", "backslash", f"{path.name}: {key} holds a control character: {value!r}", SLASHES)
