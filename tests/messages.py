@@ -15,6 +15,7 @@ GAP = "\0"
 MADE = {
     "config.py": set(),
     "core/prompt.py": {"parse_targets"},
+    "core/coverage.py": {"problems"},
     "hosts/kohya/rules.py": {
         "trainer_problem",
         "look",

@@ -286,6 +286,15 @@ def test_bad_targets(model: Path, images: Path, tmp_path: Path) -> None:
     message = bad(model, images, out, spf=SPFConfig(target=(Target("sunglasses"),)))
     assert "none of the 4 captions" in message
     assert "no target" in bad(model, images, out, spf=SPFConfig())
+    spf = SPFConfig(target=(Target("blonde hair"),))
+    for caption, says in (
+        ("a tree, " * 40 + "blonde hair", "behind token 75 in all 4"),
+        ("blonde hair", "say nothing else"),
+    ):
+        told = tiny.images(tmp_path / says[:4])
+        for path in told.glob("*/*.txt"):
+            path.write_text(caption, encoding="utf-8")
+        assert says in bad(model, told, out, spf=spf)
 
 
 def test_bad_models(model: Path, images: Path, tmp_path: Path, trained: loop.Result) -> None:

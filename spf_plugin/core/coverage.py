@@ -81,3 +81,58 @@ def _cut(prompt: Prompt, tokenize: Callable[[str], Sequence[int]], limit: int) -
     if len(prompt.full.encode()) <= limit:  # no token is shorter than a byte
         return False
     return not spans(prompt, tokenize, limit, full=True).target
+
+
+def problems(said: Coverage, targets: Sequence[Target], limit: int, longer: str = "") -> list[str]:
+    """Why nothing would be learned of these captions, or nothing preserved.
+
+    Args:
+        said: what they say.
+        targets: the run's.
+        limit: tokens of text that the text encoder takes.
+        longer: what would make it more, as the end of a sentence.
+    """
+    found: list[str] = []
+    if said.captions and said.nothing:  # no captions: a data set of the user's own class, which gives them later
+        common = said.said or "nothing (captions are empty: check --caption_extension)"
+        wanted = "|".join(map(str, targets))
+        found.append(
+            f"the target {wanted!r} occurs in none of the {said.captions} captions. They most often say {common}."
+        )
+    elif said.cut and len(said.cut) == said.with_target:
+        found.append(
+            f"the target lies behind token {limit} in all {len(said.cut)} captions that say it, and is cut off. Move "
+            f"it to the front of the captions{longer}."
+        )
+    elif said.bare and len(said.bare) == said.with_target:
+        found.append(
+            f"all {len(said.bare)} captions that say the target say nothing else, so nothing says what to preserve. "
+            "Describe what else the images show: background, clothes, pose."
+        )
+    return found
+
+
+def warnings(said: Coverage, limit: int) -> list[str]:
+    """What is learned of fewer images than it may seem, where anything is learned at all."""
+    found: list[str] = []
+    if said.nothing:
+        return found
+    if said.without:
+        examples = "; ".join(repr(caption[:80]) for caption in said.without[:3])
+        found.append(
+            f"{len(said.without)} of {said.captions} captions do not contain the target and only preserve the base "
+            f"model, e.g. {examples}"
+        )
+    if 0 < len(said.cut) < said.with_target:
+        found.append(
+            f"in {len(said.cut)} of {said.with_target} captions the target lies behind token {limit} and is cut off, "
+            f"e.g. {said.cut[0][:80]!r}: move it to the front"
+        )
+    if 0 < len(said.bare) < said.with_target:
+        found.append(
+            f"{len(said.bare)} of {said.with_target} captions say nothing but the target, so nothing says what to "
+            f"preserve there, e.g. {said.bare[0][:80]!r}"
+        )
+    if said.unused:
+        found.append(f"no caption contains {', '.join(repr(str(target)) for target in said.unused)}")
+    return found

@@ -79,7 +79,7 @@ class ReferenceHost:
         return batch["latents"], None
 
     def tokenize(self, text: str) -> Sequence[int]:
-        return self._model.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return self._model.tokenize(text)
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         with torch.autocast(self.accelerator.device.type, enabled=False):  # as the captions were

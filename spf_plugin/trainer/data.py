@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spf_plugin.core.coverage import coverage
+from spf_plugin.core import coverage
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.files import CAPTION_BYTES, read_text
@@ -80,29 +80,33 @@ def read_folder(folder: Path) -> list[Picture]:
     return pictures
 
 
-def check_targets(targets: Sequence[Target], captions: Sequence[str]) -> str | None:
-    """A sentence about captions without any target, or None if every caption has one.
+def check_targets(
+    targets: Sequence[Target],
+    captions: Sequence[str],
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+    limit: int = 0,
+) -> list[str]:
+    """What is learned of fewer images than it may seem, in the words of a run in sd-scripts.
+
+    Args:
+        targets: the run's.
+        captions: of every image.
+        tokenize: text -> token ids without begin, end and padding; None before the model is loaded.
+        limit: tokens of text that the text encoder takes.
 
     Raises:
-        SPFError: there is no target, or no caption contains one.
+        SPFError: there is no target, or nothing would be learned or preserved.
     """
     if not targets:
         raise SPFError(
             'no target. Say what the LoRA shall learn, as the captions say it: --target "blonde hair" '
             "(or --plain for a plain LoRA)."
         )
-    wanted, found = "|".join(map(str, targets)), coverage([((caption,), None) for caption in captions], targets)
-    if found.nothing:
-        raise SPFError(
-            f"the target {wanted!r} is in none of the {found.captions} captions. They most often say "
-            f"{found.said or 'nothing'}."
-        )
-    if found.without:
-        return (
-            f"{len(found.without)} of {found.captions} captions do not contain {wanted!r} and only preserve the base "
-            f"model, e.g. {found.without[0][:80]!r}"
-        )
-    return None
+    said = coverage.coverage([((caption,), None) for caption in captions], targets, tokenize, limit)
+    problems = coverage.problems(said, targets, limit)
+    if problems:
+        raise SPFError(problems)
+    return coverage.warnings(said, limit)
 
 
 @dataclass(frozen=True)

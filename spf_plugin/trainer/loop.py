@@ -186,9 +186,8 @@ def train(
     output.check_output(settings.out)
     pictures = read_folder(settings.data)
     if settings.spf is not None:
-        warning = check_targets(settings.spf.target, [picture.caption for picture in pictures])
-        if warning:
-            warn(warning)
+        captions = [picture.caption for picture in pictures]
+        check_targets(settings.spf.target, captions)  # what needs no tokenizer, before the model is loaded
     accelerator = _accelerator(settings)
     if settings.spf is not None:
         base = settings.spf.base
@@ -198,6 +197,9 @@ def train(
             raise SPFError(problems)
     progress("loading the model", 0, 1, {})
     model = load(settings.model, DTYPES[settings.mixed_precision])
+    if settings.spf is not None:
+        for warning in check_targets(settings.spf.target, captions, model.tokenize, model.text_limit):
+            warn(warning)
     resolution = settings.resolution or model.resolution
     if resolution < model.latent_scale or resolution % model.latent_scale:
         raise SPFError(f"--resolution {resolution}: must be a multiple of {model.latent_scale}.")

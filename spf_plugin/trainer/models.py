@@ -19,6 +19,7 @@ from spf_plugin.seam import Call
 
 FAMILIES = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
 SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL"
+TEXT_TOKENS = 77  # begin and end among them
 
 
 @dataclass
@@ -60,13 +61,25 @@ class BaseModel:
         """The side length in pixels that the model was made for."""
         return int(self.unet.config.sample_size) * self.latent_scale
 
+    @property
+    def text_limit(self) -> int:
+        """Tokens of text that the text encoder takes."""
+        return TEXT_TOKENS - 2  # begin and end
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        """Token ids without begin, end and padding."""
+        ids: Sequence[int] = self.tokenizers[0](
+            text, add_special_tokens=False, truncation=False, verbose=False
+        ).input_ids
+        return ids
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
         """What the UNet's cross-attention gets: `hidden` `[B, 77, E]`; for SDXL also `pooled` `[B, E2]`."""
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
-                list(prompts), padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+                list(prompts), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
             ).input_ids.to(next(encoder.parameters()).device)
             if self.family == "sdxl":
                 out = encoder(ids, output_hidden_states=True)

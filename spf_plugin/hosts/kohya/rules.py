@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spf_plugin.config import SPFConfig, split_words
-from spf_plugin.core.coverage import Coverage, coverage
+from spf_plugin.core import coverage
+from spf_plugin.core.coverage import Coverage
 from spf_plugin.core.prompt import Target, parse_targets, split
 from spf_plugin.hosts.kohya import cached_text
 from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image, dropped_targets
@@ -166,13 +167,13 @@ def look(
     if config is not None and not dropped:
         limit = getattr(args, "max_token_length", None) or ONE_CHUNK
         try:
-            said = coverage(list(_captions(images)), config.target, tokenize, limit)
+            said = coverage.coverage(list(_captions(images)), config.target, tokenize, limit)
         except ValueError as error:
             errors.append(f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}")
         else:
             errors += _target_problems(images, config, said, limit)
             errors += _dropout_problems(images)
-            warnings += _target_warnings(said, limit)
+            warnings += coverage.warnings(said, limit)
             warnings += _taken_warnings(images, config)
     return Found(errors, warnings)
 
@@ -266,24 +267,9 @@ def _target_problems(images: Sequence[Image], config: SPFConfig, said: Coverage,
         found.append(
             'no target. Say what the LoRA shall learn, as the captions say it: --network_args "spf_target=blonde hair"'
         )
-    elif said.captions and said.nothing:  # no captions: a data set of the user's own class, which gives them later
-        common = said.said or "nothing (captions are empty: check --caption_extension)"
-        wanted = "|".join(map(str, config.target))
-        found.append(
-            f"the target {wanted!r} occurs in none of the {said.captions} captions. They most often say {common}."
-        )
-    elif said.cut and len(said.cut) == said.with_target:
-        longer = "" if limit >= LONGEST_TEXT else f", or set --max_token_length {150 if limit < 150 else LONGEST_TEXT}"
-        found.append(
-            f"the target lies behind token {limit} in all {len(said.cut)} captions that say it, and is cut off. Move "
-            f"it to the front of the captions{longer}."
-        )
-    elif said.bare and len(said.bare) == said.with_target:
-        found.append(
-            f"all {len(said.bare)} captions that say the target say nothing else, so nothing says what to preserve. "
-            "Describe what else the images show: background, clothes, pose."
-        )
-    return found
+        return found
+    longer = "" if limit >= LONGEST_TEXT else f", or set --max_token_length {150 if limit < 150 else LONGEST_TEXT}"
+    return found + coverage.problems(said, config.target, limit, longer)
 
 
 def _dropout_problems(images: Sequence[Image]) -> list[str]:
@@ -325,29 +311,3 @@ def may_lose_target(image: Image, targets: Sequence[Target]) -> bool:
     """
     own = parse_targets(image.target) if image.target else targets
     return any(split(text, own).has_target and not split(left, own).has_target for text, left in image.taken)
-
-
-def _target_warnings(said: Coverage, limit: int) -> list[str]:
-    """What is learned of fewer images than it may seem, where anything is learned at all."""
-    found: list[str] = []
-    if said.nothing:
-        return found
-    if said.without:
-        examples = "; ".join(repr(caption[:80]) for caption in said.without[:3])
-        found.append(
-            f"{len(said.without)} of {said.captions} captions do not contain the target and only preserve the base "
-            f"model, e.g. {examples}"
-        )
-    if 0 < len(said.cut) < said.with_target:
-        found.append(
-            f"in {len(said.cut)} of {said.with_target} captions the target lies behind token {limit} and is cut off, "
-            f"e.g. {said.cut[0][:80]!r}: move it to the front"
-        )
-    if 0 < len(said.bare) < said.with_target:
-        found.append(
-            f"{len(said.bare)} of {said.with_target} captions say nothing but the target, so nothing says what to "
-            f"preserve there, e.g. {said.bare[0][:80]!r}"
-        )
-    if said.unused:
-        found.append(f"no caption contains {', '.join(repr(str(target)) for target in said.unused)}")
-    return found
