@@ -14,12 +14,8 @@ import torch
 
 from spf_plugin.lorafile import names, reader
 from spf_plugin.lorafile.names import BASES, Base, Resolved
-from spf_plugin.lorafile.record import KEY, Run
+from spf_plugin.lorafile.record import CONTINUED_WITH, KEY, Run
 
-#: In the metadata of a file whose alphas are not those that its training's arguments give: what plain sd-scripts needs
-#: to go on from it. `networks.lora` takes its scale from its arguments and no notice of a file's alphas, unless told.
-CONTINUED_WITH = "spf.continued_with"
-DIM_FROM_WEIGHTS = "--dim_from_weights"
 FP16_MAX = 65504.0
 
 AnyBase = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "unknown"]

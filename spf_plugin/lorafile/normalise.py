@@ -16,19 +16,11 @@ import torch
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import names
 from spf_plugin.lorafile.findings import refuse_damaged, some
-from spf_plugin.lorafile.inspect import (
-    CONTINUED_WITH,
-    DIM_FROM_WEIGHTS,
-    FP16_MAX,
-    Description,
-    algorithm,
-    describe,
-    dtype_name,
-    gather,
-)
+from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.metadata import as_strings, complete
 from spf_plugin.lorafile.names import Base, Module
+from spf_plugin.lorafile.record import CONTINUED_WITH, DIM_FROM_WEIGHTS
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"

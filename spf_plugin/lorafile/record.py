@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 KEY = "spf_run"  # in `ss_network_args`, beside the settings
+#: In the metadata of a file whose alphas are not those that its training's arguments give: what plain sd-scripts needs
+#: to go on from it. `networks.lora` takes its scale from its arguments and no notice of a file's alphas, unless told.
+CONTINUED_WITH = "spf.continued_with"
+DIM_FROM_WEIGHTS = "--dim_from_weights"
 
 # What a training batch was, and how a sentence says it.
 KINDS = {

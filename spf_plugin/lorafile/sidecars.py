@@ -16,7 +16,8 @@ from pathlib import Path
 from spf_plugin.core.prompt import parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.files import IMAGE_BYTES, read_bytes, read_json
-from spf_plugin.lorafile.inspect import CONTINUED_WITH, AnyBase, Contents, describe, network_args
+from spf_plugin.lorafile.inspect import AnyBase, Contents, describe, network_args
+from spf_plugin.lorafile.record import CONTINUED_WITH
 from spf_plugin.lorafile.writer import replacing
 
 # A1111's spelling of base models in the card; "Unknown" is never hidden.
