@@ -24,6 +24,8 @@ Reader = Callable[[Subset, Data], Iterator[Entry]]
 
 def size_of(path: Path) -> Size | None:
     """Width and height of an image, from its header; None where they cannot be read, or Pillow is missing."""
+    if not os.path.isfile(path):  # a pipe would block
+        return None
     try:
         from PIL import Image
 
