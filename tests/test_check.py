@@ -592,7 +592,12 @@ def test_every_rule_has_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.chdir(run.folder)
         spoil(run)
         said += stops_of_the_run(run)
-    elsewhere = ("trainer_problem", "_dit_problems", "by_encoding")  # of the run alone, as what the device says
+    elsewhere = (
+        "trainer_problem",
+        "_dit_problems",
+        "_noisy_text",
+        "by_encoding",
+    )  # of the run alone, as what the device says
     rules = [
         m
         for m in all_messages()
