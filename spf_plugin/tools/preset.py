@@ -12,8 +12,8 @@ from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import read_toml
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES
+from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools.check import family
-from spf_plugin.tools.check.family import MODELS
 from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY
 from spf_plugin.tools.check.source import DEFAULTS, unfolded
 from spf_plugin.tools.plan import OPTIMIZERS, Run

@@ -108,6 +108,7 @@ def look(
     trying: bool,
     stale: Callable[[Sequence[Image]], str | None] | None = None,
     tokenize: Callable[[str], Sequence[int]] | None = None,
+    limit: int | None = None,
 ) -> Found:
     """What would make a run wrong.
 
@@ -121,6 +122,7 @@ def look(
         trying: the output folder may be touched (`unwritable`).
         stale: finds cached text that is not the captions'; None looks at the files' times (`cached_text`).
         tokenize: text -> token ids without begin, end and padding; None where no tokenizer is at hand.
+        limit: tokens of text that are read; None: as many as CLIP reads with the host's `max_token_length`.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -162,7 +164,7 @@ def look(
     if config is not None:
         errors += _base_problems(args, config, device, dit)
     if config is not None and not dropped:
-        limit = getattr(args, "max_token_length", None) or ONE_CHUNK
+        limit = limit or getattr(args, "max_token_length", None) or ONE_CHUNK
         try:
             said = coverage(list(_captions(images)), config.target, tokenize, limit)
         except ValueError as error:
@@ -187,6 +189,11 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
         found.append(
             f"--pos_emb_random_crop_rate={args.pos_emb_random_crop_rate} puts the image somewhere else in every pass "
             "of the model, and SPF compares passes. Remove the option."
+        )
+    if getattr(args, "weighted_captions", False):
+        found.append(
+            "--weighted_captions: the trainers of transformers do not know attention weights. Remove the option, and "
+            "the weights from the captions."
         )
     if config is None:
         return found

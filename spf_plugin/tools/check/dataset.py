@@ -39,6 +39,8 @@ class Subset:
     token_warmup_min: int = 1
     cache_info: bool = False
     batch_size: int = 1
+    enable_bucket: bool = False
+    bucket_reso_steps: int = 64
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property

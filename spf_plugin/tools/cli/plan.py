@@ -13,9 +13,9 @@ from rich.table import Table
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
+from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools import plan as planning
 from spf_plugin.tools import preset as presets
-from spf_plugin.tools.check.family import MODELS
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 
