@@ -22,12 +22,7 @@ from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 DOES_NOT_FIT, MISTAKE = 1, 2
 
 
-class Model(str, Enum):
-    """Base model."""
-
-    sd1 = "sd1"
-    sd2 = "sd2"
-    sdxl = "sdxl"
+Model = Enum("Model", {name: name for name in presets.PLANNED}, type=str)  # type: ignore[misc]
 
 
 def _print(console: Console, run: Run, found: Prediction, notes: list[str]) -> None:
