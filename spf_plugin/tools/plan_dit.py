@@ -1,9 +1,9 @@
 """What `plan` knows of the diffusion transformers: sizes by their layout, activations and operations tracked once.
 
 Tracked as the UNets' are (`benchmarks.tracking`), on the host's own classes in full size (48d368fa), with its own
-network of rank 16 at 1024 px, bf16, its default text lengths: a plain step (`python -m tests.hosts.full_size HOST
-anima`). What SPF adds to it is arithmetic: one more forward pass, and the queries of three blocks, of the reference and
-of the step. Nothing was measured on a GPU.
+network of rank 16 at 1024 px, bf16, its default text lengths (HunyuanImage: 128 words and 128 glyphs): a plain step
+(`python -m tests.hosts.full_size HOST anima`). What SPF adds to it is arithmetic: one more forward pass, and the
+queries of three blocks, of the reference and of the step. Nothing was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ TRANSFORMERS = {
     ),
     "chroma": Transformer(
         parameters=8_899_983_424, lora=3_502_080, blocks=226_545_152, swappable=35, width=3072, patch=16,
-        checkpointed=2_450_661_888, kept=31_715_198_464, recomputed=3.111, once=2.111, fp8="fp8_base",
+        checkpointed=2_445_942_272, kept=31_710_478_848, recomputed=3.111, once=2.111, fp8="fp8_base",
     ),
     "lumina": Transformer(
         parameters=2_609_771_456, lora=1_651_776, blocks=87_312_576, swappable=24, width=2304, patch=16,
@@ -98,6 +98,6 @@ TRANSFORMERS = {
     ),
     "hunyuan_image": Transformer(
         parameters=17_425_795_520, lora=5_877_760, blocks=423_980_544, swappable=37, width=3584, patch=32,
-        checkpointed=1_027_595_264, kept=14_376_949_760, recomputed=2.994, once=2.001, fp8="fp8_scaled",
+        checkpointed=942_804_992, kept=12_912_633_856, recomputed=2.990, once=1.998, fp8="fp8_scaled",
     ),
 }  # fmt: skip
