@@ -179,6 +179,7 @@ def install(folder: Path, *, dry: bool) -> None:
                 os.replace(partial, target)
             except OSError as error:
                 raise Stop(f"{target} was not written: {error.strerror or error}. Is the folder yours?") from None
+    print(f"trainers: {', '.join(trainers(folder))}")
     preset = quoted(ROOT / "presets" / "sd15-8gb.toml")
     more = " " if os.name == "nt" else " \\\n      "  # cmd.exe and PowerShell continue lines in different ways
     print(
@@ -188,6 +189,14 @@ def install(folder: Path, *, dry: bool) -> None:
         f'--network_module spf_plugin.lora --network_args "spf_target=blonde hair"{more}'
         "--train_data_dir DATA --output_dir OUT --output_name NAME"
     )
+
+
+def trainers(folder: Path) -> list[str]:
+    """The LoRA trainers of an sd-scripts folder that SPF knows, with what they train."""
+    from spf_plugin.hosts.kohya.scripts import SCRIPTS  # lies beside this file, and needs no package
+
+    known = [script for script in SCRIPTS if script.supported and (folder / script.file).is_file()]
+    return [f"{script.file} ({', '.join(script.models.values())})" for script in known]
 
 
 def quoted(path: Path) -> str:

@@ -27,8 +27,10 @@ from benchmarks.cases import (
 )
 from benchmarks.steps import STEPS, Setup
 from spf_plugin.config import SPFConfig
+from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools import plan, preset
 from spf_plugin.tools.plan import LORA_BYTES, OPTIMIZERS, aligned_share
+from spf_plugin.tools.plan_dit import RANK, SIDE, TRANSFORMERS
 
 MIB = 2**20
 TEMPLATE = Path(__file__).with_name("cost_template.md")
@@ -267,6 +269,8 @@ def _presets() -> list[list[str]]:
     lines = []
     for path in sorted(PRESETS.glob("sd*-*gb.toml")):
         run, _ = preset.read(path)
+        if run.transformer is not None:  # SD3
+            continue
         found = plan.predict(run)
         card = int(path.stem.rsplit("-", 1)[1].removesuffix("gb"))
         step = found.parts["activations and gradients"]
@@ -281,6 +285,28 @@ def _presets() -> list[list[str]]:
                 f"{card} GB " + ("holds" if found.peak <= card * plan.GIB else "**does not hold**"),
             ]
         )
+    return lines
+
+
+def _transformers() -> list[list[str]]:
+    """Plain steps of the transformers, tracked on the host's classes, and what SPF adds, by `plan_dit`."""
+    lines = []
+    for model, of in TRANSFORMERS.items():
+        for checkpointing in (True, False):
+            run = plan.Run(model, SIDE, SIDE, rank=RANK, checkpointing=checkpointing, optimizer="AdamW8bit")
+            plain, spf = plan.predict(run), plan.predict(replace(run, spf=SPFConfig()))
+            peak = plain.parts["activations and gradients"]
+            lines.append(
+                [
+                    MODELS[model] + ("" if checkpointing else ", no checkpointing"),
+                    f"{peak / MIB:.0f} MB",
+                    f"{(plain.peak - plan.CONTEXT) / MIB:.0f} MB",
+                    f"+{(spf.peak - plain.peak) / MIB:.0f} MB",
+                    f"{(spf.peak - plan.CONTEXT) / (plain.peak - plan.CONTEXT):.3f}",
+                    f"{1 + of.more_work(checkpointing=checkpointing):.3f}",
+                    f"{spf.flop_ratio:.3f}",
+                ]
+            )
     return lines
 
 
@@ -312,6 +338,7 @@ def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping
         lines += _markdown(other_head, other_rows)
     head = ["", "first step of a pair, FLOPs at most 1.35", "a whole run, at most 1.20", "memory, at most 1.03"]
     weights_head = ["", "frozen UNet", "UNet", "plain step's peak", "SPF step's peak", "SPF with weights", "SPF step"]
+    transformers_head = ["", "plain step's peak", "with weights", "SPF", "memory", "first step's FLOPs", "a run's"]
     preset_head = ["preset", "weights and optimizer", "step, tracked", "assumed", "together", "card"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         command=command,
@@ -323,6 +350,7 @@ def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping
         ways="\n".join(_markdown(["", "", "FLOPs", "memory"], _ways(records))),
         weights="\n".join(_markdown(weights_head, _weights(records))),
         unsaved=_unsaved(records),
+        transformers="\n".join(_markdown(transformers_head, _transformers())),
         presets="\n".join(_markdown(preset_head, _presets())),
         context=plan.gib(plan.CONTEXT),
         share=f"{aligned_share(SPFConfig(), STEPS):.2f}",

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import toml
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 LOSSES = ("text_consistent", "fine_grained", "output")
 CAPTIONS = [
@@ -83,6 +85,12 @@ def good(folder: Path) -> Run:
         max_train_steps=1000,
     )
     return run
+
+
+def anima(run: Run, **options: object) -> None:
+    """The run becomes one of Anima."""
+    files = {"pretrained_model_name_or_path": "a.safetensors", "qwen3": "q.safetensors", "vae": "v.safetensors"}
+    run.set(**{**files, **options})
 
 
 def _subset(line: str = "", general: str = "") -> str:
@@ -269,12 +277,40 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, network_train_unet_only=None)),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs_to_disk=True, shuffle_caption=True)),
     (
-        "sdxl-only",
+        "other-trainer",
         "warning",
         lambda r: r.set(
             cache_text_encoder_outputs=True, shuffle_caption=True, pretrained_model_name_or_path="v1-5-pruned.ckpt"
         ),
     ),
+    ("other-trainer", "warning", lambda r: r.set(pretrained_model_name_or_path="v1-5-pruned.ckpt", blocks_to_swap=8)),
+    ("other-trainer", "warning", lambda r: anima(r, guidance_scale=1.0)),
+    ("unused-option", "warning", lambda r: anima(r, min_snr_gamma=5.0)),
+    ("unused-option", "warning", lambda r: anima(r, fp8_base=True)),
+    ("bucket-steps", "error", lambda r: anima(r, enable_bucket=True, bucket_reso_steps=24)),
+    (
+        "bucket-steps",
+        "error",
+        lambda r: (
+            r.dataset(_subset(general="enable_bucket = true\nbucket_reso_steps = 32")),
+            r.set(pretrained_model_name_or_path="v1-5-pruned.ckpt"),
+        ),
+    ),
+    (
+        "no-part",
+        "error",
+        lambda r: (
+            save_file({"llm_adapter.x": torch.zeros(1)}, r.folder / "m.safetensors"),
+            r.set(pretrained_model_name_or_path="m.safetensors", vae="v.safetensors"),
+        ),
+    ),
+    ("other-model", "error", lambda r: anima(r, gemma2="g.safetensors")),
+    ("other-model", "error", lambda r: r.set(text_encoder="t.safetensors", byt5="b.safetensors", vae="v.safetensors")),
+    ("cached-text", "error", lambda r: anima(r, cache_text_encoder_outputs=True, shuffle_caption=True)),
+    ("cached-text", "error", lambda r: anima(r, cache_text_encoder_outputs=True, network_train_unet_only=None)),
+    ("stops", "error", lambda r: anima(r, weighted_captions=True)),
+    ("stops", "error", lambda r: anima(r, unsloth_offload_checkpointing=True)),
+    ("stops", "error", lambda r: anima(r, network_args=["spf_target=blonde hair", "spf_response=anchor"])),
     ("caption-dropout", "warning", lambda r: r.set(caption_dropout_rate=0.5)),
     ("never-aligned", "error", lambda r: r.args("spf_target=blonde hair", "spf_stage2_start=1000")),
     ("no-network", "warning", lambda r: r.args("spf_target=blonde hair", "spf_network=lycorris.kohya")),

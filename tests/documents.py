@@ -14,7 +14,7 @@ PAGES = sorted(
 )
 PROGRAMS = ("spf", "python", "pip", "pytest", "accelerate", "git", "export", "uv")
 #: What a reader fills in, where a command line insists on a number or one of several words.
-_FILLED_IN = {"GB": "12", "kohya|diffusers|peft": "kohya"}
+_FILLED_IN = {"GB": "12", "kohya|diffusers|peft|comfyui": "kohya"}
 
 
 @dataclass(frozen=True)

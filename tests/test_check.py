@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import toml
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 from typer.testing import CliRunner
 
@@ -26,16 +27,18 @@ from spf_plugin.config import parse, split_words
 from spf_plugin.errors import SPFError
 from spf_plugin.families.unet import UNet
 from spf_plugin.hosts.kohya.loop import KohyaHost
+from spf_plugin.hosts.kohya.scripts import SCRIPTS, named
+from spf_plugin.hosts.kohya.trainers import DITS
 from spf_plugin.text import TextSide
-from spf_plugin.tools.check import borders, tokens
-from spf_plugin.tools.check.host_options import CHOICES, LISTS, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
+from spf_plugin.tools.check import borders, family, tokens
+from spf_plugin.tools.check.host_options import CHOICES, LISTS, OF_SCRIPT, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
 from spf_plugin.tools.check.run import Report, check
 from spf_plugin.tools.check.sets import together
 from spf_plugin.tools.check.source import parse_words
 from spf_plugin.tools.check.spelling import kind_of
 from spf_plugin.tools.cli import check as cli_check
 from spf_plugin.tools.cli.check import app
-from tests.check_sets import CAPTIONS, MISTAKES, Run, everything, good
+from tests.check_sets import CAPTIONS, MISTAKES, Run, anima, everything, good
 from tests.hosts.conftest import HOSTS, LAUNCHER
 from tests.messages import all_messages
 
@@ -609,6 +612,83 @@ def test_every_rule_has_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [message.text for message in rules if not any(map(message.made, said))] == []
 
 
+# -- trainers of diffusion transformers -------------------------------------------------------------------------------
+
+
+def test_the_trainer_is_found(run: Run) -> None:
+    anima = {"qwen3": "q.safetensors", "vae": "v.safetensors"}
+    assert check(run.config, {}).limit == 75
+    assert check(run.config, anima).limit == 511
+    assert check(run.config, {**anima, "t5_max_token_length": 100}).limit == 99
+    run.config.write_text(run.config.read_text() + "# accelerate launch anima_train_network.py\n")
+    run.set(pretrained_model_name_or_path="model.safetensors")
+    run.config.write_text(run.config.read_text() + "# accelerate launch anima_train_network.py\n")
+    assert check(run.config, {}).limit == 511
+    assert check(run.config, {}, script=named("sdxl_train_network.py")).limit == 75
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_the_script_may_come_first_as_on_the_line_that_starts_it(run: Run, script: Any) -> None:
+    run.set(**{part: f"{part}.safetensors" for part in script.parts})
+    words = [f"sd-scripts/{script.file}", str(run.config), "--tokenizer", "none"]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    known = not script.is_dit or script.trainer in DITS
+    assert ("ready to train" in result.output) == (known and script.name != "flux_train_network"), result.output
+    assert f"{script.text_limit(SimpleNamespace())} fit" in result.output
+    assert known or f"this is a run of {script.file}" in result.output
+    unknown = CliRunner().invoke(app, [*words, "--nothing", "1"])
+    assert unknown.exit_code == 2
+    assert f"--nothing is no option of {script.file}" in unknown.stderr
+
+
+def test_every_transformer_lacks_what_it_is_not_told(run: Run) -> None:
+    for script in SCRIPTS:
+        report = check(run.config, {}, script=script)
+        missing = [f.message for f in report.findings if f.code == "no-part"]
+        assert bool(missing) == bool(script.parts and script.supported), script.name
+        assert all(part in missing[0] for part in script.parts if missing)
+
+
+def test_a_model_of_another_trainer(run: Run) -> None:
+    write_header(run.folder / "model.safetensors", "net.blocks.0.cross_attn.q_proj.weight", "net.llm_adapter.x.weight")
+    run.set(pretrained_model_name_or_path=str(run.folder / "model.safetensors"))
+    report = check(run.config, {}, script=named("sdxl_train_network"))
+    (found,) = [f for f in report.findings if f.code == "other-model"]
+    assert found.message.endswith("is a model of Anima, and sdxl_train_network.py trains SDXL")
+    assert "anima_train_network.py" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("anima", "llm_adapter.blocks.0.cross_attn.q_proj.weight"),
+        ("sd3", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
+        ("flux", "double_blocks.0.img_attn.qkv.weight"),
+        ("chroma", "distilled_guidance_layer.in_proj.weight"),
+        ("lumina", "noise_refiner.0.attention.qkv.weight"),
+        ("hunyuan_image", "byt5_in.layernorm.weight"),
+    ],
+)
+def test_a_file_says_what_it_is(tmp_path: Path, model: str, key: str) -> None:
+    also = ["double_blocks.0.img_attn.qkv.weight"] if model == "chroma" else []
+    write_header(tmp_path / "m.safetensors", key, *also)
+    assert family.of_model(str(tmp_path / "m.safetensors")) == model
+
+
+def test_cached_text_of_a_transformer_that_is_older_than_its_caption(run: Run) -> None:
+    anima(run, cache_text_encoder_outputs_to_disk=True)
+    cache = run.images / "p0_anima_te.npz"
+    cache.write_bytes(b"x")
+    os.utime(cache, (1, 1))
+    (found,) = [f.message for f in look(run).findings if f.level == "error"]
+    assert "p0_anima_te.npz" in found
+    assert "Delete the *_anima_te.npz files" in found
+
+
+def write_header(path: Path, *names: str) -> None:
+    save_file({name: torch.zeros(2, 2) for name in names}, path)
+
+
 # -- against the real host --------------------------------------------------------------------------------------------
 
 ASK = """
@@ -618,7 +698,7 @@ from types import SimpleNamespace
 sys.path[:0] = [{tests!r}, {host!r}]
 import launcher
 launcher.prepare(Path({host!r}))
-import sdxl_train_network, train_network
+import importlib, sdxl_train_network, train_network
 from library import config_util, train_util
 try:
     from library import strategy_base, strategy_sd
@@ -627,8 +707,26 @@ try:
 except ImportError:
     pass
 parsers = [train_network.setup_parser(), sdxl_train_network.setup_parser()]
-actions = [{{a.dest: [a.nargs, a.option_strings, getattr(a.type, "__name__", None), a.choices and list(a.choices)]
-    for a in p._actions}} for p in parsers]
+actions = {{script: {{a.dest: [a.nargs, a.option_strings, getattr(a.type, "__name__", None),
+        a.choices and list(a.choices), a.default] for a in importlib.import_module(script).setup_parser()._actions}}
+    for script in {scripts!r} if Path({host!r}, script + ".py").is_file()}}
+from unittest.mock import MagicMock
+def asked(script, **options):
+    # What the trainer asks of a data set before it trains, and whether it would stop.
+    module = importlib.import_module(script)
+    args = module.setup_parser().parse_args([])
+    vars(args).update(options)
+    data = MagicMock()
+    trainer = getattr(module, {trainers!r}[script])()
+    groups = (data, None) if hasattr(trainer, "process_batch") else (data,)
+    try:
+        trainer.assert_extra_args(args, *groups)
+        stops = False
+    except AssertionError:
+        stops = True
+    return [max([call.args[0] for call in data.verify_bucket_reso_steps.call_args_list], default=0),
+            [dict(call.kwargs) for call in data.is_text_encoder_output_cacheable.call_args_list], stops]
+facts = {{script: [asked(script), asked(script, cache_text_encoder_outputs=True)] for script in actions}}
 taken = []
 given = sdxl_train_network.setup_parser()
 for action in given._actions:
@@ -667,7 +765,7 @@ for config in {configs!r}:
         answers.append(sorted(rows))
     except BaseException as error:
         answers.append(f"{{type(error).__name__}}: {{error}}")
-print("ANSWER" + json.dumps({{"actions": actions, "taken": taken, "answers": answers}}, default=str))
+print("ANSWER" + json.dumps({{"actions": actions, "taken": taken, "answers": answers, "facts": facts}}, default=str))
 """
 #: Command lines of every kind of option, and what argparse has special rules for.
 LINES = [
@@ -691,19 +789,34 @@ def compare_options(answer: dict[str, Any], newest: bool) -> None:
     """Every option of the host is known, with what it takes, and every line is read or refused as the host does."""
     names = {None: "switch", "Path": "str", "int_or_float": "whole_or_number"}
     known: set[str] = set()
-    for actions in answer["actions"]:
-        for name, (nargs, spellings, kind, choices) in actions.items():
+    of_trainer = answer["actions"]
+    for actions in of_trainer.values():
+        for name, (nargs, spellings, kind, choices, _) in actions.items():
             if name == "help":
                 continue
             known.add(name)
             assert spellings == [f"--{name}"]
             assert nargs == (0 if name in SWITCHES else "*" if name in LISTS else None) or (name, newest) == LATER, name
-            assert names.get(kind, kind) == (TYPES[name].__name__ if name in TYPES else "switch"), name
+            if kind or not choices:  # a choice without a type is a text
+                assert names.get(kind, kind) == (TYPES[name].__name__ if name in TYPES else "switch"), name
             assert set(choices or ()) - {None} <= set(CHOICES.get(name, ())), name
             assert bool(choices) == (name in CHOICES), name
-    assert known == OPTIONS if "train_inpainting" in known else known < OPTIONS  # v0.11 has them all
-    train, sdxl = answer["actions"]
-    assert set(sdxl) - set(train) == set(SDXL_ONLY)
+    latest = "train_inpainting" in known
+    assert known == OPTIONS if latest else known < OPTIONS  # v0.11 has them all
+    assert set(of_trainer["sdxl_train_network"]) - set(of_trainer["train_network"]) == set(SDXL_ONLY)
+    for script in SCRIPTS:
+        mine = set(of_trainer.get(script.name, ())) - {"help"}
+        assert mine == OF_SCRIPT[script.name] if latest else mine <= OF_SCRIPT[script.name], script.name
+        if mine:
+            (steps, _, stops), (_, cacheable, stops_cached) = answer["facts"][script.name]
+            assert (steps, stops) in ((script.bucket_steps, False), (64, newest)), script.name  # v0.9.1: 64 for SDXL
+            assert cacheable in ([{"cache_supports_dropout": True}] if script.drops_cached else [{}], []), script.name
+            # HunyuanImage does not stop for it, and trains no text encoder
+            cached = script.name == "hunyuan_image_train_network" or script.name == "train_network"
+            assert stops_cached != script.trains_cached or cached, script.name
+        option, default = script.text
+        if mine and script.is_dit and option:  # what is None there is the default of a tokenize strategy
+            assert of_trainer[script.name][option][-1] in (default, None)
     for line, theirs in zip(LINES, answer["taken"], strict=True):
         try:
             ours = parse_words(line)
@@ -758,6 +871,8 @@ def test_the_host_reads_the_same(tmp_path: Path, host: Path, monkeypatch: pytest
         folder=str(tmp_path),
         configs=[str(r.config) for r in runs],
         lines=LINES,
+        scripts=[script.name for script in SCRIPTS],
+        trainers={script.name: script.trainer for script in SCRIPTS},
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert "ANSWER" in done.stdout, done.stderr[-3000:]

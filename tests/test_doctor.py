@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from spf_plugin.hosts.kohya.scripts import SCRIPTS
+from spf_plugin.hosts.kohya.trainers import DITS
 from spf_plugin.tools import doctor
 from spf_plugin.tools.cli import doctor as command
 from spf_plugin.tools.doctor import Doctor, Package
@@ -119,7 +121,7 @@ def test_without_torch(tmp_path: Path) -> None:
     assert state["torch"] == {"name": "torch", "version": "", "error": ""}
     assert state["typer"]["version"]
     assert "torch is needed: not installed" in answer["problems"]
-    assert answer["host"]["train_network.py"] == "SPF fits"
+    assert answer["host"]["train_network.py"] == "SPF fits (SD 1.x, SD 2.x)"
 
 
 def page(found: Doctor, monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> str:
@@ -198,12 +200,27 @@ def test_real_checkouts(host: Path) -> None:
     assert not problems
     assert "SPF fits" in said["train_network.py"]
     assert "SPF fits" in said["sdxl_train_network.py"]
-    if (host / "flux_train_network.py").exists():
-        assert "SPF fits" in said["flux_train_network.py"]
-        assert "sdxl" not in said.get("refused", "")
+    for script in SCRIPTS:
+        if script.is_dit and (host / script.file).is_file():
+            fits = script.trainer in DITS
+            assert (script.name.removesuffix("_train_network") in said.get("refused", "")) != fits
+            assert not fits or next(iter(script.models.values())) in said[script.file]
     spec = importlib.util.spec_from_file_location("install", ROOT / "install.py")
     assert spec is not None
     assert spec.loader is not None
     install = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(install)
     assert install.check_host(host)  # the installer takes it too
+    supported = [script.file for script in SCRIPTS if script.supported and (host / script.file).is_file()]
+    assert [line.split()[0] for line in install.trainers(host)] == supported
+
+
+def test_a_transformers_network_that_is_missing_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "networks").mkdir()
+    (tmp_path / "networks" / "lora.py").write_text("", encoding="utf-8")
+    methods = "".join(f"    def {name}(self): ...\n" for name in ("call_unet", "process_batch"))
+    (tmp_path / "train_network.py").write_text(f"class NetworkTrainer:\n{methods}", encoding="utf-8")
+    anima = "import train_network\nclass AnimaNetworkTrainer(train_network.NetworkTrainer):\n    def x(self): ...\n"
+    (tmp_path / "anima_train_network.py").write_text(anima, encoding="utf-8")
+    (problem,) = doctor.look_at_host(tmp_path)[2]
+    assert problem == "anima_train_network.py: networks/lora_anima.py, which makes its LoRA, is missing"

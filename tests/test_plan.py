@@ -25,6 +25,7 @@ from tests import test_attachment as attachment_tests
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {"sd15-6gb": 6, "sd15-8gb": 8, "sd21-8gb": 8, "sdxl-8gb": 8, "sdxl-12gb": 12, "sdxl-24gb": 24}
+DIT_PRESETS = ("anima", "sd3", "flux", "chroma", "lumina", "hunyuan")  # test_plan_dits
 GOOD = """
 pretrained_model_name_or_path = "sd_xl_base_1.0.safetensors"
 resolution = "1024,1024"
@@ -49,8 +50,8 @@ def preset(folder: Path, text: str = GOOD, **changes: str) -> Path:
 
 
 def test_every_preset_is_here() -> None:
-    unknown = {"anima-12gb", "sd35m-12gb", "flux-12gb", "flux-24gb", "chroma-24gb"}  # no figures for transformers
-    assert {path.stem for path in (ROOT / "presets").glob("*.toml")} == {*PRESETS, *unknown, "dataset"}
+    transformers = {path.stem for path in (ROOT / "presets").glob("*.toml") if path.stem.startswith(DIT_PRESETS)}
+    assert {path.stem for path in (ROOT / "presets").glob("*.toml")} == {*PRESETS, *transformers, "dataset"}
 
 
 @pytest.mark.parametrize(("name", "card"), PRESETS.items())
@@ -266,7 +267,7 @@ def test_a_guess_is_said_to_be_one(tmp_path: Path) -> None:
     path = preset(tmp_path, pretrained_model_name_or_path='"anime_xl.safetensors"')
     code, text = call(path)
     assert code == 0
-    assert "SDXL is guessed from the model's name, anime_xl. If it is another: --model sd1, sd2 or sdxl." in text
+    assert "SDXL is guessed from the model's name, anime_xl. If it is another: --model sd1, sd2, sdxl, anima" in text
     values = json.loads(call(path, "--json")[1])
     assert values["model"] == "sdxl"
     assert "guessed" in values["notes"][0]
@@ -338,7 +339,7 @@ def test_without_fused_attention_nothing_is_promised(tmp_path: Path) -> None:
         ({"network_args": '["spf_target=blonde", "hair"]'}, "stray word"),
         ({"fp8_base": "true", "network_args": '["spf_base=nf4"]'}, "leave one of them out"),
         ({"fp8_base": "true", "gradient_checkpointing": "false"}, "saves nothing"),
-        ({"pretrained_model_name_or_path": '"mine.safetensors"'}, "--model sd1, sd2 or sdxl"),
+        ({"pretrained_model_name_or_path": '"mine.safetensors"'}, "--model sd1, sd2, sdxl, "),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict[str, str], words: str) -> None:

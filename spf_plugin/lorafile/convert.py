@@ -1,4 +1,5 @@
-"""Kohya naming to diffusers' or peft's, done by the diffusers library. Imports diffusers only when called."""
+"""Kohya naming to diffusers' or peft's, done by the diffusers library (imported only when called), or, of the
+transformers, by the tables of `dit_names`."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import names
+from spf_plugin.lorafile import dit_names, names
 from spf_plugin.lorafile.findings import some
-from spf_plugin.lorafile.inspect import describe, gather
+from spf_plugin.lorafile.inspect import Description, Group, describe, gather
 
 
 def to_diffusers(
@@ -29,16 +30,19 @@ def to_diffusers(
     Raises:
         SPFError: diffusers or peft is missing, or the file holds more than plain LoRA for SD1, SD2 or SDXL.
     """
+    description = describe(gather(state_dict.items(), {}))
+    if description.base == "anima":
+        return _anima(state_dict, description, peft=peft, notes=notes)
     try:
         from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
         from diffusers.utils.state_dict_utils import StateDictType, convert_unet_state_dict_to_peft
     except ImportError as error:
         raise SPFError(f"This conversion needs diffusers and peft ({error}): pip install diffusers peft") from None
-    description = describe(gather(state_dict.items(), {}))
-    odd = [g.name for g in description.groups if g.algorithm != "LoRA" or "dora_scale" in g.keys or not g.resolved]
+    odd = _odd(description)
     if odd or description.base not in ("sd1", "sd2", "sdxl"):
-        raise SPFError(f"Only plain LoRA for SD1, SD2 and SDXL can be converted; {some(odd)} is not.")
+        what = some(odd) or names.BASE_LABEL[description.base]
+        raise SPFError(f"Only plain LoRA for SD1, SD2, SDXL and Anima can be converted; {what} is not.")
     plain: dict[str, torch.Tensor] = {}
     rounded = 0
     for group in description.groups:
@@ -46,13 +50,11 @@ def to_diffusers(
         module = group.resolved.module
         prefix = names.kohya_prefix("sdxl" if module.component == "te2" else "sd1", module.component)
         name = f"{prefix}_{module.path.replace('.', '_')}"
-        down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
-        alpha = float(state_dict[group.keys["alpha"]]) if "alpha" in group.keys else float(down.shape[0])
-        exact = up.double() * (alpha / down.shape[0])
-        plain[f"{name}.lora_down.weight"], plain[f"{name}.lora_up.weight"] = down, exact.to(up.dtype)
-        rounded += not bool((plain[f"{name}.lora_up.weight"].double() == exact).all())
-    if rounded and notes is not None:
-        notes.append(f"alpha / rank multiplied into {rounded} modules, rounded to the file's dtype")
+        down = state_dict[group.keys["lora_down.weight"]]
+        scaled, exact = _scaled(state_dict, group)
+        plain[f"{name}.lora_down.weight"], plain[f"{name}.lora_up.weight"] = down, scaled
+        rounded += not exact
+    _say_rounded(rounded, notes)
     converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(plain)
     unet = {key: t for key, t in converted.items() if key.startswith("unet.")}
     text = {key: t for key, t in converted.items() if not key.startswith("unet.")}
@@ -66,3 +68,61 @@ def to_diffusers(
         attention = convert_state_dict_to_peft(attention, original_type=StateDictType.DIFFUSERS_OLD)
         text |= convert_state_dict_to_diffusers(attention, original_type=StateDictType.PEFT)
     return {**unet, **text}
+
+
+def to_comfyui(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a kohya LoRA of a transformer to the names that ComfyUI maps for every model, ``diffusion_model.PATH``;
+    alphas and text encoders stay.
+
+    Raises:
+        SPFError: a module that the model's table does not have, or a LoRA for SD1, SD2 or SDXL, which needs none of it.
+    """
+    description = describe(gather(state_dict.items(), {}))
+    if description.base not in dit_names.DIT_BASES:
+        raise SPFError("ComfyUI reads kohya's names of this model: spf lora convert --to kohya is what you want.")
+    out: dict[str, torch.Tensor] = {}
+    for group in description.groups:
+        if group.resolved is None:
+            raise SPFError(f"{group.name} is no module of {names.BASE_LABEL[description.base]} that is known here.")
+        module = group.resolved.module
+        name = f"diffusion_model.{module.sgm}" if module.component == "unet" else group.name
+        out |= {f"{name}.{suffix}": state_dict[key] for suffix, key in group.keys.items()}
+    return out
+
+
+def _odd(description: Description) -> list[str]:
+    return [g.name for g in description.groups if g.algorithm != "LoRA" or "dora_scale" in g.keys or not g.resolved]
+
+
+def _scaled(state_dict: Mapping[str, torch.Tensor], group: Group) -> tuple[torch.Tensor, bool]:
+    """The up factor times alpha / rank, in its own dtype, and whether that is exact."""
+    down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
+    alpha = float(state_dict[group.keys["alpha"]]) if "alpha" in group.keys else float(down.shape[0])
+    exact = up.double() * (alpha / down.shape[0])
+    scaled = exact.to(up.dtype)
+    return scaled, bool((scaled.double() == exact).all())
+
+
+def _say_rounded(rounded: int, notes: list[str] | None) -> None:
+    if rounded and notes is not None:
+        notes.append(f"alpha / rank multiplied into {rounded} modules, rounded to the file's dtype")
+
+
+def _anima(
+    state_dict: Mapping[str, torch.Tensor], description: Description, *, peft: bool, notes: list[str] | None
+) -> dict[str, torch.Tensor]:
+    """With `peft` the checkpoint's paths, which ComfyUI reads too, else those of diffusers' pipeline."""
+    odd = _odd(description) + [g.name for g in description.groups if g.resolved and g.resolved.module.group == "text"]
+    if odd:
+        raise SPFError(f"diffusers loads plain LoRA of Anima's transformer only; {some(odd)} is not.")
+    out: dict[str, torch.Tensor] = {}
+    rounded = 0
+    for group in description.groups:
+        assert group.resolved is not None
+        module = group.resolved.module
+        name = f"diffusion_model.{module.sgm}" if peft else dit_names.diffusers_name("anima", module)
+        scaled, exact = _scaled(state_dict, group)
+        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = state_dict[group.keys["lora_down.weight"]], scaled
+        rounded += not exact
+    _say_rounded(rounded, notes)
+    return out

@@ -19,8 +19,6 @@ _MERGE = "use A1111, Forge or ComfyUI, or convert it to a LoRA with LyCORIS"
 
 def diffusers(contents: Contents, description: Description) -> list[Finding]:
     """What diffusers does with the file."""
-    if description.base == "sd3":
-        return [Finding("fail", "base", "diffusers converts no kohya LoRA for SD3.", "use ComfyUI")]
     other = f.unlisted(description)
     if other is not None:
         return other

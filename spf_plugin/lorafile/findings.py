@@ -265,12 +265,12 @@ def other_kind(description: Description) -> tuple[str, str]:
 
 
 def unlisted(description: Description) -> list[Finding] | None:
-    """Answer for bases without a name table."""
-    if description.base in ("sd3", "flux"):
-        return [Finding("note", "base", f"{BASE_LABEL[description.base]} names are not checked here.")]
+    """Answer where no table has the names."""
     if description.base == "unknown":
         kind, use = other_kind(description)
         if kind:
             return [Finding("fail", "no-lora", f"This is {kind}: nothing is applied.", use)]
-        return [Finding("fail", "names", "No name in the file belongs to SD1, SD2 or SDXL: nothing is applied.")]
+        return [
+            Finding("fail", "names", "No name in the file belongs to a model that is known here: nothing is applied.")
+        ]
     return None

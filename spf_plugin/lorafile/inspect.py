@@ -12,13 +12,12 @@ from typing import Literal
 
 import torch
 
-from spf_plugin.lorafile import names, reader
-from spf_plugin.lorafile.names import BASES, Base, Resolved
+from spf_plugin.lorafile import dit_names, names, reader
+from spf_plugin.lorafile.names import BASES, AnyBase, Base, Resolved
 from spf_plugin.lorafile.record import CONTINUED_WITH, KEY, Run
 
 FP16_MAX = 65504.0
 
-AnyBase = Literal["sd1", "sd2", "sdxl", "sd3", "flux", "unknown"]
 Format = Literal["kohya", "diffusers", "peft"]
 
 # Key suffix -> (canonical suffix, format). Longest first, because "lora.up.weight" ends with "up.weight".
@@ -212,7 +211,7 @@ class Description:
 
     @property
     def components(self) -> Counter[str]:
-        """unet, te1, te2, other -> number of modules."""
+        """unet (or transformer), te1, te2, te3, other -> number of modules."""
         return Counter(g.resolved.module.component if g.resolved else "other" for g in self.groups)
 
 
@@ -248,10 +247,8 @@ def metadata_base(metadata: Mapping[str, str]) -> AnyBase:
     architecture = metadata.get("modelspec.architecture", "")
     if version.startswith("sdxl_") or architecture.startswith("stable-diffusion-xl"):
         return "sdxl"
-    if version.startswith("flux") or architecture.startswith("flux"):
-        return "flux"
-    if architecture.startswith("stable-diffusion-3"):
-        return "sd3"
+    if transformer := dit_names.told_by(version, architecture):
+        return transformer
     if metadata.get("ss_v2") == "True" or version.startswith("sd_v2") or architecture.startswith("stable-diffusion-v2"):
         return "sd2"
     if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1"):
@@ -273,21 +270,19 @@ def _group(contents: Contents) -> dict[str, tuple[dict[str, str], Format]]:
 def _detect_base(contents: Contents, grouped: Mapping[str, tuple[dict[str, str], Format]]) -> tuple[AnyBase, str]:
     """Base by shapes, then names, then metadata."""
     told = metadata_base(contents.metadata)
-    flat = [name.replace(".", "_") for name in grouped]  # first: their CLIP has the names of SD's
-    if any("double_blocks_" in n or "single_transformer_blocks_" in n for n in flat):
-        return "flux", "names"
-    if any("joint_blocks_" in n for n in flat):
-        return "sd3", "names"
+    fans_of = {name: _fans(contents, Group(name, keys, None, "", form)) for name, (keys, form) in grouped.items()}
+    transformer = dit_names.detect(fans_of, told)
+    if transformer is not None:  # before the others, whose text encoders some of them share
+        return transformer
     scores: list[tuple[int, int, bool, Base]] = []
     for base in BASES:
         fitting = known = 0
-        for name, (keys, form) in grouped.items():
+        for name in grouped:
             found = names.resolve(base, name)
             if found is None:
                 continue
             known += 1
-            fans = _fans(contents, Group(name, keys, found, "", form))
-            fitting += fans == (found.module.fan_in, found.module.fan_out)
+            fitting += fans_of[name] == (found.module.fan_in, found.module.fan_out)
         scores.append((fitting, known, told == base, base))
     fitting, known, _, best = max(scores, key=lambda s: s[:3])  # the first, SD1, wins a tie
     if not known:
@@ -311,7 +306,7 @@ def describe(contents: Contents) -> Description:
     alphas: dict[str, Counter[float | None]] = {}
     fits, misfits = 0, []
     for name, (keys, form) in grouped.items():
-        resolved = names.resolve(base, name) if base in ("sd1", "sd2", "sdxl") else None
+        resolved = dit_names.resolve(base, name)
         group = Group(name, keys, resolved, algorithm(keys), form)
         groups.append(group)
         component = resolved.module.component if resolved else "other"
@@ -325,7 +320,8 @@ def describe(contents: Contents) -> Description:
                 fits += 1
             else:
                 misfits.append(name)
-    misshaped = tuple(misfits) if fits > len(misfits) else ()
+    # SD3 comes in three sizes, with modules of the same names.
+    misshaped = tuple(misfits) if fits > len(misfits) and base != "sd3" else ()
     dtypes = Counter(t.dtype for key, t in contents.tensors.items() if not key.endswith(".alpha"))
     return Description(base, evidence, tuple(groups), ranks, alphas, dtypes, misshaped)
 
@@ -334,7 +330,9 @@ def targets(description: Description) -> str:
     """Which parts were trained, in the words users use, e.g. ``UNet cross-attention (64)``."""
     parts = []
     unet = [g.resolved.module for g in description.groups if g.resolved and g.resolved.module.component == "unet"]
-    if unet:
+    if unet and description.base in dit_names.DIT_BASES:
+        parts.append(f"transformer ({len(unet)})")
+    elif unet:
         full = {m.path for m in names.modules(description.base) if m.group == "attention"}
         paths = {m.path for m in unet}
         if all(".attn2." in p for p in paths):
@@ -345,8 +343,8 @@ def targets(description: Description) -> str:
         else:
             what = "all attention layers" if full <= paths else "some attention layers"
         parts.append(f"UNet {what} ({len(unet)})")
-    labels = {"te1": "text encoder", "te2": "text encoder 2"}
-    if description.base == "sdxl":
+    labels = {"te1": "text encoder", "te2": "text encoder 2", "te3": "T5"}
+    if description.base in ("sdxl", "sd3", "flux"):
         labels["te1"] = "text encoder 1"
     for component, label in labels.items():
         if count := description.components[component]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
+from spf_plugin.lorafile import dit_rules, names
 from spf_plugin.lorafile import findings as f
-from spf_plugin.lorafile import names
 from spf_plugin.lorafile.diffusers_rules import diffusers
 from spf_plugin.lorafile.findings import FIX, Finding, Verdict, some
 from spf_plugin.lorafile.inspect import Contents, Description, Group
@@ -139,14 +139,7 @@ def _a1111_card_base(metadata: Mapping[str, str]) -> str:
 def a1111(contents: Contents, description: Description) -> list[Finding]:
     """What A1111 1.10 does with the file."""
     base = description.base
-    if base == "flux":
-        return [Finding("fail", "base", "A1111 has no FLUX.", "use Forge or ComfyUI")]
-    if base == "sd3":
-        if contents.alphas:
-            text = "A1111's SD3 loader stops at every kohya alpha and skips the whole LoRA."
-            return [Finding("fail", "sd3-alpha", text, "use ComfyUI")]
-        return [Finding("note", "base", "SD3 names are not checked here.")]
-    if base == "unknown":
+    if base not in names.BASES:
         return f.unlisted(description) or []
     out = []
     lost: list[str] = []
@@ -256,8 +249,6 @@ def comfyui(contents: Contents, description: Description) -> list[Finding]:
 
 def _forge_card_base(metadata: Mapping[str, str]) -> str:
     architecture = metadata.get("modelspec.architecture", "")
-    if architecture == "flux-1-dev/lora":
-        return "flux"
     if architecture == "stable-diffusion-xl-v1-base/lora":
         return "sdxl"
     if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
@@ -269,8 +260,6 @@ def _forge_card_base(metadata: Mapping[str, str]) -> str:
 
 def forge(contents: Contents, description: Description) -> list[Finding]:
     """What Forge does with the file."""
-    if description.base == "sd3":
-        return [Finding("note", "base", "Forge's diffusers names for SD3 are switched off; kohya's apply.")]
     other = f.unlisted(description)
     if other is not None:
         return other
@@ -304,6 +293,10 @@ def verdicts(contents: Contents, description: Description) -> list[Verdict]:
         ("sd.cpp", sdcpp),
     )
     shared = f.common(contents, description)
+    base = description.base
+    if base not in names.BASES and base != "unknown":
+        dits: dict[str, Callable[..., list[Finding]]] = dict(dit_rules.RULES)
+        rules = tuple((name, partial(dits[name], base=base)) for name, _ in rules)
     if not description.groups or any(finding.code == "factors" for finding in shared):
         return [Verdict(name, tuple(shared)) for name, _ in rules]
     found = ((name, shared + rule(contents, description)) for name, rule in rules)

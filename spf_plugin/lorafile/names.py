@@ -22,11 +22,16 @@ from typing import Literal
 
 Base = Literal["sd1", "sd2", "sdxl"]
 Kind = Literal["linear", "conv1", "conv3", "norm"]
-Component = Literal["unet", "te1", "te2"]
-Style = Literal["diffusers", "sgm", "text"]
+Component = Literal["unet", "te1", "te2", "te3"]
+Style = Literal["diffusers", "sgm", "text", "host", "dit"]
+DitBase = Literal["anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image"]  # `dit_names`
+AnyBase = Base | DitBase | Literal["unknown"]
 
 BASES: tuple[Base, ...] = ("sd1", "sd2", "sdxl")
-BASE_LABEL = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX", "unknown": "unknown"}
+BASE_LABEL = {
+    "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "anima": "Anima", "sd3": "SD 3", "flux": "FLUX.1",
+    "chroma": "Chroma", "lumina": "Lumina 2", "hunyuan_image": "HunyuanImage-2.1", "unknown": "unknown",
+}  # fmt: skip
 
 # Channels per block, transformer depth per down block, width of the text condition, proj_in/proj_out are Linear.
 _UNETS: dict[Base, tuple[tuple[int, ...], tuple[int, ...], int, bool]] = {
@@ -168,6 +173,12 @@ def _text_encoder(component: Component, layers: int, width: int, mlp: int) -> li
         rows += [("mlp.fc1", width, mlp), ("mlp.fc2", mlp, width)]
         out += [Module(component, f"{layer}.{n}", f"{layer}.{n}", "linear", i_, o_, "text") for n, i_, o_ in rows]
     return out
+
+
+@cache
+def text_modules(component: Component) -> tuple[Module, ...]:
+    """Of SDXL's text encoders, which other models have too: CLIP-L is `te1`, OpenCLIP bigG `te2`."""
+    return tuple(module for module in modules("sdxl") if module.component == component)
 
 
 @cache

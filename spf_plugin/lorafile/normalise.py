@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import names
+from spf_plugin.lorafile import dit_names, names
 from spf_plugin.lorafile.findings import refuse_damaged, some
 from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
 from spf_plugin.lorafile.loaders import verdicts
@@ -132,8 +132,9 @@ def _renamed(
         if group.resolved is None and group.format != "kohya":
             modules |= {key: {"": state_dict[key]} for key in group.keys.values()}  # unknown: kept as it is
             continue
-        if group.resolved is not None and base in ("sd1", "sd2", "sdxl") and not name.startswith("oft_"):
-            name = names.kohya_name(base, group.resolved.module)
+        own = base in dit_names.DIT_BASES and name.startswith("lora_")  # ComfyUI's names of HunyuanImage stay
+        if group.resolved is not None and not own and not name.startswith("oft_"):
+            name = dit_names.kohya_name(base, group.resolved.module)
             table[name] = group.resolved.module
         if name in modules:
             raise SPFError(f"Two entries for the module {name}. Which is meant cannot be told: save the LoRA again.")

@@ -23,6 +23,7 @@ from typing import Any
 
 import spf_plugin
 from spf_plugin.hosts.kohya.rules import trainer_problem
+from spf_plugin.hosts.kohya.scripts import named
 
 #: import name -> name of the distribution
 PACKAGES = {
@@ -48,7 +49,6 @@ STOPS = {
     "bitsandbytes": "the 8-bit optimizers (AdamW8bit of the presets) and spf_base=nf4 do not start",
     "xformers": "--xformers does not start (use --sdpa)",
 }
-SCRIPTS = ("train_network.py", "sdxl_train_network.py")
 _SECONDS = 120.0
 _GIB = 1024**3
 _PROBE = """
@@ -248,10 +248,15 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
         if trainer is None:
             continue
         problem = trainer_problem(trainer())
-        if problem and script not in SCRIPTS:
+        known = named(script)
+        if problem and (known is None or known.is_dit):
             refused.append(script.removesuffix("_train_network.py"))
             continue
-        said[script] = problem or "SPF fits"
+        said[script] = problem or "SPF fits" + (f" ({', '.join(known.models.values())})" if known else "")
+        if known is not None and known.dit is not None and not problem:
+            network = known.dit.network.replace(".", "/") + ".py"
+            if not (folder / network).is_file():
+                problem = f"{network}, which makes its LoRA, is missing"
         if problem:
             problems.append(f"{script}: {problem}")
     if refused:

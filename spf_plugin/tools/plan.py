@@ -16,6 +16,7 @@ from typing import Any
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.tools.check.source import DEFAULTS
+from spf_plugin.tools.plan_dit import TRANSFORMERS, Transformer
 
 GIB = 2**30
 BASIS = "tracked on tensors without data, not measured on a GPU"
@@ -42,20 +43,21 @@ class Run:
     """The settings that decide.
 
     Attributes:
-        model: `sd1`, `sd2` or `sdxl`.
+        model: `sd1`, `sd2` or `sdxl`, or one of `plan_dit.TRANSFORMERS`.
         width: in pixels.
         height: in pixels.
         batch: images per step.
         rank: of the LoRA.
         checkpointing: gradient checkpointing.
-        weights: of the frozen UNet: `bf16` (or another 16-bit type), `fp8` (the host's `fp8_base`), or `spf_base`'s
-            `int8` and `nf4`.
+        weights: of the frozen model: `bf16` (or another 16-bit type), `fp8` (the host's `fp8_base` or `fp8_scaled`),
+            or `spf_base`'s `int8` and `nf4` (of a UNet).
         fused_attention: sdpa, xformers or the like.
         text_cached: the text encoders have left the card.
         optimizer: as sd-scripts spells it.
         save_bytes: per weight of the file.
         steps: optimizer steps, or 0 if unknown.
         accumulation: gradient accumulation steps.
+        swapped: `blocks_to_swap`, of a transformer.
         spf: SPF's settings, or None for a plain LoRA.
     """
 
@@ -72,7 +74,12 @@ class Run:
     save_bytes: int = 4
     steps: int = DEFAULTS["max_train_steps"]
     accumulation: int = 1
+    swapped: int = 0
     spf: SPFConfig | None = None
+
+    @property
+    def transformer(self) -> Transformer | None:
+        return TRANSFORMERS.get(self.model)
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,8 @@ def aligned_share(config: SPFConfig, steps: int) -> float:
 
 def predict(run: Run) -> Prediction:
     """Peak memory, work and file size of a run."""
+    if run.transformer is not None:
+        return _predict_transformer(run, run.transformer)
     model = figures()["models"][run.model]
     lora = model["lora_parameters_per_rank"] * run.rank
     state = OPTIMIZERS[run.optimizer.rsplit(".", 1)[-1].lower()]
@@ -194,6 +203,24 @@ def predict(run: Run) -> Prediction:
     return Prediction({k: v for k, v in parts.items() if v}, ratio, lora * run.save_bytes)
 
 
+def _predict_transformer(run: Run, model: Transformer) -> Prediction:
+    """The same of a transformer, whose text is cached and has left the card."""
+    lora = model.lora * run.rank
+    spf = run.spf is not None
+    pixels = run.width * run.height * run.batch
+    parts = {
+        "transformer, frozen": model.frozen_bytes(run.weights, run.swapped),
+        "LoRA weights": lora * LORA_BYTES,
+        "optimizer state": int(lora * OPTIMIZERS[run.optimizer.rsplit(".", 1)[-1].lower()]),
+        "activations and gradients": model.step_bytes(pixels, run.rank, checkpointing=run.checkpointing, spf=spf),
+        "CUDA context, workspaces (assumed)": CONTEXT,
+    }
+    ratio = 1.0
+    if run.spf is not None:
+        ratio += model.more_work(checkpointing=run.checkpointing) * aligned_share(run.spf, run.steps)
+    return Prediction({k: v for k, v in parts.items() if v}, ratio, lora * run.save_bytes)
+
+
 def _changes(run: Run) -> list[tuple[str, Run]]:
     """What helps, the cheapest first."""
     out: list[tuple[str, Callable[[Run], Run]]] = []
@@ -209,10 +236,17 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
         accumulate = run.accumulation * run.batch
         setting = f"train_batch_size = 1, gradient_accumulation_steps = {accumulate}"
         out.append((setting, lambda r: replace(r, batch=1, accumulation=accumulate)))
+    if run.transformer is not None:
+        fp8, most = run.transformer.fp8, run.transformer.swappable
+        if fp8 and run.weights == "bf16":
+            out.append((f"{fp8} = true", lambda r: replace(r, weights="fp8")))
+        for count in (most // 2, most):
+            if run.swapped < count:
+                out.append((f"blocks_to_swap = {count}", lambda r, n=count: replace(r, swapped=n)))  # type: ignore[misc]
     # Only in SDXL are the linear layers so many that 4 bit for them are less than 8 bit for everything.
     if run.weights == "bf16" and run.spf is not None and run.model == "sdxl":
         out.append(("spf_base=nf4, in network_args", lambda r: replace(r, weights="nf4")))
-    elif run.weights == "bf16":
+    elif run.weights == "bf16" and run.transformer is None:
         out.append(("fp8_base = true", lambda r: replace(r, weights="fp8")))
     if run.rank > 8:
         out.append(("network_dim = 8", lambda r: replace(r, rank=8)))
@@ -250,6 +284,6 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GB"
 
 
-def cards(run: Run, sizes: Sequence[int] = (4, 6, 8, 10, 12, 16, 24)) -> list[int]:
+def cards(run: Run, sizes: Sequence[int] = (4, 6, 8, 10, 12, 16, 24, 32, 48)) -> list[int]:
     """The usual card sizes, in GB, into which the run fits."""
     return [size for size in sizes if fits(run, size * GIB)]

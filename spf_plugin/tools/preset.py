@@ -12,11 +12,15 @@ from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import read_toml
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES
+from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools.check import family
-from spf_plugin.tools.check.family import MODELS
 from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY
 from spf_plugin.tools.check.source import DEFAULTS, unfolded
 from spf_plugin.tools.plan import OPTIMIZERS, Run
+from spf_plugin.tools.plan_dit import TRANSFORMERS
+
+PLANNED = ("sd1", "sd2", "sdxl", *TRANSFORMERS)
+_CHOICE = f"{', '.join(PLANNED[:-1])} or {PLANNED[-1]}"
 
 
 def _whole(settings: Mapping[str, Any], name: str, default: int, problems: list[str], low: int = 1) -> int:
@@ -51,8 +55,10 @@ def _model(settings: Mapping[str, Any], path: Path, given: str | None, problems:
         return family.Family(given)
     found = family.find(settings, path)
     if not found.name:
-        problems.append("which base model it trains is not clear from this file; add --model sd1, sd2 or sdxl")
+        problems.append(f"which base model it trains is not clear from this file; add --model {_CHOICE}")
         return family.Family("sd1")
+    if found.name not in PLANNED:
+        problems.append(f"there are no figures for {MODELS[found.name]}")
     return found
 
 
@@ -91,7 +97,7 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
 
     Args:
         path: sd-scripts' `--config_file`.
-        model: `sd1`, `sd2` or `sdxl`; else what `family.find` finds.
+        model: one of `PLANNED`; else what `family.find` finds.
 
     Raises:
         SPFError: with every mistake: no such file, no TOML, unknown keys, values out of range, and settings for which
@@ -126,6 +132,13 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
         problems.append(f"spf_base={base} and fp8_base both shrink the frozen UNet; leave one of them out")
     kind = _model(settings, path, model, problems)
     cached = [_flag(settings, name, problems) for name in TEXT_CACHES]
+    transformer = TRANSFORMERS.get(kind.name)
+    if transformer is not None:
+        if not any(cached):
+            problems.append("there are no figures for text encoders on the card; set cache_text_encoder_outputs = true")
+        fp8 = bool(transformer.fp8) and _flag(settings, transformer.fp8, problems)
+        if base != "off":
+            problems.append(f"there are no figures for spf_base={base} with {MODELS[kind.name]}")
     run = Run(
         model=kind.name,
         width=width,
@@ -134,14 +147,15 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
         rank=_whole(settings, "network_dim", 4, problems),
         checkpointing=_flag(settings, "gradient_checkpointing", problems),
         weights=base if base != "off" else "fp8" if fp8 else "bf16",
-        fused_attention=any(attention),
-        text_cached=kind.name == "sdxl" and any(cached),
+        fused_attention=any(attention) or transformer is not None,
+        text_cached=kind.name not in ("sd1", "sd2") and any(cached),
         optimizer=_optimizer(settings, problems),
         save_bytes=2 if settings.get("save_precision") in ("fp16", "bf16") else 4,
         steps=0
         if "max_train_epochs" in settings
         else _whole(settings, "max_train_steps", DEFAULTS["max_train_steps"], problems),
         accumulation=_whole(settings, "gradient_accumulation_steps", 1, problems),
+        swapped=_whole(settings, "blocks_to_swap", 0, problems, low=0) if transformer else 0,
         spf=spf,
     )
     if fp8 and not run.checkpointing:
@@ -157,8 +171,12 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
 def _notes(settings: Mapping[str, Any], run: Run, kind: family.Family) -> list[str]:
     notes = []
     if kind.guess:
-        notes.append(f"{MODELS[run.model]} is guessed from {kind.guess}. If it is another: --model sd1, sd2 or sdxl.")
-    ignored = [name for name in SDXL_ONLY if settings.get(name)] if run.model != "sdxl" else []
+        notes.append(f"{MODELS[run.model]} is guessed from {kind.guess}. If it is another: --model {_CHOICE}.")
+    if run.model == "sd3":
+        notes.append("SD3 is planned as SD3.5 medium; SD3.5 large has 3.6 times the weights.")
+    if run.transformer is not None:
+        notes.append("Text lengths are the trainer's own; swapped blocks cost time that is not counted.")
+    ignored = [name for name in SDXL_ONLY if settings.get(name)] if run.model in ("sd1", "sd2") else []
     if ignored:
         notes.append(f"{', '.join(ignored)}: only sdxl_train_network.py has it; train_network.py ignores it.")
     if run.spf is None:

@@ -273,6 +273,32 @@ def test_cached_text_is_the_text(dit: Dit) -> None:
     assert relative_error(dit.train(*EVERY_STEP, once=True, **dit.kind.CACHED).tensors(), without) < 1e-4
 
 
+@contract  # with how each trainer keeps captions
+def test_cached_text_on_the_disk_is_held_against_the_captions(dit: Dit, tmp_path: Path) -> None:
+    """An extension that was forgotten when the text was cached leaves the folder's name, newer than every caption."""
+    data = tmp_path / "data"
+    pictures(data)
+    flags = {
+        "cache_text_encoder_outputs_to_disk": True,
+        "train_data_dir": data,
+        "max_train_steps": 1,
+        **dit.kind.CACHED,
+    }
+    flags = {**flags, "cache_latents": None}
+    forgotten = dit.train(*EVERY_STEP, caption_extension=".caption", **flags)
+    assert "occurs in none of the" in forgotten.message
+    caches = list(data.rglob(f"*{trainers.DITS[dit.kind.TRAINER].text_cache}"))
+    assert caches
+    corrected = dit.train(*EVERY_STEP, **flags)
+    assert "cached encodings that were looked at are not those of their captions" in corrected.message
+    assert "\nsteps:" not in corrected.log
+    for cache in caches:
+        cache.unlink()
+    for _ in range(2):  # makes the files, and finds them
+        again = dit.train(*EVERY_STEP, **flags)
+        assert again.returncode == 0, again.log[-3000:]
+
+
 def test_block_swap_changes_nothing(dit: Dit) -> None:
     """The host's copying of blocks is left out (`dits.common`): the order of its calls is what is tested."""
     without = dit.train(*EVERY_STEP, once=True).tensors()

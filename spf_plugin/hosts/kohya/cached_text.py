@@ -1,8 +1,8 @@
 """Where the text that is trained with is not the caption that is believed, because the host has kept an older one.
 
-With SDXL's `--cache_text_encoder_outputs` it encodes every caption once, as it stands in its file, and with
-`..._to_disk` keeps that for all later runs. With `cache_info` it keeps the captions. It never compares either with the
-files again.
+With `--cache_text_encoder_outputs` (SDXL and the transformers) it encodes every caption once, as it stands in its file,
+and with `..._to_disk` keeps that for all later runs. With `cache_info` it keeps the captions. It never compares either
+with the files again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ SUSPECTS, OTHERS = 32, 8  # captions that are encoded once more: a second each f
 # by about all of it, bfloat16 by a few hundredths.
 ANOTHER_CAPTION = 0.3
 
-Encoded = Sequence[NDArray[Any]]  # hidden states `[T, C]` of both encoders side by side, and the pooled ones `[E]`
+# What the host keeps of a caption, in its own order: hidden states `[T, C]`, pooled ones `[E]`, ids and masks `[T]` of
+# whole numbers or bools. SDXL's hidden states are those of both encoders side by side.
+Encoded = Sequence[NDArray[Any]]
+Read = Callable[[str], Encoded]  # of a file; any error of `_DAMAGED` where it is none of the host's
+_DAMAGED = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile)
 Stale = Callable[[Sequence[Image]], "str | None"]
 
 
@@ -109,7 +113,15 @@ def by_time(images: Sequence[Image], ending: str = TEXT_CACHE) -> str | None:
     )
 
 
-def by_encoding(images: Sequence[Image], encode: Callable[[str], Encoded]) -> str | None:
+def read_sdxl(path: str) -> Encoded:
+    """What SDXL's trainer keeps: hidden states, and the pooled ones."""
+    with np.load(path) as file:
+        return (np.concatenate([file["hidden_state1"], file["hidden_state2"]], axis=-1), file["pool2"])
+
+
+def by_encoding(
+    images: Sequence[Image], encode: Callable[[str], Encoded], read: Read = read_sdxl, ending: str = TEXT_CACHE
+) -> str | None:
     """What is true: captions, encoded once more, beside what the host will load for them.
 
     Those that are newer than their encoding, and some of every folder: the cached text may be older than the whole
@@ -118,23 +130,25 @@ def by_encoding(images: Sequence[Image], encode: Callable[[str], Encoded]) -> st
     Args:
         images: the whole data set.
         encode: a caption to what the host would cache of it.
+        read: what the host has cached in a file, in the same order.
+        ending: of the files' names.
     """
-    cached = _cached(images)
-    suspects = _changed(cached)[:SUSPECTS]
+    cached = _cached(images, ending)
+    suspects = _changed(cached, ending)[:SUSPECTS]
     first = {os.path.dirname(image.path): image for image in reversed(cached)}
     spread = cached[:: max(1, len(cached) // OTHERS)]
-    looked_at = {image.cache(): image for image in (*suspects, *first.values(), *spread)}
+    looked_at = {image.cache(ending): image for image in (*suspects, *first.values(), *spread)}
     if not looked_at:
         return None
     nothing = encode("")
-    wrong = [image for image in looked_at.values() if not _holds(image, nothing, encode)]
+    wrong = [image for path, image in looked_at.items() if not _holds(image, path, nothing, encode, read)]
     if not wrong:
         return None
     return (
         f"{len(wrong)} of {len(looked_at)} cached encodings that were looked at are not those of their captions, e.g. "
-        f"{os.path.basename(wrong[0].cache())} is not that of {wrong[0].captions[0][:80]!r}: sd-scripts made them of "
-        "other captions, by another model or with another --max_token_length, and would train with them. Delete the "
-        f"*{TEXT_CACHE} files."
+        f"{os.path.basename(wrong[0].cache(ending))} is not that of {wrong[0].captions[0][:80]!r}: sd-scripts made "
+        "them of other captions, by another model or with another token length, and would train with them. Delete the "
+        f"*{ending} files."
     )
 
 
@@ -153,22 +167,41 @@ def _changed(images: Sequence[Image], ending: str = TEXT_CACHE) -> list[Image]:
     ]
 
 
-def _holds(image: Image, nothing: Encoded, encode: Callable[[str], Encoded]) -> bool:
+def _holds(image: Image, path: str, nothing: Encoded, encode: Callable[[str], Encoded], read: Read) -> bool:
     """Whether the encoding on the disk is that of the image's caption, but for rounding."""
     try:
-        with np.load(image.cache()) as file:
-            hidden = np.concatenate([file["hidden_state1"], file["hidden_state2"]], axis=-1).astype(np.float32)
-            kept = (hidden, file["pool2"].astype(np.float32)[None])
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+        kept = [np.asarray(part) for part in read(path)]
+    except _DAMAGED:
         return False
-    states, pooled = encode(image.captions[0])
-    fresh = (states, pooled[None])
+    fresh = encode(image.captions[0])
     if [part.shape for part in kept] != [part.shape for part in fresh]:
         return False
-    for ours, theirs, empty in zip(fresh, kept, (nothing[0], nothing[1][None]), strict=True):
-        between = np.linalg.norm(ours - empty, axis=-1).mean()
-        scale = between if image.captions[0].strip() else np.linalg.norm(ours, axis=-1).mean()
-        # Written so that a NaN on the disk is no match.
-        if not np.linalg.norm(ours - theirs, axis=-1).max() < ANOTHER_CAPTION * scale:
-            return False
+    for i, (ours, theirs, empty) in enumerate(zip(fresh, kept, nothing, strict=True)):
+        if ours.dtype.kind != "f":
+            if not np.array_equal(ours, theirs):
+                return False
+        elif ours.ndim and not _is_near(ours, theirs, empty, _mask(fresh[i + 1 :], len(ours))):
+            return False  # a single number is none of the text: the host's dropout rate
     return True
+
+
+def _mask(others: Encoded, length: int) -> NDArray[np.bool_]:
+    """Which of the tokens are no padding: the first mask of this length that the host keeps behind the states."""
+    for part in others:
+        if part.shape == (length,) and part.dtype.kind in "iub" and part.any() and part.max() <= 1:
+            return part.astype(bool)
+    return np.ones(length, dtype=bool)
+
+
+def _is_near(ours: NDArray[Any], theirs: NDArray[Any], empty: NDArray[Any], mask: NDArray[np.bool_]) -> bool:
+    """Whether the states of two captions are those of one. Empty captions are held against their own length."""
+    a, b, nothing = (np.atleast_2d(part.astype(np.float32)) for part in (ours, theirs, empty))
+    if len(mask) == len(a):
+        a, b = a[mask], b[mask]
+        nothing = nothing[mask] if len(nothing) == len(mask) else nothing
+    if np.array_equal(a, b):
+        return True
+    comparable = nothing.shape == a.shape and not np.array_equal(a, nothing)
+    scale = np.linalg.norm(a - nothing if comparable else a, axis=-1).mean()
+    # Written so that a NaN on the disk is no match.
+    return bool(np.linalg.norm(a - b, axis=-1).max() < ANOTHER_CAPTION * scale)

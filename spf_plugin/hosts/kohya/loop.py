@@ -21,9 +21,9 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
-from spf_plugin.hosts.kohya import cached_text, own_targets, rules
+from spf_plugin.hosts.kohya import cached_text, own_targets, recaching, rules
 from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
-from spf_plugin.hosts.kohya.images import Image, subset_of
+from spf_plugin.hosts.kohya.images import TEXT_CACHE, Image, subset_of
 from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK, SUPPORTED, trainer_problem
 from spf_plugin.hosts.kohya.state import register
@@ -149,7 +149,7 @@ class KohyaHost:
             dit=self.dit,
             device=device,
             trying=True,
-            stale=self._stale if self.dit is None else None,
+            stale=self._stale,
             tokenize=self.tokenize if self.dit is None and self._text.can_tokenize else None,
         )
         for warning in found.warnings:
@@ -158,11 +158,13 @@ class KohyaHost:
 
     def _stale(self, images: Sequence[Image]) -> str | None:
         """Whether cached text is not the captions': by encoding, as the text encoders are here."""
-        if not self._text.text_encoders:
-            return cached_text.by_time(images)
+        ending = self.dit.text_cache if self.dit else TEXT_CACHE
+        if not recaching.can_encode(self._text):
+            return cached_text.by_time(images, ending)
         if not self.accelerator.is_main_process:  # one process says it; and it may still be writing the files
             return None
-        return cached_text.by_encoding(images, self._text.encode_for_cache)
+        with recaching.caching(self._text) as (encode, read):
+            return cached_text.by_encoding(images, encode, read, ending)
 
     # -- per batch ------------------------------------------------------------------------------------------------
 

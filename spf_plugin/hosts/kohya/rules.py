@@ -111,6 +111,7 @@ def look(
     trying: bool,
     stale: Callable[[Sequence[Image]], str | None] | None = None,
     tokenize: Callable[[str], Sequence[int]] | None = None,
+    limit: int | None = None,
 ) -> Found:
     """What would make a run wrong.
 
@@ -124,6 +125,7 @@ def look(
         trying: the output folder may be touched (`unwritable`).
         stale: finds cached text that is not the captions'; None looks at the files' times (`cached_text`).
         tokenize: text -> token ids without begin, end and padding; None where no tokenizer is at hand.
+        limit: tokens of text that are read; None: as many as CLIP reads with the host's `max_token_length`.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -165,7 +167,7 @@ def look(
     if config is not None:
         errors += _base_problems(args, config, device, dit)
     if config is not None and not dropped:
-        limit = getattr(args, "max_token_length", None) or ONE_CHUNK
+        limit = limit or getattr(args, "max_token_length", None) or ONE_CHUNK
         try:
             said = coverage.coverage(list(_captions(images)), config.target, tokenize, limit)
         except ValueError as error:

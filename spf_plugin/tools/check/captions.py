@@ -9,7 +9,6 @@ from itertools import pairwise
 
 from spf_plugin.core.prompt import COMMA, Kind, Prompt, Spans, Target, split
 from spf_plugin.core.words import is_adjective
-from spf_plugin.families.clip_tokens import spans
 from spf_plugin.hosts.kohya.captions import taken
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
@@ -56,7 +55,7 @@ class Described:
 
 
 def describe(
-    entries: Sequence[Entry], targets: Mapping[int, tuple[Target, ...]], tokenizer: Tokenizer, length: int
+    entries: Sequence[Entry], targets: Mapping[int, tuple[Target, ...]], tokenizer: Tokenizer, limit: int
 ) -> list[Described]:
     """Every prompt of every image.
 
@@ -64,7 +63,7 @@ def describe(
         entries: the images.
         targets: per `id(entry.subset)` the targets that hold there.
         tokenizer: see `tokens`.
-        length: T, what the text encoder puts out.
+        limit: tokens of text that the text encoder takes.
     """
     out = []
     for entry in entries:
@@ -75,10 +74,10 @@ def describe(
                 Described(
                     entry,
                     prompt,
-                    spans(prompt, tokenizer.tokenize, length, full=True),
-                    spans(prompt, tokenizer.tokenize, length, full=False),
+                    tokenizer.spans(prompt, limit, full=True),
+                    tokenizer.spans(prompt, limit, full=False),
                     len(tokenizer.tokenize(prompt.full)),
-                    length - 2,
+                    limit,
                     chosen,
                 )
             )

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
+from spf_plugin.hosts.kohya.scripts import LENGTHS, SCRIPTS, Script
+from spf_plugin.tools.check import dit_options as dit
 
-# Options of train_network.py and sdxl_train_network.py, by what their parsers take for a value.
+# Options of train_network.py and sdxl_train_network.py, by what their parsers take for a value. All other trainers
+# have them too, and more (`dit_options`).
 _SWITCHES = """
     alpha_mask async_upload bucket_no_upscale cache_info cache_latents cache_latents_to_disk
     cache_text_encoder_outputs cache_text_encoder_outputs_to_disk color_aug console_log_simple
@@ -66,12 +69,12 @@ def whole_or_number(text: str) -> int | float:
     return int(text) if float(text) >= 1 else float(text)
 
 
-SWITCHES = frozenset(_SWITCHES.split())
+SWITCHES = frozenset([*_SWITCHES.split(), *dit.SWITCHES.split()])
 #: What one word of an option's value becomes.
 TYPES: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys([*_TEXTS.split(), *_TEXT_LISTS.split()], str),
-    **dict.fromkeys(_WHOLE.split(), int),
-    **dict.fromkeys([*_DECIMALS.split(), *_NUMBER_LISTS.split()], float),
+    **dict.fromkeys([*_TEXTS.split(), *_TEXT_LISTS.split(), *dit.TEXTS.split()], str),
+    **dict.fromkeys([*_WHOLE.split(), *dit.WHOLE.split()], int),
+    **dict.fromkeys([*_DECIMALS.split(), *_NUMBER_LISTS.split(), *dit.DECIMALS.split()], float),
     **dict.fromkeys(_WHOLE_OR_NUMBERS.split(), whole_or_number),
 }
 NUMBERS = frozenset(name for name, kind in TYPES.items() if kind is not str)
@@ -79,6 +82,7 @@ NUMBERS = frozenset(name for name, kind in TYPES.items() if kind is not str)
 TEXTS_IN_LISTS = frozenset(_TEXT_LISTS.split())
 LISTS = TEXTS_IN_LISTS | frozenset(_NUMBER_LISTS.split())
 CHOICES: dict[str, tuple[Any, ...]] = {
+    **dit.CHOICES,
     "console_log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     "dynamo_backend": (
         "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
@@ -87,7 +91,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "huber_schedule": ("constant", "exponential", "snr"),
     "log_with": ("tensorboard", "wandb", "all"),
     "loss_type": ("l1", "l2", "huber", "smooth_l1"),
-    "max_token_length": (150, 225),
+    "max_token_length": LENGTHS,
     "mixed_precision": ("no", "fp16", "bf16"),
     "offload_optimizer_device": ("cpu", "nvme"),
     "offload_param_device": ("cpu", "nvme"),
@@ -100,9 +104,23 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "save_precision": ("float", "fp16", "bf16"),
     "zero_stage": (0, 1, 2, 3),
 }  # fmt: skip
+#: Of every trainer.
 OPTIONS = SWITCHES | frozenset(TYPES)
-#: Which only sdxl_train_network.py has: train_network.py ignores them in a file, and refuses them on the command line.
+#: Which train_network.py has not: it ignores them in a file, and refuses them on the command line.
 SDXL_ONLY = (*TEXT_CACHES, "disable_mmap_load_safetensors")
+#: By trainer, what it takes.
+OF_SCRIPT: dict[str, frozenset[str]] = {
+    script.name: OPTIONS.difference(*dit.OWN.values())
+    .difference(() if script.name != "train_network" else SDXL_ONLY)
+    .union(dit.OWN.get(script.name, ()))
+    for script in SCRIPTS
+}
+
+
+def having(option: str) -> list[Script]:
+    """The trainers that have an option."""
+    return [script for script in SCRIPTS if option in OF_SCRIPT[script.name]]
+
 
 _NUMBER = (int, float)
 #: What may stand in [general], [[datasets]] and [[datasets.subsets]] alike, with its type.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.files import read_json, read_toml
 from spf_plugin.hosts.kohya import rules
+from spf_plugin.hosts.kohya.scripts import Script
 from spf_plugin.tools.check import (
     captions,
     entries,
@@ -28,7 +29,8 @@ from spf_plugin.tools.check import (
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.dataset import Count, Data
 from spf_plugin.tools.check.findings import Finding, of, ordered
-from spf_plugin.tools.check.host_options import CHOICES
+from spf_plugin.tools.check.source import HostArgs
+from spf_plugin.tools.check.tokens import Tokenizer
 
 
 @dataclass
@@ -125,6 +127,7 @@ def check(
     path: Path | None,
     words: Mapping[str, Any],
     *,
+    script: Script | None = None,
     target: str | None = None,
     tokenizer: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -135,8 +138,9 @@ def check(
         path: a `--config_file`, a `--dataset_config`, a preset of a GUI, a data folder, or None where the words say
             everything.
         words: options of the host (`source.parse_words`); they win over the file.
+        script: the trainer, where the user names it; else what the model and the options tell.
         target: what the LoRA shall learn, in place of `spf_target`.
-        tokenizer: folder of CLIP's tokenizer.
+        tokenizer: folder of the text encoder's tokenizer.
         progress: called while images are read, with images done and in all.
 
     Raises:
@@ -152,11 +156,8 @@ def check(
     args, findings = source.read(None if only_data else path, words, presets.of_gui(content))
     data = entries.read_data(args, loose_images=folder, whole=not only_data)
     config, targets, problems = settings.parse_settings(args, target, rules.folders(args))
-    model = family.find(args.given, None if only_data else path)
-    candidates = (
-        iter([tokenizer]) if tokenizer else tokens.folders(args.pretrained_model_name_or_path, args.tokenizer_cache_dir)
-    )
-    loaded = tokens.find(candidates, weighted=bool(args.weighted_captions))
+    model = family.find(args.given, None if only_data else path, script)
+    loaded = _tokenizer(args, model.script, tokenizer)
     findings += [
         *problems,
         *data.findings,
@@ -164,9 +165,8 @@ def check(
         *settings.look(args, config, data, model, loaded.tokenize, for_host=not only_data),
     ]
 
-    limit = args.max_token_length if args.max_token_length in CHOICES["max_token_length"] else None
-    length = tokens.sequence_length(limit)
-    described = captions.describe(data.entries, settings.targets_of(targets, data), loaded, length)
+    limit = model.script.text_limit(args)
+    described = captions.describe(data.entries, settings.targets_of(targets, data), loaded, limit)
     rows = [row for row in described if not row.entry.subset.is_reg]
     if any(row.targets for row in rows):
         findings += [*captions.look(rows, weighted=bool(args.weighted_captions)), *sets.look_together(rows)]
@@ -183,4 +183,15 @@ def check(
             )
         )
     findings += pictures.look_at(data.entries, rows, progress)
-    return Report(config, targets, data, rows, loaded.source, length - 2, ordered(findings))
+    return Report(config, targets, data, rows, loaded.source, limit, ordered(findings))
+
+
+def _tokenizer(args: HostArgs, script: Script, given: Path | None) -> Tokenizer:
+    candidates: Iterable[Path]
+    if given:
+        candidates = [given]
+    elif script.is_dit:
+        candidates = [Path(args.t5_tokenizer_path)] if args.t5_tokenizer_path else []
+    else:
+        candidates = tokens.folders(args.pretrained_model_name_or_path, args.tokenizer_cache_dir)
+    return tokens.find(candidates, weighted=bool(args.weighted_captions), clip=not script.is_dit)

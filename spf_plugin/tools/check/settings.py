@@ -10,18 +10,15 @@ from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_words
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import own_targets, rules
-from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.captions import dropout, shuffled
 from spf_plugin.hosts.kohya.images import Image
 from spf_plugin.hosts.kohya.names import name_problems
-from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES, SUPPORTED
+from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES
+from spf_plugin.tools.check import trainer
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
 from spf_plugin.tools.check.findings import Finding, of
-from spf_plugin.tools.check.host_options import CHOICES, SDXL_ONLY
 from spf_plugin.tools.check.source import HostArgs
-
-_OTHER_MODELS = ("t5xxl", "ae", "clip_l", "clip_g", "qwen3", "gemma2")
 
 
 def parse_settings(
@@ -88,18 +85,22 @@ def look(
         tokenize: text -> token ids without begin, end and padding.
         for_host: a run of sd-scripts is known, and not only its data.
     """
+    script = model.script
     # Unless it is certainly none of SDXL: what would be wrong with SDXL is worth saying of a guess too.
-    sdxl = model.certain in ("", "sdxl")
+    sdxl = not script.is_dit and model.certain in ("", "sdxl")
     images = [
         Image.of([entry.caption], entry.subset, is_reg=entry.subset.is_reg, path=str(entry.path))
         for entry in data.entries
     ]
     images, problems = own_targets.readable(images)
     # What the run only warns about is found, with more detail, by `captions`.
-    errors = rules.look(args, images, config, sdxl=sdxl, trying=False, tokenize=tokenize).errors
+    limit = script.text_limit(args)
+    errors = rules.look(
+        args, images, config, sdxl=sdxl, dit=script.dit, trying=False, tokenize=tokenize, limit=limit
+    ).errors
     found = [Finding("error", "stops", problem) for problem in (*name_problems(args), *problems, *errors)]
     if for_host:
-        found += [*_module(args), *_options(args, data, sdxl=sdxl)]
+        found += [*_module(args), *trainer.look(args, data, model), *_options(args, data, is_dit=script.is_dit)]
     if config is not None:
         found += _together(args, config, data)
     for subset in data.subsets:
@@ -134,44 +135,15 @@ def _module(args: HostArgs) -> list[Finding]:
     return []
 
 
-def _options(args: HostArgs, data: Data, *, sdxl: bool) -> list[Finding]:
+def _options(args: HostArgs, data: Data, *, is_dit: bool) -> list[Finding]:
     found = []
-    other = [name for name in _OTHER_MODELS if args.given.get(name)]
-    if other:
-        found.append(Finding("error", "other-model", f"{other[0]} is for another kind of model. {SUPPORTED}"))
-    length = args.max_token_length
-    if length is not None and length not in CHOICES["max_token_length"]:
-        found.append(
-            Finding("error", "max-token-length", f"max_token_length is {length}", "It must be 150 or 225, or left out.")
-        )
     rates = args.text_encoder_lr
-    if isinstance(rates, list) and len(rates) > 1:
+    if isinstance(rates, list) and len(rates) > 1 and not is_dit:
         message = f"text_encoder_lr = {rates}: one for each text encoder, and sd-scripts up to v0.9.1 takes only one"
         found.append(Finding("note", "newer", message, "Use a later release, or give one."))
     if args.given.get("skip_image_resolution"):
         message = "skip_image_resolution: only sd-scripts from v0.11 on has it"
         found.append(Finding("note", "newer", message, "Use a later release, or take the small images out."))
-    ignored = [name for name in SDXL_ONLY if args.given.get(name) and not sdxl]
-    if ignored:
-        message = f"{', '.join(ignored)}: only sdxl_train_network.py has it, and this model is none of SDXL"
-        found.append(Finding("warning", "sdxl-only", message, "Leave it out: train_network.py ignores it."))
-    elif any(args.given.get(name) for name in TEXT_CACHES):
-        names = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
-        used = [name for name in names if any(getattr(subset, name) for subset in data.subsets)]
-        if used:
-            found.append(
-                Finding(
-                    "error",
-                    "cached-text",
-                    f"cache_text_encoder_outputs cannot go with {', '.join(used)}: sd-scripts stops",
-                    "Leave one of them out.",
-                )
-            )
-        if not args.network_train_unet_only:
-            fix = "Add network_train_unet_only = true."
-            found.append(
-                Finding("error", "cached-text", "cached text encoder outputs allow no training of text encoders", fix)
-            )
     for subset in data.subsets:
         separator = subset.keep_tokens_separator
         mine = [entry for entry in data.entries if entry.subset is subset]

@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from spf_plugin.config import PREFIX
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import SLASHES, read_toml, shown
+from spf_plugin.hosts.kohya.scripts import Script
 from spf_plugin.tools.check.findings import Finding
-from spf_plugin.tools.check.host_options import CHOICES, DATASET, LISTS, NUMBERS, OPTIONS, SWITCHES, TYPES
+from spf_plugin.tools.check.host_options import (
+    CHOICES,
+    DATASET,
+    LISTS,
+    NUMBERS,
+    OF_SCRIPT,
+    OPTIONS,
+    SWITCHES,
+    TYPES,
+)
 from spf_plugin.tools.check.kinds import KINDS, fits, is_of
 
 #: The host's own defaults of what is read here.
@@ -71,10 +81,10 @@ def unfolded(config: Mapping[str, Any]) -> dict[str, Any]:
 class _HostParser(argparse.ArgumentParser):
     """The host's parser of the command line, made from what is known of it."""
 
-    def __init__(self, problems: list[str]):
+    def __init__(self, problems: list[str], options: Collection[str]):
         super().__init__(add_help=False, argument_default=argparse.SUPPRESS)
         self.problems = problems
-        for name in sorted(OPTIONS):
+        for name in sorted(options):
             if name in SWITCHES:
                 self.add_argument(f"--{name}", action="store_true")
             else:
@@ -101,26 +111,37 @@ def _reader(name: str, problems: list[str]) -> Callable[[str], Any]:
     return value_of
 
 
-def parse_words(words: Sequence[str]) -> dict[str, Any]:
+def parse_words(words: Sequence[str], script: Script | None = None) -> dict[str, Any]:
     """The options on a command line of the host, by the rules of its parser (argparse, as the host's is).
+
+    Args:
+        words: of the command line.
+        script: the trainer. None: SDXL's, whose options all but SD's have, and where it has not got one, any.
 
     Raises:
         SPFError: a word that belongs to no option, an option that the host does not have, or a value that it refuses.
     """
+    options = OF_SCRIPT[script.name if script else "sdxl_train_network"]
+    if script is None and any(word.startswith("--") and _name(word) in OPTIONS - options for word in words):
+        options = OPTIONS
     problems: list[str] = []
-    values, others = _HostParser(problems).parse_known_args(words)
+    values, others = _HostParser(problems, options).parse_known_args(words)
     unknown = False
     for word in others:
         if word.startswith("-"):
             unknown = True  # what follows are its values
-            name = word.lstrip("-").partition("=")[0]
-            known = nearest(name.replace("-", "_"), [*OPTIONS, *OWN_OPTIONS])
-            problems.append(f"{word.partition('=')[0]} is no option of sd-scripts or of spf check{known}")
+            known = nearest(_name(word).replace("-", "_"), [*options, *OWN_OPTIONS])
+            of = script.file if script else "sd-scripts"
+            problems.append(f"{word.partition('=')[0]} is no option of {of} or of spf check{known}")
         elif not unknown:
             problems.append(f"stray word {word!r}: no option takes it. Quote a text that has spaces")
     if problems:
         raise SPFError(problems)
     return vars(values)
+
+
+def _name(word: str) -> str:
+    return word.lstrip("-").partition("=")[0]
 
 
 def read(

@@ -1,16 +1,16 @@
-"""CLIP's tokenizer, if one lies on this machine; else an estimate. Nothing is ever downloaded."""
+"""The text encoder's tokenizer, if it lies on this machine; else an estimate. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from spf_plugin.core.prompt import strip_weights
-from spf_plugin.families.clip_tokens import CHUNK
+from spf_plugin.core import prompt as prompts
+from spf_plugin.core.prompt import Prompt, Spans, strip_weights
 
 _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
 _LETTERS_PER_TOKEN = 7  # long words are several tokens
@@ -24,14 +24,20 @@ class Tokenizer:
     Attributes:
         tokenize: text -> token ids without BOS and EOS.
         source: the folder it came from; empty for an estimate.
+        begin: position of a caption's first token.
     """
 
     tokenize: Callable[[str], Sequence[int]]
     source: str = ""
+    begin: int = 1
 
     @property
     def estimated(self) -> bool:
         return not self.source
+
+    def spans(self, prompt: Prompt, limit: int, *, full: bool) -> Spans:
+        """Where the phrases of a prompt lie in the text encoder's sequence, of which `limit` tokens are text."""
+        return prompts.spans(prompt, self.tokenize, limit, lambda token: token + self.begin, full=full)
 
 
 def estimate(text: str) -> list[int]:
@@ -76,10 +82,10 @@ def folders(model: str | None = None, cache: str | None = None) -> Iterator[Path
 
 
 @cache
-def _load(folder: Path) -> Callable[[str], Sequence[int]]:
-    from transformers import CLIPTokenizer
+def _load(folder: Path, *, clip: bool) -> Callable[[str], Sequence[int]]:
+    from transformers import AutoTokenizer, CLIPTokenizer
 
-    loaded = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = (CLIPTokenizer if clip else AutoTokenizer).from_pretrained(folder, local_files_only=True)
 
     def tokenize(text: str) -> Sequence[int]:
         return loaded(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
@@ -87,28 +93,26 @@ def _load(folder: Path) -> Callable[[str], Sequence[int]]:
     return tokenize
 
 
-def find(candidates: Iterator[Path], *, weighted: bool) -> Tokenizer:
+def find(candidates: Iterable[Path], *, weighted: bool, clip: bool = True) -> Tokenizer:
     """The first tokenizer of these folders, or an estimate.
 
     Args:
         candidates: see `folders`.
         weighted: the host reads attention weights, `(hair:1.2)`, so their signs are no tokens.
+        clip: it is CLIP's, which puts a token before the caption; else any, and a caption begins at 0, behind whatever
+            the trainer puts before it.
     """
     tokenize: Callable[[str], Sequence[int]] = estimate
     source = ""
+    kinds = (("vocab.json", "merges.txt"),) if clip else (("tokenizer.json",), ("spiece.model",), ("tokenizer.model",))
     folder = next(
-        (f for f in candidates if all(os.path.isfile(f / name) for name in ("vocab.json", "merges.txt"))), None
+        (f for f in candidates if any(all(os.path.isfile(f / name) for name in names) for names in kinds)), None
     )
     if folder is not None:
         try:
-            tokenize, source = _load(folder), str(folder)
+            tokenize, source = _load(folder, clip=clip), str(folder)
         except Exception:  # a broken transformers must not keep the rest of the check from running
             tokenize, source = estimate, ""
     if not weighted:
-        return Tokenizer(tokenize, source)
-    return Tokenizer(lambda text: tokenize(strip_weights(text)), source)
-
-
-def sequence_length(max_token_length: int | None) -> int:
-    """T of the text encoder's output for the host's `max_token_length`."""
-    return (max_token_length or CHUNK) + 2
+        return Tokenizer(tokenize, source, int(clip))
+    return Tokenizer(lambda text: tokenize(strip_weights(text)), source, int(clip))

@@ -17,6 +17,7 @@ from rich.text import Text
 from spf_plugin.core.prompt import Kind
 from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
+from spf_plugin.hosts.kohya.scripts import named
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.findings import LEVELS, Finding, some
 from spf_plugin.tools.check.run import Report
@@ -148,15 +149,16 @@ def check(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="CONFIG [--OPTION VALUE]",
-            help="The --config_file of the run, its --dataset_config, or a folder of images; then options as "
-            "sd-scripts takes them, such as --train_data_dir, --caption_extension, --network_args. They win.",
+            metavar="[SCRIPT] CONFIG [--OPTION VALUE]",
+            help="The trainer, such as anima_train_network.py, where model and options do not tell it; the "
+            "--config_file of the run, its --dataset_config, or a folder of images; then options as sd-scripts takes "
+            "them, such as --train_data_dir, --caption_extension, --network_args. They win.",
             show_default=False,
         ),
     ],
     target: Annotated[str | None, typer.Option(help="What the LoRA shall learn, in place of spf_target.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of CLIP's tokenizer (vocab.json, merges.txt).", show_default="searched")
+        Path | None, typer.Option(help="Folder of the text encoder's tokenizer.", show_default="searched")
     ] = None,
     images: Annotated[int, typer.Option(min=0, help="How many captions to show; 0 shows all.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
@@ -171,8 +173,10 @@ def check(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        path = None if words[0].startswith("--") else expanded(words[0])
-        options = parse_words(words[1:] if path else words)
+        script = named(words[0])
+        words = words[1:] if script else words
+        path = None if not words or words[0].startswith("--") else expanded(words[0])
+        options = parse_words(words[1:] if path else words, script)
         given = options.pop("config_file", None)
         if path is None and given:
             path = Path(given if str(given).endswith(".toml") else f"{given}.toml")  # as the host does
@@ -182,6 +186,7 @@ def check(
             report = look(
                 path,
                 options,
+                script=script,
                 target=target,
                 tokenizer=tokenizer,
                 progress=lambda done, total: show("reading images", done, total, {}) if errors.is_terminal else None,

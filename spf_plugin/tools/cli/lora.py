@@ -17,6 +17,7 @@ from rich.text import Text
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, reader, sidecars, writer
+from spf_plugin.lorafile.convert import to_comfyui, to_diffusers
 from spf_plugin.lorafile.findings import Finding, Verdict
 from spf_plugin.lorafile.inspect import Contents, Description
 from spf_plugin.lorafile.loaders import verdicts
@@ -63,6 +64,7 @@ class Target(str, enum.Enum):
     kohya = "kohya"
     diffusers = "diffusers"
     peft = "peft"
+    comfyui = "comfyui"
 
 
 _DTYPES = {Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
@@ -254,14 +256,16 @@ def convert(
     to: Annotated[Target, typer.Option("--to", help="Naming of the result.", show_default=False)],
     force: Force = False,
 ) -> None:
-    """Rewrite a plain LoRA in kohya's, diffusers' or peft's naming. The last two need diffusers installed."""
+    """Rewrite a LoRA in kohya's, diffusers', peft's or (of a transformer) ComfyUI's naming. diffusers' and peft's need
+    diffusers installed for SD and SDXL.
+    """
     try:
         _check_out(out, force)
         state_dict, metadata = reader.load(source)
         converted, strings, notes = normalise(state_dict, metadata)
-        if to is not Target.kohya:
-            from spf_plugin.lorafile.convert import to_diffusers
-
+        if to is Target.comfyui:
+            converted, notes = to_comfyui(converted), []
+        elif to is not Target.kohya:
             notes = []  # they describe how loaders take the kohya form
             converted = to_diffusers(converted, peft=to is Target.peft, notes=notes)
         writer.save(out, converted, strings)

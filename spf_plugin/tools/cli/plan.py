@@ -13,21 +13,16 @@ from rich.table import Table
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
+from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools import plan as planning
 from spf_plugin.tools import preset as presets
-from spf_plugin.tools.check.family import MODELS
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 
 DOES_NOT_FIT, MISTAKE = 1, 2
 
 
-class Model(str, Enum):
-    """Base model."""
-
-    sd1 = "sd1"
-    sd2 = "sd2"
-    sdxl = "sdxl"
+Model = Enum("Model", {name: name for name in presets.PLANNED}, type=str)  # type: ignore[misc]
 
 
 def _print(console: Console, run: Run, found: Prediction, notes: list[str]) -> None:
