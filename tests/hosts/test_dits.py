@@ -429,14 +429,13 @@ def test_a_planted_key_is_where_it_was_planted(dit: Dit) -> None:
 @pytest.mark.kinds("flux", "chroma")
 def test_what_is_compared_is_what_the_attention_of_the_blocks_compares(dit: Dit) -> None:
     """Rotary positions and the order of text and image included, in a batch of two texts of different lengths."""
-    name = next(name for name in KINDS if kind(name) is dit.kind)
-    done = subprocess.run(dit.command("compared", name), capture_output=True, text=True, env=dit.host.environment())
+    done = subprocess.run(dit.command("compared"), capture_output=True, text=True, env=dit.host.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     words, length, image = 9, 20, 8 * 12
     expected = {
         "flux": [[length, 0, words], [length, 0, length]],
         "chroma": [[0, image, words + 1], [0, image, length]],  # it keeps one padding token
-    }[name]
+    }[dit.name]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 7
     assert all(places == expected for places in found.values()), found
