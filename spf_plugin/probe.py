@@ -66,5 +66,7 @@ def pass_of(family: Family, layers: Sequence[Layer], call: Call, output: Any, se
     for layer in layers:
         query, key = family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name], call)
         queries.append(query)
-        attention.append(group_attention(query, key, layer.heads, groups, mask))
+        keys = key.shape[1]
+        valid = None if mask is None else mask[:, :keys]
+        attention.append(group_attention(query, key, layer.heads, groups[:, :keys], valid))
     return Pass(eps, queries, attention, [family.grid(query.shape[1], size) for query in queries])

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spf_plugin import terminal
@@ -43,6 +44,11 @@ V = TypeVar("V")
 
 class TextHost(Protocol):
     """What the text side needs of a host."""
+
+    @property
+    def prefix(self) -> str:
+        """What it puts before every prompt that it encodes, and does not report with the captions."""
+        ...
 
     def tokenize(self, text: str) -> Sequence[int]:
         """Token ids as the host would make them, without BOS, EOS and padding. A host whose model has two tokenizers
@@ -99,15 +105,22 @@ def _row(i: int, part: Tensor) -> Tensor:
     return part[i : i + 1].detach()
 
 
-def vectors(text: Text, ends: Sequence[int]) -> Tensor:
-    """One vector per prompt, `[B, E]`: the pooled output if there is one; of a language model the mean of its states,
-    as none of them stands for the whole; else the state at EOS, position `ends[b]`."""
+def _batch(*rows: Tensor) -> Tensor:
+    """Samples `[1, S, ...]` in one batch; shorter ones padded with zeros, as hosts do it, whose masks end before."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.cat([F.pad(row, (0, 0) * (row.dim() - 2) + (0, longest - row.shape[1])) for row in rows])
+
+
+def vectors(text: Text, start: int, ends: Sequence[int]) -> Tensor:
+    """One vector per prompt, `[B, E]`: the pooled output if there is one; of a language model the mean of its states
+    from `start` on, as none of them stands for the whole, and what stands before is the same for all (and larger than
+    all, where it is a begin token); else the state at EOS, position `ends[b]`."""
     if "pooled" in text:
         return text["pooled"]
     hidden = text["hidden"]
     if "hidden_mask" in text:
-        valid = text["hidden_mask"].to(hidden.device, torch.float32)[..., None]  # [B, S, 1]
-        return (hidden.float() * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)
+        valid = text["hidden_mask"][:, start:, None].to(hidden.device, torch.float32)  # [B, S - start, 1]
+        return (hidden[:, start:].float() * valid).sum(dim=1) / valid.sum(dim=1).clamp_min(1)
     last = hidden.shape[1] - 1
     return torch.stack([hidden[b, min(end, last)] for b, end in enumerate(ends)])
 
@@ -218,8 +231,8 @@ class TextSide:
     def _split(self, caption: str, targets: tuple[Target, ...], length: int) -> tuple[Prompt, Spans, Spans]:
         def make() -> tuple[Prompt, Spans, Spans]:
             prompt = split(caption, targets)
-            find, tokenize = self.family.spans, self.host.tokenize
-            return prompt, find(prompt, tokenize, length, full=False), find(prompt, tokenize, length, full=True)
+            find, tokenize, framed = self.family.spans, self.host.tokenize, prompt.behind(self.host.prefix)
+            return prompt, find(framed, tokenize, length, full=False), find(framed, tokenize, length, full=True)
 
         return self._splits.get_or((caption, targets, length), make)
 
@@ -241,7 +254,7 @@ class TextSide:
             else:
                 rows.append(self._encoded.get_or((base, length), partial(self._encode, base, text.full)))
         cast = [map_text(lambda to, part: part.to(to.device, to.dtype), like, row) for row in rows]
-        return map_text(lambda *parts: torch.cat(parts), *cast)
+        return map_text(_batch, *cast)
 
     @torch.no_grad()
     def encode_early(
@@ -297,6 +310,8 @@ class TextSide:
         def make() -> Tensor:
             with self.bypassed():
                 text = self.host.encode([phrase])
-            return vectors(text, [1 + len(self.host.tokenize(phrase))])[0].float().cpu()
+            nothing = Prompt(()).behind(self.host.prefix)
+            start = self.family.spans(nothing, self.host.tokenize, self.family.length(text), full=True).end
+            return vectors(text, start, [1 + len(self.host.tokenize(phrase))])[0].float().cpu()
 
         return self._vectors.get_or(phrase, make)

@@ -88,6 +88,7 @@ class ToyHost:
     first_step: int | None = None
     noise_schedule = Discrete(torch.linspace(0.999, 0.005, 1000), "epsilon")
     captions_before_training = None
+    prefix = ""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.trainer, self.accelerator, self.denoiser = Trainer(), Accelerator(), denoiser

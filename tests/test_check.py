@@ -118,7 +118,7 @@ def test_spans_are_those_of_training(run: Run) -> None:
     def tokenize(text: str) -> list[int]:
         return loaded(text, add_special_tokens=False).input_ids
 
-    host: Any = SimpleNamespace(tokenize=tokenize)
+    host: Any = SimpleNamespace(tokenize=tokenize, prefix="")
     side = TextSide(host, UNet(torch.nn.Module()), parse({"spf_target": "blonde hair"}).target, lambda: None)
     batch = side.for_batch(CAPTIONS, {"hidden": torch.zeros(len(CAPTIONS), 77, 4)})
     for i, row in enumerate(report.as_json()["captions"]):

@@ -364,6 +364,8 @@ def test_the_pages_on_hosts_and_families_name_every_member() -> None:
         ("spf_plugin/families/anima.py", "Anima"),
         ("spf_plugin/families/flux.py", "Flux"),
         ("spf_plugin/families/sd3.py", "SD3"),
+        ("spf_plugin/families/hunyuan_image.py", "HunyuanImage"),
+        ("spf_plugin/families/lumina.py", "Lumina"),
         ("tests/toy/family.py", "Toy"),
     ):
         assert members(Family) <= offered(file, ending), file

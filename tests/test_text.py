@@ -19,6 +19,8 @@ from spf_plugin.text import Cache, TextSide
 class Host:
     """Words for tokens; counts how often each prompt is encoded."""
 
+    prefix = ""
+
     def __init__(self) -> None:
         self.encoded: Counter[str] = Counter()
 
@@ -78,7 +80,36 @@ def test_a_cache_counts_values_or_weighs_them() -> None:
 def test_the_vector_of_a_phrase() -> None:
     hidden = torch.arange(12.0).view(1, 3, 4)
     pooled = torch.ones(1, 2)
-    assert torch.equal(text.vectors({"hidden": hidden, "pooled": pooled}, [1]), pooled)
-    assert torch.equal(text.vectors({"hidden": hidden}, [1]), hidden[:, 1])
+    assert torch.equal(text.vectors({"hidden": hidden, "pooled": pooled}, 1, [1]), pooled)
+    assert torch.equal(text.vectors({"hidden": hidden}, 1, [1]), hidden[:, 1])
     mask = torch.tensor([[1, 1, 0]])
-    assert torch.equal(text.vectors({"hidden": hidden, "hidden_mask": mask}, [1]), hidden[:, :2].mean(dim=1))
+    language = {"hidden": hidden, "hidden_mask": mask}
+    assert torch.equal(text.vectors(language, 0, [1]), hidden[:, :2].mean(dim=1))
+    assert torch.equal(text.vectors(language, 1, [1]), hidden[:, 1])
+
+
+def test_words_before_every_prompt_belong_to_no_phrase() -> None:
+    caption, like = "a woman in a jacket, blonde hair", {"hidden": torch.zeros(1, 20, 4)}
+    host = Host()
+    side = TextSide(host, UNet(torch.nn.Module()), (Target("blonde hair"),), nullcontext)
+    without = side.for_batch([caption], like)
+    host.prefix = "draw what is said , "
+    behind = TextSide(host, UNet(torch.nn.Module()), (Target("blonde hair"),), nullcontext).for_batch([caption], like)
+    assert behind.full == without.full == [caption]
+    for name in ("base_groups", "full_groups"):
+        moved = getattr(without, name).roll(5, dims=1)
+        moved[:, :5] = 0
+        assert torch.equal(getattr(behind, name), moved)
+
+
+def test_prompts_of_different_lengths_are_padded_behind() -> None:
+    class Growing(Host):
+        def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
+            (prompt,) = prompts
+            return {"hidden": torch.ones(1, len(self.tokenize(prompt)), 4)}
+
+    side = TextSide(Growing(), UNet(torch.nn.Module()), (Target("blonde hair"),), nullcontext)
+    like = {"hidden": torch.full((3, 7, 4), 2.0)}
+    batch = side.for_batch(["a woman, blonde hair", "a man in a long black coat, blonde hair", "a dog"], like)
+    hidden = side.base_text(batch, like, text_encoder_trained=False)["hidden"]
+    assert hidden[..., 0].tolist() == [[1, 1, *[0] * 5], [1] * 7, [2] * 7]

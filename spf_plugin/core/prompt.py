@@ -106,6 +106,10 @@ class Prompt:
     def base(self) -> str:
         return "".join(p.text for p in self.pieces if p.in_base)
 
+    def behind(self, words: str) -> Prompt:
+        """The same prompt behind words that belong to no phrase."""
+        return Prompt((Piece(words, Kind.SEPARATOR), *self.pieces)) if words else self
+
     @property
     def has_target(self) -> bool:
         return any(p.kind is Kind.TARGET for p in self.pieces)

@@ -88,7 +88,8 @@ class Family(Protocol):
         ...
 
     def tokens(self, layer: Layer, query: Any, key: Any, call: Call) -> tuple[Tensor, Tensor]:
-        """Image queries `[B, N, C]` and text keys `[B, T, C]` from what the layer's two modules gave in a call."""
+        """Image queries `[B, N, C]` and text keys `[B, T, C]` from what the layer's two modules gave in a call. There
+        may be fewer keys, where the rest is padding in every sample (`text_mask`)."""
         ...
 
     def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:

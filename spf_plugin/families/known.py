@@ -8,10 +8,12 @@ from spf_plugin.errors import SPFError
 from spf_plugin.families.anima import Anima
 from spf_plugin.families.base import Family
 from spf_plugin.families.flux import Flux
+from spf_plugin.families.hunyuan_image import HunyuanImage
+from spf_plugin.families.lumina import Lumina
 from spf_plugin.families.sd3 import SD3
 from spf_plugin.families.unet import UNet
 
-FAMILIES = (UNet, Anima, SD3, Flux)
+FAMILIES = (UNet, Anima, SD3, Flux, Lumina, HunyuanImage)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -25,5 +27,5 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1 or Chroma"
+        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, Chroma, Lumina or HunyuanImage"
     )

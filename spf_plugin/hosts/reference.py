@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class ReferenceHost:
     """A running reference trainer, as `spf_plugin.hosts.base.Host`."""
 
+    prefix = ""
+
     def __init__(self, trainer: Trainer):
         self.trainer: Any = trainer
         self.accelerator = trainer.accelerator

@@ -4,7 +4,9 @@ on the CPU. What a kind is, its module in `dits` says; here is what must be true
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 
 from spf_plugin.config import parse
 from spf_plugin.core.prompt import Kind as Piece
-from spf_plugin.core.prompt import Target, split
+from spf_plugin.core.prompt import Spans, Target, split
 from spf_plugin.hosts.kohya import rules, trainers
 from tests import tiny
 from tests.conftest import MadeOnce
@@ -56,6 +58,9 @@ class Dit:
             **self.kind.options(self.models),
             **flags,
         }
+        if options.get("cache_text_encoder_outputs_to_disk"):  # beside the images, which others look at meanwhile
+            options["train_data_dir"] = Path(tempfile.mkdtemp(dir=self.host.work), "images")
+            shutil.copytree(self.images, options["train_data_dir"])
         return (self.host.trained if once else self.host.train)(*network_args, module=module, **options)
 
     def plain(self, *network_args: str, once: bool = False, **flags: Any) -> Result:
@@ -148,7 +153,7 @@ def test_without_weights_it_is_the_plain_network_bit_for_bit(dit: Dit, cached: b
     without_weights(dit, gradient_checkpointing=True, **(dit.kind.CACHED if cached else {}))
 
 
-@pytest.mark.kinds("anima", "sd3", "flux")
+@pytest.mark.kinds("anima", "sd3", "flux", "lumina")
 def test_without_weights_a_text_encoder_is_trained_as_without_spf(dit: Dit) -> None:
     without_weights(dit, "train_t5xxl=True", network_train_unet_only=None)  # a word of SD3's network; Anima's takes any
 
@@ -180,26 +185,14 @@ def test_the_reference_in_bf16(dit: Dit) -> None:
     assert 0 < len(result.tensors()) < dit.kind.TENSORS
 
 
-@pytest.mark.kinds("anima")
-@pytest.mark.parametrize(
-    ("settings", "cached", "flags"),
-    [
-        pytest.param((), False, {"network_train_unet_only": None}, id="text-encoder"),
-        pytest.param(
-            OFF[:2], True, {"gradient_checkpointing": True, "unsloth_offload_checkpointing": True}, id="unsloth"
-        ),
-    ],
-)
-def test_the_reference_of_other_runs(
-    dit: Dit, settings: tuple[str, ...], cached: bool, flags: dict[str, object]
-) -> None:
-    flags = {**flags, **(dit.kind.CACHED if cached else {})}
-    seen = spied(dit.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **flags))
+@pytest.mark.kinds("anima", "lumina")
+def test_the_reference_beside_a_text_encoder_that_is_trained(dit: Dit) -> None:
+    seen = spied(dit.train(*EVERY_STEP, module="tests.hosts.spy", network_train_unet_only=None))
     assert len(seen) == 2
     assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
 
 
-@pytest.mark.kinds("anima", "sd3")
+@pytest.mark.kinds("anima", "sd3", "lumina")
 def test_the_reference_of_a_base_in_few_bits(dit: Dit) -> None:
     seen = spied(dit.train(*EVERY_STEP, "spf_base=int8", module="tests.hosts.spy", **dit.kind.CACHED))
     assert len(seen) == 2
@@ -220,6 +213,14 @@ def test_the_reference_of_other_runs_with_cached_text(
 ) -> None:
     """Where CLIP is trained, T5's states stay those of the cache, in the second step of a pair, too."""
     seen = spied(dit.train(*EVERY_STEP, *settings, module="tests.hosts.spy", **{**dit.kind.CACHED, **flags}))
+    assert len(seen) == 2
+    assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
+
+
+@pytest.mark.kinds("anima")
+def test_the_reference_with_blocks_whose_graph_is_offloaded(dit: Dit) -> None:
+    flags = {"gradient_checkpointing": True, "unsloth_offload_checkpointing": True, **dit.kind.CACHED}
+    seen = spied(dit.train(*EVERY_STEP, *OFF[:2], module="tests.hosts.spy", **flags))
     assert len(seen) == 2
     assert all(pair["equal"] and pair["repeats"] and pair["response"] > 0 for pair in seen)
 
@@ -270,7 +271,8 @@ def test_checkpointing_changes_nothing(dit: Dit) -> None:
 def test_cached_text_is_the_text(dit: Dit) -> None:
     """All prompts are encoded before the training starts, and are what they would have been in it."""
     without = dit.train(*EVERY_STEP, once=True).tensors()
-    assert relative_error(dit.train(*EVERY_STEP, once=True, **dit.kind.CACHED).tensors(), without) < 1e-4
+    limit = 1e-4 if dit.kind.PRECISION == "no" else 0.05  # the host pads otherwise what it cached, which bf16 rounds
+    assert relative_error(dit.train(*EVERY_STEP, once=True, **dit.kind.CACHED).tensors(), without) < limit
 
 
 @contract  # with how each trainer keeps captions
@@ -303,7 +305,7 @@ def test_block_swap_changes_nothing(dit: Dit) -> None:
     """The host's copying of blocks is left out (`dits.common`): the order of its calls is what is tested."""
     without = dit.train(*EVERY_STEP, once=True).tensors()
     swapped = dit.train(*EVERY_STEP, blocks_to_swap=1)
-    assert "Block swap enabled" in swapped.said
+    assert "block swap" in swapped.said.lower()
     assert equal(swapped.tensors(), without)
 
 
@@ -441,6 +443,14 @@ def test_what_is_compared_is_what_the_attention_of_the_blocks_compares(dit: Dit)
     assert all(places == expected for places in found.values()), found
 
 
+@pytest.mark.kinds("lumina", "hunyuan_image")
+def test_queries_and_keys_are_those_of_the_models_own_attention(dit: Dit) -> None:
+    """Rotary positions, shared keys and the places of words and patches, with different numbers of words."""
+    done = subprocess.run(dit.command("joint"), capture_output=True, text=True, env=dit.host.environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.splitlines()[-1]) < 1e-5
+
+
 PROMPTS = {
     "start": "blonde hair, a woman in a brown jacket, curtain background",
     "middle": "a woman in a brown jacket, blonde hair, curtain background",
@@ -456,29 +466,70 @@ PROMPTS = {
 def test_spans_are_those_of_the_tokenizer(dit: Dit, full: bool) -> None:
     """Against the offsets of the tokenizers, in the sequence that the host makes of a caption."""
     for name, caption in PROMPTS.items():
-        length = 24 if name == "cut off" else 64
-        prompt = split(caption, [Target("blonde hair")])
-        places = dit.kind.places(dit.models, prompt.full if full else prompt.base, length)
-        expected: list[list[int]] = [[] for _ in prompt.phrases]
-        target: list[int] = []
-        pieces, end = [], 0
-        for piece in prompt.pieces:
-            if piece.in_full if full else piece.in_base:
-                pieces.append((end, end + len(piece.text), piece))
-                end += len(piece.text)
-        for position, place in enumerate(places):
-            if place is None:
-                continue
-            last = place[1] - 1  # a token may begin with the space before it
-            piece = next(piece for start, stop, piece in pieces if start <= last < stop)
-            if piece.kind is Piece.TARGET:
-                target.append(position)
-            elif piece.phrase >= 0:
-                expected[piece.phrase].append(position)
-        spans = dit.kind.spans(dit.models, prompt, length, full=full)
-        assert [list(phrase) for phrase in spans.phrases] == expected, name
-        assert list(spans.target) == target, name
-        assert target or name == "cut off" or not full
+        spans = spans_beside_offsets(dit, caption, 24 if name == "cut off" else 64, full)
+        assert spans.target or name == "cut off" or not full
+
+
+@pytest.mark.kinds("hunyuan_image")
+@pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
+def test_spans_of_what_is_quoted(dit: Dit, full: bool) -> None:
+    """It is read twice: byte by byte by byT5, which cuts at 128, and with the rest."""
+    for caption in (
+        'a blue shirt "caf\u00e9", a woman, a red hat "with blonde hair and sunglasses", curtain background',
+        f'a blue shirt "{"red " * 31}hat", a woman in a jacket, a man with "blonde hair", smiling',
+    ):
+        plain = caption.replace('"', "")
+        quoted, without = (spans_beside_offsets(dit, text, 0, full) for text in (caption, plain))
+        assert sum(map(len, quoted.phrases)) > sum(map(len, without.phrases)) + 9
+        assert not full or len(quoted.target) >= len(without.target) > 0
+
+
+def spans_beside_offsets(dit: Dit, caption: str, length: int, full: bool) -> Spans:
+    """The family's, which must be what the tokenizers' offsets say."""
+    prompt = split(caption, [Target("blonde hair")])
+    places = dit.kind.places(dit.models, prompt.full if full else prompt.base, length)
+    expected: list[list[int]] = [[] for _ in prompt.phrases]
+    target: list[int] = []
+    pieces, end = [], 0
+    for piece in prompt.pieces:
+        if piece.in_full if full else piece.in_base:
+            pieces.append((end, end + len(piece.text), piece))
+            end += len(piece.text)
+    for position, place in enumerate(places):
+        if place is None:
+            continue
+        last = place[1] - 1  # a token may begin with the space before it
+        piece = next(piece for start, stop, piece in pieces if start <= last < stop)
+        if piece.kind is Piece.TARGET:
+            target.append(position)
+        elif piece.phrase >= 0:
+            expected[piece.phrase].append(position)
+    spans = dit.kind.spans(dit.models, prompt, length, full=full)
+    assert [list(phrase) for phrase in spans.phrases] == expected, caption
+    assert list(spans.target) == target, caption
+    return spans
+
+
+@pytest.mark.kinds("lumina")
+def test_text_that_would_be_something_else_is_refused(dit: Dit) -> None:
+    result = dit.train(TARGET, weighted_captions=True, gemma2_max_token_length=44)
+    assert result.returncode != 0
+    assert "running training" not in result.log
+    for words in (
+        "--weighted_captions is not made for this model",
+        "--gemma2_max_token_length=44: sd-scripts cuts",
+        "Use 48.",
+    ):
+        assert words in result.message, result.log[-3000:]
+
+
+@pytest.mark.kinds("hunyuan_image")
+def test_text_that_is_cached_in_memory_is_refused(dit: Dit) -> None:
+    """The host would fail at the first batch."""
+    result = dit.train(TARGET, cache_text_encoder_outputs=True)
+    assert result.returncode != 0
+    assert "running training" not in result.log
+    assert "--cache_text_encoder_outputs alone: sd-scripts fails" in result.message, result.log[-3000:]
 
 
 def test_chroma_has_no_vector_of_clip() -> None:

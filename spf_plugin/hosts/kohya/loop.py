@@ -176,10 +176,23 @@ class KohyaHost:
 
     def _captions_at_hand(self) -> Iterator[tuple[str, Sequence[Target] | None]]:
         """What the caption files say and the host has encoded: cached text is neither shuffled nor framed."""
-        with self._text.at_hand():
+        with self._aside(), self._text.at_hand():
             for captions, image in self._entries():
                 targets = read_targets(image.target) if image.target else None
                 yield from ((caption, targets) for caption in captions)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The denoiser in main memory, where the host has it on the card already while it has text encoders no more."""
+        place = next(self.denoiser.parameters()).device
+        moved = self.dit is not None and self.dit.rebuilt and place.type != "cpu" and not self.args.lowram
+        if moved:
+            self.denoiser.to("cpu")
+        try:
+            yield
+        finally:
+            if moved:
+                self.denoiser.to(place)
 
     def captions(self, batch: Any) -> list[str]:
         return [str(caption or "") for caption in batch["captions"]]
@@ -212,6 +225,10 @@ class KohyaHost:
         return (None if latents is None else latents * self.vae_scaling_factor), pixels
 
     # -- the loop -------------------------------------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> str:
+        return self._text.prefix
 
     def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
         return self._text.tokenize(text, which)

@@ -28,9 +28,11 @@ NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")  # --network_module: 
 DEFAULT_NETWORK = "networks.lora"
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 MUCH_DROPOUT = 0.3  # of the captions
+GEMMA_STEP = 8  # Lumina's text is padded to a multiple of it
 ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
 SUPPORTED = (
-    "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_, sd3_ and flux_train_network.py"
+    "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_, sd3_, flux_, lumina_ and "
+    "hunyuan_image_train_network.py"
 )
 
 
@@ -156,7 +158,7 @@ def look(
     errors += cached_text.problems(args, images, sdxl=sdxl, ending=dit.text_cache if dit else None, stale=stale)
     errors += cached_text.kept_captions(images)
     if dit is not None:
-        errors += _dit_problems(args, config)
+        errors += _dit_problems(args, config, dit)
         warnings += _noisy_text(args, dit)
     dropped = dropped_targets(args)
     if dropped:
@@ -180,7 +182,7 @@ def look(
     return Found(errors, warnings)
 
 
-def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
+def _dit_problems(args: Any, config: SPFConfig | None, dit: Dit) -> list[str]:
     """What SPF cannot do with a diffusion transformer."""
     found: list[str] = []
     if getattr(args, "compile", False):  # from v0.11 on
@@ -197,6 +199,18 @@ def _dit_problems(args: Any, config: SPFConfig | None) -> list[str]:
         found.append(
             "--weighted_captions is not made for this model: sd-scripts fails, or encodes brackets and numbers as "
             "words. Remove the option, and the weights from the captions."
+        )
+    cached, on_disk = (getattr(args, name, False) for name in cached_text.TEXT_CACHES)
+    if dit.rebuilt and cached and not on_disk:
+        found.append(
+            "--cache_text_encoder_outputs alone: sd-scripts fails at the first batch of HunyuanImage text that it "
+            "keeps in memory. Use --cache_text_encoder_outputs_to_disk."
+        )
+    longest = getattr(args, "gemma2_max_token_length", None) or GEMMA_STEP
+    if longest % GEMMA_STEP:
+        found.append(
+            f"--gemma2_max_token_length={longest}: sd-scripts cuts captions there, but pads them to a multiple of "
+            f"{GEMMA_STEP}, and SPF could not tell what is cut off. Use {-(-longest // GEMMA_STEP) * GEMMA_STEP}."
         )
     if config is None:
         return found

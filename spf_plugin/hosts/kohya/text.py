@@ -48,7 +48,8 @@ class TextEncoding:
         self.freed = self.cached and bool(trainer.is_text_encoder_not_needed_for_training(args))
         # What the host frees, nobody may hold.
         self._held = [] if self.freed else list(text_encoders)
-        self._seen = [weakref.ref(encoder) for encoder in text_encoders] if self.freed else []
+        dummies = self.dit is not None and self.dit.rebuilt
+        self._seen = [weakref.ref(encoder) for encoder in text_encoders] if self.freed and not dummies else []
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -79,6 +80,14 @@ class TextEncoding:
     @property
     def can_tokenize(self) -> bool:
         return (self.is_new and bool(self.text_encoders)) or self._tokenizers is not None
+
+    @property
+    def prefix(self) -> str:
+        if self.dit is None or self.dit.prefix is None:
+            return ""
+        from library.strategy_base import TokenizeStrategy
+
+        return str(getattr(TokenizeStrategy.get_strategy(), self.dit.prefix))
 
     def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
         if self.args.weighted_captions:
@@ -138,6 +147,10 @@ class TextEncoding:
     @contextmanager
     def at_hand(self) -> Iterator[None]:
         """The text encoders where the run computes, as the host has them when it caches; afterwards where they were."""
+        if self.dit is not None and self.dit.rebuilt:
+            with self._rebuilt():
+                yield
+            return
         encoders = self.text_encoders
         places = [encoder.device for encoder in encoders]
         try:
@@ -147,6 +160,20 @@ class TextEncoding:
         finally:
             for encoder, place in zip(encoders, places, strict=True):
                 encoder.to(place)
+
+    @contextmanager
+    def _rebuilt(self) -> Iterator[None]:
+        """Text encoders loaded once more, by the host's own code, which draws random numbers: none of the run's."""
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            encoders = self.trainer.load_target_model(self.args, self.weight_dtype, self.accelerator)[1]
+        try:
+            for encoder in encoders:
+                encoder.to("cpu" if self.args.text_encoder_cpu else device)
+            self._held = encoders
+            yield
+        finally:
+            self._held = []
 
     @torch.no_grad()
     def encode_for_cache(self, caption: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

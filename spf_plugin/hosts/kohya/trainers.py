@@ -23,6 +23,9 @@ class Dit:
         second: the attribute of the second tokenizer, where the family counts the tokens of two.
         drops_out: a text encoder has dropout, which --gradient_checkpointing leaves on.
         encoding: the host's arguments -> options of `encode_tokens`, for prompts that are to be encoded as its own are.
+        prefix: the attribute of its tokenize strategy with the words that it puts before every caption, if any.
+        rebuilt: with cached text it has thrown its text encoders away before the network is made, and what it gives in
+            their place encodes nothing. It also keeps cached text on the disk only.
     """
 
     network: str
@@ -32,6 +35,8 @@ class Dit:
     second: str | None = None
     drops_out: bool = False
     encoding: Callable[[Any], dict[str, Any]] = lambda args: {}
+    prefix: str | None = None
+    rebuilt: bool = False
 
 
 def _of_sd3(args: Any) -> dict[str, Any]:
@@ -63,6 +68,16 @@ DITS = {
     # Where FLUX has CLIP's vector, Chroma has zeros, which stand for no prompt.
     "FluxNetworkTrainer chroma": Dit(
         "networks.lora_flux", ("stand_in", "hidden", "ids", "hidden_mask"), "t5xxl", "_flux_te.npz", drops_out=True
+    ),
+    "HunyuanImageNetworkTrainer": Dit(
+        "networks.lora_hunyuan_image",
+        ("hidden", "hidden_mask", "glyphs", "glyphs_mask", None),
+        "vlm_tokenizer",
+        "_hi_te.npz",
+        rebuilt=True,
+    ),
+    "LuminaNetworkTrainer": Dit(
+        "networks.lora_lumina", ("hidden", None, "hidden_mask"), "tokenizer", "_lumina_te.npz", prefix="system_prompt"
     ),
 }
 """By the trainer's class, and its `--model_type` where that makes a difference."""

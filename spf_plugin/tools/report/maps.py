@@ -68,6 +68,8 @@ class Maps:
 class _Text:
     """The text side of a pipeline, as `spf_plugin.text.TextHost`."""
 
+    prefix = ""
+
     def __init__(self, model: BaseModel):
         self.model = model
 

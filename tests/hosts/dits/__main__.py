@@ -10,6 +10,7 @@ import torch
 
 from tests.hosts import launcher
 from tests.hosts.dits.compared import compared
+from tests.hosts.dits.joint import off
 from tests.hosts.dits.kinds import MARK, kind
 from tests.hosts.dits.planted import spread
 
@@ -24,6 +25,8 @@ if command == "make":
     (folder / MARK).write_text(name, encoding="utf-8")
 elif command == "compared":
     print(json.dumps(compared(*module.two_samples(folder))))  # type: ignore[attr-defined]
+elif command == "joint":
+    print(json.dumps(off(module.joint(folder))))  # type: ignore[attr-defined]
 else:
     made = module.planted(folder)
     print(json.dumps({which: spread(made, which) for which in made.layers}))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.seam import Call
 
-KINDS = ("anima", "sd3", "flux", "chroma")
+KINDS = ("anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image")
 VARIANTS = ("sd3m",)  # of one of them, that run only what may differ
 MARK = "kind.txt"  # beside a model's weights: which of the kinds it is
 
@@ -32,6 +32,7 @@ class Planted:
         size: `(h, w)` of the latents.
         plant: (what the layer's key module gave, the position, a key `[heads, d]` as `Family.tokens` must give it)
             -> the same output with that key there.
+        shared: heads of queries that have the same key.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Planted:
     length: int
     size: tuple[int, int]
     plant: Callable[[Any, int, Tensor], Any]
+    shared: int = 1
 
 
 class Kind(Protocol):

@@ -19,14 +19,14 @@ from tests.hosts.dits.kinds import Planted
 STRENGTH = 6.0  # of the logits
 
 
-def separating(query: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
-    """`[1, N, C]` -> the keys `[heads, d]` that answer 1 on the left half and -1 on the right."""
+def separating(query: Tensor, grid: tuple[int, int], heads: int, shared: int) -> Tensor:
+    """`[1, N, C]` -> the keys `[heads, d]` that answer 1 on the left half, -1 on the right: one for `shared` heads."""
     h, w = grid
     left = torch.arange(w).repeat(h) < w // 2
-    wanted = torch.where(left, 1.0, -1.0)[:, None]
-    by_head = query[0].unflatten(-1, (heads, -1))
-    keys = [torch.linalg.lstsq(by_head[:, head], wanted).solution[:, 0] for head in range(heads)]
-    return torch.stack(keys) * STRENGTH * by_head.shape[-1] ** 0.5
+    wanted = torch.where(left, 1.0, -1.0)[:, None].repeat_interleave(shared, dim=0)
+    by_key = query[0].unflatten(-1, (heads // shared, shared, -1)).transpose(0, 1).flatten(1, 2)  # [keys, N shared, d]
+    keys = [torch.linalg.lstsq(queries, wanted).solution[:, 0] for queries in by_key]
+    return torch.stack(keys).repeat_interleave(shared, dim=0) * STRENGTH * by_key.shape[-1] ** 0.5
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def spread(made: Planted, which: str) -> dict[str, Any]:
         with capture(layers) as seen:
             made.call.on(made.model)
         query, _ = family.tokens(layer, seen.queries[layer.name], seen.keys[layer.name], made.call)
-        key = separating(query, family.grid(query.shape[1], made.size), layer.heads)
+        key = separating(query, family.grid(query.shape[1], made.size), layer.heads, made.shared)
 
         def plant(_module: nn.Module, _inputs: object, output: Any, key: Tensor = key) -> Any:
             return made.plant(output, made.position, key)
