@@ -58,7 +58,8 @@ class Dit:
             **self.kind.options(self.models),
             **flags,
         }
-        if options.get("cache_text_encoder_outputs_to_disk"):  # beside the images, which others look at meanwhile
+        shared = options["train_data_dir"] == self.images
+        if shared and options.get("cache_text_encoder_outputs_to_disk"):  # beside images that others look at meanwhile
             options["train_data_dir"] = Path(tempfile.mkdtemp(dir=self.host.work), "images")
             shutil.copytree(self.images, options["train_data_dir"])
         return (self.host.trained if once else self.host.train)(*network_args, module=module, **options)
