@@ -7,6 +7,8 @@ installed diffusers on the same files and compare.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from spf_plugin.lorafile import findings as f
 from spf_plugin.lorafile.findings import FIX, Finding, some
@@ -14,6 +16,7 @@ from spf_plugin.lorafile.inspect import Contents, Description, Group
 from spf_plugin.lorafile.names import Resolved
 
 _PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+PROJECTION = "lora_te2_text_projection"  # OneTrainer's; of SDXL, whose second text encoder has that layer
 _MERGE = "use A1111, Forge or ComfyUI, or convert it to a LoRA with LyCORIS"
 
 
@@ -42,7 +45,10 @@ def _own_format(contents: Contents, description: Description) -> list[Finding]:
         return [Finding("fail", "prefix", f"“Invalid LoRA checkpoint”: {some(odd)}.", FIX)]
     if not all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in contents.tensors):
         return [Finding("fail", "prefix", f"Loads nothing: {first} starts with no known component.", FIX)]
-    return _text_note(description)
+    named = [key for key in contents.tensors if ".lora_A.default." in key or ".lora_B.default." in key]
+    if named:
+        return [Finding("fail", "prefix", f"The adapter's name inside {some(named, 1)} stops loading.", FIX)]
+    return _alphas(contents, description) + _text_note(description)
 
 
 def _kohya(contents: Contents, description: Description) -> list[Finding]:
@@ -58,7 +64,11 @@ def _kohya(contents: Contents, description: Description) -> list[Finding]:
         if "lora_down.weight" not in group.keys:
             allowed = set()
         stray += [key for suffix, key in group.keys.items() if suffix not in allowed]
-    if half:
+    crossed = [g.name for g in description.groups if g.format == "peft"]
+    if crossed:
+        text = f"lora_A and lora_B under kohya's names stop loading: {some(crossed)}."
+        out.append(Finding("fail", "crossed-names", text, FIX))
+    elif half:
         text = f"Stops with a KeyError: {some(half)} has half its factors."
         out.append(Finding("fail", "no-pair", text, "save the missing tensors"))
     elif stray:
@@ -70,12 +80,12 @@ def _kohya(contents: Contents, description: Description) -> list[Finding]:
     if any("dora_scale" in g.keys for g in description.groups):
         text = "DoRA scales are dropped with a warning and plain LoRA is loaded: a different image."
         out.append(Finding("warn", "dora", text, "train without DoRA for diffusers"))
-    out += _alphas(contents, description)
+    out += _alphas(contents, description) + _half_encoders(description)
     out += f.wrong_shapes(description, "fail", "a size mismatch that stops loading")
     return out + _text_note(description)
 
 
-def _never_mapped(resolved: Resolved) -> bool:
+def never_mapped(resolved: Resolved) -> bool:
     """conv_in, conv_out, time_embedding ...: kohya never writes them, LyCORIS does, diffusers maps none."""
     return resolved.style == "diffusers" and resolved.module.group == "extra"
 
@@ -89,8 +99,8 @@ def _names(description: Description) -> list[Finding]:
         text += "silence, and 0.32 stops with an error."
         out.append(Finding("fail", "mixed-names", text, FIX))
     elif sgm and description.base != "sdxl":
-        text = f"SGM names ({len(sgm)}) are mapped for SDXL only: these modules are left out."
-        out.append(Finding("fail" if len(sgm) == styles.total() else "warn", "sgm-names", text, FIX))
+        text = f"SGM names ({len(sgm)}) are mapped for SDXL only and stop loading."
+        out.append(Finding("fail", "sgm-names", text, FIX))
     elif outside := [g.name for g in sgm if g.resolved and g.resolved.module.group == "extra"]:
         text = f"{some(outside)} is outside the blocks and stops the SGM conversion with an error."
         out.append(Finding("fail", "sgm-names", text, "train without these layers"))
@@ -98,13 +108,35 @@ def _names(description: Description) -> list[Finding]:
     if flat:
         text = f"{len(flat)} text-encoder names lack text_model ({some(flat, 1)}): left out, or an IndexError."
         out.append(Finding("fail", "text-names", text, FIX))
-    unknown = [g.name for g in description.groups if g.resolved is None]
-    lost = unknown + [g.name for g in description.groups if g.resolved and _never_mapped(g.resolved)]
+    unknown = [g.name for g in description.groups if g.resolved is None and g.name != PROJECTION]
+    lost = unknown + [g.name for g in description.groups if g.resolved and never_mapped(g.resolved)]
     if len(lost) == len(description.groups):
         out.append(Finding("fail", "names", "No name is known: nothing is applied.", FIX))
     elif lost:
         fix = FIX if unknown else "train without these layers"
         out.append(Finding("warn", "names", f"“unexpected keys”: {len(lost)} modules left out, {some(lost)}.", fix))
+    return out
+
+
+def without_output(paths: Iterable[str]) -> bool:
+    """Whether a text encoder's modules hold attention but no `out_proj`, by which diffusers knows kohya's names."""
+    ends = {path.rpartition(".")[2] for path in paths if ".self_attn." in path}
+    return bool(ends) and "out_proj" not in ends
+
+
+def _half_encoders(description: Description) -> list[Finding]:
+    out = []
+    for component in ("te1", "te2"):
+        groups = [g.resolved.module for g in description.groups if g.resolved]
+        paths = [m.path for m in groups if m.component == component]
+        if not without_output(paths):
+            continue
+        if any(".mlp." in path for path in paths):
+            text = "A text encoder's q, k, v are left out, as no out_proj is there."
+            out.append(Finding("warn", "half-attention", text, FIX))
+        else:
+            text = "A text encoder with attention but no out_proj stops loading."
+            out.append(Finding("fail", "half-attention", text, FIX))
     return out
 
 
@@ -129,41 +161,78 @@ def _component(group: Group) -> str:
     return group.resolved.module.component if group.resolved else "unet"
 
 
-def _misread(group: Group) -> bool:
+def misread(component: str, name: str) -> bool:
     """Whether diffusers loses the module's own alpha: attention projections of the UNet, all of a text encoder."""
-    return _component(group) != "unet" or any(p in group.name for p in ("_to_q", "_to_k", "_to_v", "_to_out_0"))
+    return component != "unet" or any(p in name for p in ("_to_q", "_to_k", "_to_v", "_to_out_0"))
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What diffusers takes a module's strength from.
+
+    Attributes:
+        name: of the module.
+        component: ``unet``, ``te1`` or ``te2``.
+        rank: of its factors.
+        alpha: as stored, None where there is none.
+    """
+
+    name: str
+    component: str
+    rank: int
+    alpha: float | None
+
+
+def wrong_strengths(modules: Iterable[Strength]) -> dict[str, list[str]]:
+    """Release of diffusers -> names of the modules to which it gives another strength than (alpha or rank) / rank."""
+    out: dict[str, list[str]] = {"0.32": [], "0.35": [], "0.42": []}
+    parts: dict[str, list[Strength]] = {}
+    for module in modules:
+        parts.setdefault(module.component, []).append(module)
+    for component, group in parts.items():
+        ranks = Counter(m.rank for m in group)
+        alphas = Counter(m.alpha for m in group if m.alpha is not None)
+        if alphas:
+            majority = alphas.most_common(1)[0][0]
+            wrong = [
+                m.name
+                for m in group
+                if (m.rank != majority if m.alpha is None else m.alpha != majority and misread(component, m.name))
+            ]
+            out["0.35"] += wrong
+            out["0.42"] += wrong
+            # that release leaves every alpha out once ranks differ
+            differ = [m.name for m in group if m.alpha is not None and m.alpha != m.rank]
+            out["0.32"] += differ if len(ranks) > 1 else wrong
+        else:
+            out["0.35"] += [m.name for m in group if m.rank != ranks.most_common(1)[0][0]]
+    return out
 
 
 def _alphas(contents: Contents, description: Description) -> list[Finding]:
-    """Modules whose alpha differs from the majority's get the majority's."""
+    """Modules that get another strength than their own, and in which release."""
+    factors = {"lora_down.weight", "lora_up.weight"}
+    wrong = wrong_strengths(
+        Strength(
+            g.name,
+            _component(g),
+            contents.tensors[g.keys["lora_down.weight"]].shape[0],
+            contents.alphas.get(g.name),
+        )
+        for g in description.groups
+        if g.resolved and factors <= set(g.keys) and contents.tensors[g.keys["lora_down.weight"]].shape
+    )
+    always = [name for name in wrong["0.42"] if name in set(wrong["0.32"])]
     out = []
-    wrong: list[str] = []
-    mixed_ranks = []
-    for component in ("unet", "te1", "te2"):
-        pairs = [g for g in description.groups if {"lora_down.weight", "lora_up.weight"} <= set(g.keys)]
-        groups = [g for g in pairs if _component(g) == component]
-        ranks = {contents.tensors[g.keys["lora_down.weight"]].shape[0] for g in groups}
-        values = Counter(contents.alphas[g.name] for g in groups if g.name in contents.alphas)
-        if len(ranks) > 1 and values and any(alpha not in ranks for alpha in values):
-            mixed_ranks.append(component)
-        if not values:
-            continue  # no alpha at all is read as alpha = rank, by everyone
-        majority = values.most_common(1)[0][0]
-        for group in groups:
-            alpha = contents.alphas.get(group.name)
-            if alpha is None:
-                # taken as the majority's, though everyone else reads it as the rank
-                rank = contents.tensors[group.keys["lora_down.weight"]].shape[0]
-                if rank != majority:
-                    wrong.append(group.name)
-            elif alpha != majority and _misread(group):
-                wrong.append(group.name)
-    if wrong:
-        text = f"{len(wrong)} modules get another module's alpha and so the wrong strength: {some(wrong)}."
+    if always:
+        text = f"{len(always)} modules get another module's alpha and so the wrong strength: {some(always)}."
         out.append(Finding("warn", "mixed-alpha", text, FIX))
-    if mixed_ranks:
-        text = "Ranks differ between modules: diffusers 0.32 (not 0.33 and later) then ignores alpha."
-        out.append(Finding("note", "mixed-rank", text, "upgrade diffusers, or spf lora fix --one-rank"))
+    for release, others in (("0.32", "from 0.33 on"), ("0.35", "in 0.32 and 0.42")):
+        only = [name for name in wrong[release] if name not in set(always)]
+        if only and len(wrong[release]) > len(wrong["0.42"]):
+            text = f"Ranks differ between modules: diffusers {release} gives {len(only)} modules the wrong strength "
+            text += f"({some(only, 1)}); right {others}."
+            out.append(Finding("warn", "mixed-rank", text, f"{FIX} --one-rank, or another diffusers"))
     return out
 
 

@@ -70,6 +70,11 @@ class Verdict:
         levels = {f.level for f in self.findings}
         return "fails" if "fail" in levels else "differs" if "warn" in levels else "loads"
 
+    def worse_than(self, other: Verdict) -> bool:
+        """Whether this status is worse than the other's."""
+        order = ("loads", "differs", "fails")
+        return order.index(self.status) > order.index(other.status)
+
 
 def some(items: Sequence[str], limit: int = 2) -> str:
     """The first few of a list of names and how many more there are."""
@@ -244,6 +249,12 @@ def wrong_shapes(description: Description, level: Level, consequence: str) -> li
         return []
     text = f"{len(description.misshaped)} modules do not fit {BASE_LABEL[description.base]} and are {consequence}: "
     return [Finding(level, "shapes", text + some(description.misshaped) + ".", "train for one base model")]
+
+
+def trained(description: Description, keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that some algorithm trained: the others (notes, counters) are missed by nobody."""
+    idle = {k for g in description.groups if g.algorithm == "unknown" and not g.resolved for k in g.keys.values()}
+    return [key for key in keys if key not in idle]
 
 
 def half_pairs(description: Description) -> list[str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 
 from spf_plugin.lorafile import dit_rules, names
 from spf_plugin.lorafile import findings as f
 from spf_plugin.lorafile.diffusers_rules import diffusers
 from spf_plugin.lorafile.findings import FIX, Finding, Verdict, some
-from spf_plugin.lorafile.inspect import Contents, Description, Group
+from spf_plugin.lorafile.inspect import Contents, Description, Group, rank_of
 from spf_plugin.lorafile.names import Base
 from spf_plugin.lorafile.sdcpp import sdcpp
 
@@ -155,9 +156,11 @@ def a1111(contents: Contents, description: Description) -> list[Finding]:
             matched.setdefault(layer, set()).add(suffix)
     if not matched:
         return [Finding("fail", "names", "No name is known: it loads without a word and does nothing.", FIX)]
+    lost = f.trained(description, lost)
     if lost:
         text = f"{len(lost)} tensors are dropped without a word: {some(lost)}."
         out.append(Finding("warn", "names", text, FIX))
+    out += _a1111_factors(contents, description)
     unusable = [n for n, have in matched.items() if not any(t <= have for kind in _A1111_TYPES for t in kind)]
     if unusable:
         text = f"The whole LoRA is skipped: {some(unusable)} has no pair of factors A1111 knows."
@@ -179,6 +182,39 @@ def a1111(contents: Contents, description: Description) -> list[Finding]:
     out += f.wrong_shapes(description, "warn", "counted as errors and left out")
     label = "“Always show all networks on the Lora page” off"
     return out + f.card(contents, description, _a1111_card_base(contents.metadata), label, hides=True)
+
+
+def _a1111_factors(contents: Contents, description: Description) -> list[Finding]:
+    """Factors that A1111 reads otherwise than they were trained."""
+    out = []
+    glora = [g.name for g in description.groups if g.algorithm == "GLoRA"]
+    if glora:
+        text = f"It knows GLoRA's old order of factors only: {len(glora)} modules are errors and left out."
+        level: f.Level = "fail" if len(glora) == len(description.groups) else "warn"
+        out.append(Finding(level, "glora", text, "use Forge or ComfyUI"))
+    scaled = [g.name for g in description.groups if "scalar" in g.keys]
+    if scaled:
+        text = f"The scalar of {len(scaled)} modules is ignored, and so their strength wrong: {some(scaled, 1)}."
+        out.append(Finding("warn", "scalar", text, FIX))
+    crossed = [
+        g.name
+        for g in description.groups
+        if g.format == "peft" and contents.alphas.get(g.name, rank_of(contents, g)) != rank_of(contents, g)
+    ]
+    if crossed:
+        text = f"The alpha beside lora_A and lora_B is dropped ({len(crossed)} modules): {some(crossed, 1)}."
+        out.append(Finding("warn", "alpha-dropped", text, FIX))
+    summed = ("LoHa", "LoKr", "full")
+    coarse = [g for g in description.groups if g.algorithm in summed and _dtype(contents, g) == "BF16"]
+    if coarse:
+        text = f"It rounds the model's own weights to bf16 in the {len(coarse)} layers of this bf16 file."
+        out.append(Finding("note", "bf16-sum", text, f"{FIX} --dtype fp16"))
+    return out
+
+
+def _dtype(contents: Contents, group: Group) -> str:
+    """Precision of a module's factors."""
+    return next((contents.tensors[key].dtype for suffix, key in group.keys.items() if suffix != "alpha"), "")
 
 
 def _output_axis(contents: Contents, group: Group) -> bool:
@@ -216,8 +252,20 @@ def comfy_leftovers(description: Description, suffixes: set[str]) -> list[str]:
     out = []
     for group in description.groups:
         known = group.name in ids
-        out += [key for suffix, key in group.keys.items() if not known or suffix not in suffixes]
+        alone = "lora_down.weight" in group.keys and "lora_up.weight" not in group.keys
+        out += [key for suffix, key in group.keys.items() if not known or suffix not in suffixes or alone]
     return out
+
+
+def _known_halves(description: Description) -> list[str]:
+    """Modules with half their factors that are looked for at all."""
+    ids = comfy_ids(description.base)
+    return [name for name in f.half_pairs(description) if name in ids]
+
+
+def _tucker_lokr(description: Description) -> list[str]:
+    """LoKr modules with a Tucker core, whose product cannot be laid out as the weight."""
+    return [g.name for g in description.groups if "lokr_t2" in g.keys]
 
 
 def _comfy_dora(contents: Contents, description: Description) -> list[Finding]:
@@ -234,15 +282,28 @@ def comfyui(contents: Contents, description: Description) -> list[Finding]:
     if other is not None:
         return other
     out = []
-    half = f.half_pairs(description)
+    half = _known_halves(description)
     if half:
         out.append(Finding("fail", "no-pair", f"Stops with a KeyError: {some(half)} has half its factors."))
     lost = comfy_leftovers(description, _COMFY_SUFFIXES)
     if len(lost) == len(contents.tensors):
         return [*out, Finding("fail", "names", f"No tensor is known (“lora key not loaded”): {some(lost)}.", FIX)]
+    lost = f.trained(description, lost)
     if lost:
         text = f"“lora key not loaded” for {len(lost)} tensors: {some(lost)}."
         out.append(Finding("warn", "names", text, FIX))
+    tucker = _tucker_lokr(description)
+    if tucker:
+        text = f"Tucker LoKr ({len(tucker)} convolutions) is left out with an ERROR line: {some(tucker, 1)}."
+        out.append(Finding("warn", "tucker", text, FIX))
+    bounded = [
+        g.name
+        for g in description.groups
+        if g.algorithm == "OFT" and ("rescale" in g.keys or contents.alphas.get(g.name, 0.0) > 0.0)
+    ]
+    if bounded:
+        text = f"OFT with a constraint or rescale ({len(bounded)} modules) is applied wrongly: {some(bounded, 1)}."
+        out.append(Finding("warn", "oft", text, "use A1111"))
     out += _comfy_dora(contents, description)
     return out + f.wrong_shapes(description, "warn", "left out with an ERROR line")
 
@@ -258,13 +319,29 @@ def _forge_card_base(metadata: Mapping[str, str]) -> str:
     return "sd1" if architecture == "stable-diffusion-v1/lora" else "unknown"
 
 
+def _forge_shapes(contents: Contents, description: Description) -> list[Finding]:
+    """Forge fills the missing inputs of a linear layer with zeros; anything else is an error."""
+    padded = []
+    for group in description.groups:
+        down = contents.tensors.get(group.keys.get("lora_down.weight", ""))
+        module = group.resolved.module if group.resolved else None
+        if group.name in description.misshaped and module and module.kind == "linear" and down and len(down.shape) > 1:
+            up = contents.tensors.get(group.keys.get("lora_up.weight", ""))
+            if down.shape[1] < module.fan_in and up and up.shape[0] == module.fan_out:
+                padded.append(group.name)
+    rest = replace(description, misshaped=tuple(n for n in description.misshaped if n not in padded))
+    return f.wrong_shapes(replace(description, misshaped=tuple(padded)), "warn", "filled up with zeros") + (
+        f.wrong_shapes(rest, "fail", "an error that stops loading")
+    )
+
+
 def forge(contents: Contents, description: Description) -> list[Finding]:
     """What Forge does with the file."""
     other = f.unlisted(description)
     if other is not None:
         return other
     out = []
-    half = f.half_pairs(description)
+    half = _known_halves(description)
     if half:
         out.append(Finding("fail", "no-pair", f"Stops with a KeyError: {some(half)} has half its factors."))
     lost = comfy_leftovers(description, _FORGE_SUFFIXES)
@@ -273,10 +350,13 @@ def forge(contents: Contents, description: Description) -> list[Finding]:
         out.append(Finding("fail", "names", f"{text}so the whole LoRA is refused: {some(lost)}.", FIX))
     elif len(lost) == len(contents.tensors):
         out.append(Finding("fail", "names", f"No tensor is known: {some(lost)}.", FIX))
-    elif lost:
+    elif lost := f.trained(description, lost):
         out.append(Finding("warn", "names", f"{len(lost)} unknown tensors are left out: {some(lost)}.", FIX))
-    out += _comfy_dora(contents, description)
-    out += f.wrong_shapes(description, "fail", "an error that stops loading")
+    tucker = _tucker_lokr(description)
+    if tucker:
+        text = f"Tucker LoKr ({len(tucker)} convolutions) stops with an error: {some(tucker, 1)}."
+        out.append(Finding("fail", "tucker", text, FIX))
+    out += _comfy_dora(contents, description) + _forge_shapes(contents, description)
     return out + f.card(contents, description, _forge_card_base(contents.metadata), "the card filter", hides=False)
 
 

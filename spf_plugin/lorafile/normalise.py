@@ -15,6 +15,8 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import dit_names, names
+from spf_plugin.lorafile.diffusers_rules import Strength, never_mapped, without_output, wrong_strengths
+from spf_plugin.lorafile.factors import ALPHA, DOWN, UP, Modules, Parts, is_lora, plainer
 from spf_plugin.lorafile.findings import refuse_damaged, some
 from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
 from spf_plugin.lorafile.loaders import verdicts
@@ -23,15 +25,8 @@ from spf_plugin.lorafile.names import Base, Module
 from spf_plugin.lorafile.record import CONTINUED_WITH, DIM_FROM_WEIGHTS
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
-DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
 
-Parts = dict[str, torch.Tensor]  # canonical suffix -> tensor
-Modules = dict[str, Parts]  # module name -> its parts
 Table = Mapping[str, Module]  # module name -> what it patches
-
-
-def _is_lora(parts: Parts) -> bool:
-    return UP in parts and DOWN in parts
 
 
 def normalise(
@@ -68,14 +63,15 @@ def normalise(
     contents = gather(state_dict.items(), strings)
     description = describe(contents)
     refuse_damaged(contents, description)
+    if description.base in names.BASES and any(key.endswith("lora_magnitude_vector") for key in contents.tensors):
+        raise SPFError("This is PEFT's DoRA, which diffusers reads as it is and no other program in any form.")
     notes: list[str] = []
     modules, table = _renamed(state_dict, description, notes)
-    _finite_lokr_alphas(modules, notes)
+    plainer(modules, notes)
     _adopt_adapter_alpha(modules, strings, description, notes)
-    _collapse_tucker(modules, notes)
     _reshape(modules, table, notes)
     _readable_dtypes(modules, dtype, notes)
-    if _one_alpha(modules, one_rank, notes):
+    if _one_alpha(modules, table, one_rank, notes):
         strings[CONTINUED_WITH] = DIM_FROM_WEIGHTS
     if description.base in ("sd1", "sd2", "sdxl"):
         _complete_attention(modules, table, description.base, notes)
@@ -127,6 +123,9 @@ def _renamed(
     modules: Modules = {}
     table: dict[str, Module] = {}
     renamed = []
+    unet = [g.resolved for g in description.groups if g.resolved and g.resolved.module.component == "unet"]
+    # SGM names beside conv_in or the time embedding stop diffusers, where its own names leave those out
+    outside = base in names.BASES and any(map(never_mapped, unet)) and not any(r.style == "sgm" for r in unet)
     for group in description.groups:
         name = group.name
         if group.resolved is None and group.format != "kohya":
@@ -134,8 +133,9 @@ def _renamed(
             continue
         own = base in dit_names.DIT_BASES and name.startswith("lora_")  # ComfyUI's names of HunyuanImage stay
         if group.resolved is not None and not own and not name.startswith("oft_"):
-            name = dit_names.kohya_name(base, group.resolved.module)
-            table[name] = group.resolved.module
+            module = group.resolved.module
+            name = dit_names.kohya_name("sd1" if outside and module.component == "unet" else base, module)
+            table[name] = module
         if name in modules:
             raise SPFError(f"Two entries for the module {name}. Which is meant cannot be told: save the LoRA again.")
         modules[name] = {suffix: state_dict[key] for suffix, key in group.keys.items()}
@@ -144,17 +144,6 @@ def _renamed(
     if renamed:
         notes.append(f"{len(renamed)} modules renamed to kohya's names ({some(renamed, 1)})")
     return modules, table
-
-
-def _finite_lokr_alphas(modules: Modules, notes: list[str]) -> None:
-    """An alpha that nobody reads (`names.whole_lokr`) shall at least be a number."""
-    done = 0
-    for parts in modules.values():
-        if {"lokr_w1", "lokr_w2", ALPHA} <= set(parts) and not bool(parts[ALPHA].isfinite().all()):
-            parts[ALPHA] = torch.ones((), dtype=parts[ALPHA].dtype)
-            done += 1
-    if done:
-        notes.append(f"{done} LoKr modules of whole factors: alpha 1 in place of infinity; no loader reads it")
 
 
 def _adopt_adapter_alpha(
@@ -176,29 +165,16 @@ def _adopt_adapter_alpha(
         alpha = config.get(f"{component}.lora_alpha")
         if isinstance(alpha, (int, float)) and abs(alpha) <= FLOAT32_MAX:
             for name, parts in modules.items():
-                if name.startswith(prefix) and _is_lora(parts) and ALPHA not in parts:
+                if name.startswith(prefix) and is_lora(parts) and ALPHA not in parts:
                     parts[ALPHA] = torch.tensor(float(alpha))
             notes.append(f"alpha {alpha:g} of {component} taken from lora_adapter_metadata")
-
-
-def _collapse_tucker(modules: Modules, notes: list[str]) -> None:
-    """Multiply a Tucker core into the down factor: up [o, r], mid [r, r, h, w], down [r, i] -> up, [r, i, h, w]."""
-    done = 0
-    for parts in modules.values():
-        if MID in parts and _is_lora(parts):
-            down, mid = parts[DOWN], parts.pop(MID)
-            flat = down.double().flatten(1)
-            parts[DOWN] = torch.einsum("mnhw,ni->mihw", mid.double(), flat).to(down.dtype)
-            done += 1
-    if done:
-        notes.append(f"{done} Tucker cores multiplied into lora_down (rounded to the file's dtype)")
 
 
 def _reshape(modules: Modules, table: Table, notes: list[str]) -> None:
     """Linear factors 2-D, convolution factors 4-D. Only the view changes."""
     done = 0
     for name, parts in modules.items():
-        if name not in table or not _is_lora(parts):
+        if name not in table or not is_lora(parts):
             continue
         linear = table[name].kind == "linear"
         for suffix in (DOWN, UP):
@@ -248,27 +224,34 @@ def _alpha(parts: Parts) -> float:
     return float(parts[ALPHA]) if ALPHA in parts else float(parts[DOWN].shape[0])
 
 
-def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> bool:
-    """One alpha per half of the file: modules that differ get the quotient multiplied into a factor.
+def _one_alpha(modules: Modules, table: Table, one_rank: bool, notes: list[str]) -> bool:
+    """One alpha per half of the file, or each module's rank where diffusers takes that better.
+
+    Modules whose alpha changes get the quotient multiplied into a factor. Where every choice would give some release
+    of diffusers more modules of the wrong strength than the file as it is, the alphas stay.
 
     Returns:
         Whether an alpha is another now than the arguments of the training gave it.
     """
     changed = False
     for half in ("UNet", "text encoders"):
-        loras = {name: parts for name, parts in modules.items() if _half(name) == half and _is_lora(parts)}
+        loras = {name: parts for name, parts in modules.items() if _half(name) == half and is_lora(parts)}
         if not loras:
             continue
         counts = Counter(alpha for parts in loras.values() if (alpha := _alpha(parts)) != 0.0)
         if not counts:
             continue  # every alpha is 0: nothing to preserve, and the check says so
         target = _target_alpha(counts)
+        plan = _alphas_for(loras, table, target, one_rank)
+        if plan is None:
+            notes.append(f"{half}: ranks and alphas differ; they stay, --one-rank makes them one for every diffusers")
+            continue
         top = max(parts[DOWN].shape[0] for parts in loras.values())
         added, scaled, rounded, padded = 0, 0, 0, 0
-        for parts in loras.values():
-            down, up, alpha = parts[DOWN], parts[UP], _alpha(parts)
+        for name, parts in loras.items():
+            down, up, alpha, wanted = parts[DOWN], parts[UP], _alpha(parts), plan[name]
             rank = down.shape[0]
-            factor = alpha / target
+            factor = alpha / wanted
             if one_rank and rank < top:
                 parts[DOWN] = torch.cat([down, down.new_zeros(top - rank, *down.shape[1:])])
                 parts[UP] = torch.cat([up, up.new_zeros(up.shape[0], top - rank, *up.shape[2:])], dim=1)
@@ -276,9 +259,9 @@ def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> bool:
                 padded += 1
             if ALPHA not in parts:
                 added += 1
-                parts[ALPHA] = _alpha_like(up, target)
-            elif alpha != target:
-                parts[ALPHA] = _alpha_like(parts[ALPHA], target)
+                parts[ALPHA] = _alpha_like(up, wanted)
+            elif alpha != wanted:
+                parts[ALPHA] = _alpha_like(parts[ALPHA], wanted)
                 changed = True
             if factor != 1.0:
                 exactly = _scale(parts, factor)
@@ -289,14 +272,37 @@ def _one_alpha(modules: Modules, one_rank: bool, notes: list[str]) -> bool:
                     )
                 rounded += not exactly
                 scaled += 1
+        constant = set(plan.values()) == {target}
         if added:
-            notes.append(f"{half}: alpha {target:g} added to {added} modules that had none")
+            notes.append(f"{half}: {f'alpha {target:g}' if constant else 'the rank as alpha'} added to {added} modules that had none")
         if padded:
             notes.append(f"{half}: {padded} modules padded with zeros to rank {top}")
         if scaled:
             how = f", {rounded} of them rounded to the file's dtype" if rounded else ", exactly"
-            notes.append(f"{half}: one alpha, {target:g}; {scaled} modules scaled to keep their delta{how}")
+            what = f"one alpha, {target:g}" if constant else "every module's rank as its alpha"
+            notes.append(f"{half}: {what}; {scaled} modules scaled to keep their delta{how}")
     return changed
+
+
+def _alphas_for(loras: Modules, table: Table, target: float, one_rank: bool) -> dict[str, float] | None:
+    """Module -> the alpha it shall get: `target`, or all their ranks; None where they had better stay."""
+    ranks = {name: parts[DOWN].shape[0] for name, parts in loras.items()}
+    constant = dict.fromkeys(loras, target)
+    if one_rank or len(set(ranks.values())) == 1:
+        return constant
+
+    def wrong(alphas: Mapping[str, float | None]) -> dict[str, int]:
+        rows = (
+            Strength(name, table[name].component if name in table else "unet", ranks[name], alphas[name])
+            for name in loras
+        )
+        return {release: len(names_) for release, names_ in wrong_strengths(rows).items()}
+
+    stored = {name: float(parts[ALPHA]) if ALPHA in parts else None for name, parts in loras.items()}
+    before = wrong(stored)
+    own = {name: float(rank) for name, rank in ranks.items()}
+    good = [plan for plan in (constant, own) if all(n <= before[release] for release, n in wrong(plan).items())]
+    return min(good, key=lambda plan: sum(wrong(plan).values()), default=None)
 
 
 def _target_alpha(counts: Counter[float]) -> float:
@@ -342,10 +348,17 @@ _ZEROED = {"LoRA": (UP,), "LoHa": ("hada_w2_a",), "LoKr": ("lokr_w2", "lokr_w2_b
 
 
 def _complete_attention(modules: Modules, table: Table, base: Base, notes: list[str]) -> None:
-    """Add zero deltas for the missing ones of q, k, v, out where the checkpoint keeps q, k, v in one matrix."""
+    """Add zero deltas for the missing ones of q, k, v, out where the checkpoint keeps q, k, v in one matrix, and where
+    there is no output at all, without which diffusers stops."""
     layers: dict[str, dict[str, str]] = {}
+    paths: dict[str, list[str]] = {}
+    for module in table.values():
+        paths.setdefault(module.component, []).append(module.path)
+    incomplete = {
+        c for c in ("te1", "te2") if names.fused_attention(base, c) or without_output(paths.get(c, ()))
+    }
     for name, module in table.items():
-        if ".self_attn." in module.path and names.fused_attention(base, module.component):
+        if ".self_attn." in module.path and module.component in incomplete:
             layer, _, part = name.rpartition("_self_attn_")
             layers.setdefault(layer, {})[part] = name
     added = 0
@@ -356,14 +369,15 @@ def _complete_attention(modules: Modules, table: Table, base: Base, notes: list[
         kind = algorithm(sibling)
         if kind not in _ZEROED or "dora_scale" in sibling:
             continue  # the loaders' notes name what is then lost
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        fused = names.fused_attention(base, table[next(iter(present.values()))].component)
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj") if fused else ("out_proj",):
             if part not in present:  # all four are square and of one size, so a sibling's shapes fit
                 copy = {suffix: t.clone() for suffix, t in sibling.items()}
                 copy |= {suffix: torch.zeros_like(t) for suffix, t in copy.items() if suffix in _ZEROED[kind]}
                 modules[f"{layer}_self_attn_{part}"] = copy
                 added += 1
     if added:
-        notes.append(f"{added} text-encoder projections added with a zero delta, so that q, k, v and out are complete")
+        notes.append(f"{added} text-encoder projections added with a zero delta, which some program asks for")
 
 
 def _within_range(modules: Modules, dtype: torch.dtype | None, notes: list[str]) -> None:
@@ -371,7 +385,7 @@ def _within_range(modules: Modules, dtype: torch.dtype | None, notes: list[str])
     balanced = 0
     for name, parts in modules.items():
         peaks = {suffix: float(t.abs().max()) for suffix, t in parts.items() if t.numel() and t.dtype.is_floating_point}
-        if _is_lora(parts) and max(peaks.get(UP, 0.0), peaks.get(DOWN, 0.0)) > FP16_MAX:
+        if is_lora(parts) and max(peaks.get(UP, 0.0), peaks.get(DOWN, 0.0)) > FP16_MAX:
             large, small = (UP, DOWN) if peaks[UP] > peaks[DOWN] else (DOWN, UP)
             shift = 2.0 ** math.ceil(math.log2(peaks[large] / FP16_MAX))
             if peaks[small] * shift > FP16_MAX:

@@ -196,10 +196,6 @@ def sdcpp(contents: Contents, description: Description) -> list[Finding]:
         return other
     base: Base = description.base  # type: ignore[assignment]
     out = []
-    integer = [key for key, t in contents.tensors.items() if key.endswith(".alpha") and t.dtype in ("I64", "F64")]
-    if integer:
-        text = f"An alpha in {contents.tensors[integer[0]].dtype} ({some(integer, 1)}) stops the program."
-        out.append(Finding("fail", "alpha-dtype", text, FIX))
     model = _model_tensors(base)
     filed: dict[str, dict[str, str]] = {}
     for key in contents.tensors:
@@ -222,14 +218,34 @@ def sdcpp(contents: Contents, description: Description) -> list[Finding]:
         out.append(Finding("fail", "names", f"Every tensor is an “unused lora tensor”: {some(unused)}.", FIX))
         return out
     if unused:
-        tucker = any(key.endswith(".lokr_t2") for key in unused)
         text = f"“unused lora tensor” for {len(unused)} tensors: {some(unused)}."
-        out.append(Finding("warn", "names", text, "use ComfyUI" if tucker else FIX))
-    out += _fused(description) + _rank_one(contents, description)
+        out.append(Finding("warn", "names", text, FIX))
+    out += _convolutions(contents, description) + _fused(description) + _rank_one(contents, description)
     if contents.over_fp16:
         text = "Values above 65504 overflow in at_runtime mode."
         out.append(Finding("warn", "fp16-range", text, FIX))
     return out + f.wrong_shapes(description, "warn", "skipped as incompatible")
+
+
+def _convolutions(contents: Contents, description: Description) -> list[Finding]:
+    """Factors of convolutions that are multiplied in another order than they were trained."""
+    out = []
+    stopped = [g.name for g in description.groups if "lokr_t2" in g.keys]
+    if stopped:
+        out.append(Finding("fail", "tucker", f"Tucker LoKr stops the program: {some(stopped, 1)}.", FIX))
+    cores = [g.name for g in description.groups if {"lora_mid.weight", "hada_t1"} & set(g.keys)]
+    if cores:
+        text = f"Tucker cores ({len(cores)} convolutions) are multiplied in the wrong order: {some(cores, 1)}."
+        out.append(Finding("warn", "tucker", text, FIX))
+    whole = [
+        g.name
+        for g in description.groups
+        if "lokr_w2" in g.keys and len(contents.tensors[g.keys["lokr_w2"]].shape) == 4
+    ]
+    if whole:
+        text = f"LoKr with a whole second factor is permuted in {len(whole)} convolutions: {some(whole, 1)}."
+        out.append(Finding("warn", "lokr-whole", text, "use ComfyUI"))
+    return out
 
 
 def _fused(description: Description) -> list[Finding]:

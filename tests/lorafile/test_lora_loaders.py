@@ -316,12 +316,11 @@ def test_sdcpp_maps_both_styles(base: names.Base, style: str) -> None:
             assert sdcpp.convert(key, base) == f"model.diffusion_model.{m.sgm}.weight.lora_up"
 
 
-def test_sdcpp_stops_at_integer_alpha() -> None:
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_every_program_reads_an_alpha_of_any_number_type(dtype: torch.dtype) -> None:
     state_dict = h.full_lora("sd1")
-    state_dict["lora_unet_mid_block_attentions_0_proj_in.alpha"] = torch.tensor(1)
-    found = judge(state_dict, complete("sd1"))
-    assert codes(found["sd.cpp"]) == {"alpha-dtype"}
-    assert statuses(found) == ["loads"] * 4 + ["fails"]
+    state_dict["lora_unet_mid_block_attentions_0_proj_in.alpha"] = torch.tensor(1, dtype=dtype)
+    assert statuses(judge(state_dict, complete("sd1"))) == ["loads"] * 5
 
 
 def test_sdcpp_does_not_know_time_embed() -> None:

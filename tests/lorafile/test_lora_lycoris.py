@@ -75,8 +75,8 @@ def test_lycoris_reads_our_files(tmp_path: Path, conv: bool) -> None:
 ALGORITHMS = [
     ("locon", {}, {}),
     ("loha", {}, {"diffusers": "algorithm"}),
-    ("lokr", {"factor": 4}, {"diffusers": "algorithm"}),
-    ("lokr", {"factor": 4, "full_matrix": True}, {"diffusers": "algorithm"}),
+    ("lokr", {"factor": 4}, {"diffusers": "algorithm", "sd.cpp": "lokr-whole"}),
+    ("lokr", {"factor": 4, "full_matrix": True}, {"diffusers": "algorithm", "sd.cpp": "lokr-whole"}),
     ("full", {}, {"diffusers": "algorithm"}),
     ("diag-oft", {}, {"Forge": "names", "diffusers": "algorithm", "sd.cpp": "names"}),
     ("locon", {"dora_wd": True, "wd_on_output": False}, {"diffusers": "dora", "sd.cpp": "dora"}),

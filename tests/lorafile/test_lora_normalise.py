@@ -169,8 +169,14 @@ def test_attention_groups_are_completed(base: names.Base, prefix: str, present: 
 
 
 def test_clip_l_groups_stay_open() -> None:
-    state_dict = random_lora("sdxl", keep=lambda n: n == "lora_te1_text_model_encoder_layers_3_self_attn_k_proj")
+    """But for an output: diffusers knows kohya's text encoders by it."""
+    layer = "lora_te1_text_model_encoder_layers_3_self_attn_"
+    state_dict = random_lora("sdxl", keep=lambda n: n in (f"{layer}k_proj", f"{layer}out_proj"))
     assert list(normalise(state_dict, complete("sdxl"))[0]) == list(state_dict)
+    state_dict = random_lora("sdxl", keep=lambda n: n == f"{layer}k_proj")
+    fixed = normalise(state_dict, complete("sdxl"))[0]
+    assert {key.split(".")[0] for key in fixed} == {f"{layer}k_proj", f"{layer}out_proj"}
+    assert not fixed[f"{layer}out_proj.lora_up.weight"].any()
 
 
 def test_names_are_mended() -> None:

@@ -217,6 +217,11 @@ def _said(out: Path, notes: list[str]) -> None:
     console.print(f"wrote [bold]{escape(str(out))}[/bold]")
 
 
+def _verdicts(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> list[Verdict]:
+    contents = inspect.gather(tensors.items(), metadata)
+    return verdicts(contents, inspect.describe(contents))
+
+
 @app.command()
 def fix(
     source: In,
@@ -237,8 +242,11 @@ def fix(
         fixed, strings, notes = normalise(
             state_dict, metadata, dtype=_DTYPES[dtype] if dtype else None, one_rank=one_rank
         )
-        contents = inspect.gather(fixed.items(), strings)
-        refused = [v for v in verdicts(contents, inspect.describe(contents)) if v.status == "fails"]
+        after = _verdicts(fixed, strings)
+        worse = [v.loader for old, v in zip(_verdicts(state_dict, metadata), after, strict=True) if v.worse_than(old)]
+        if worse:
+            raise SPFError(f"{', '.join(worse)} would take the result worse than {source} as it is: nothing was written.")
+        refused = [v for v in after if v.status == "fails"]
         if len(refused) == len(Loader):
             why = next(f.message for f in refused[-1].findings if f.level == "fail")
             raise SPFError(f"{source} cannot be mended, no program would load the result. {why} Nothing was written.")
@@ -262,7 +270,9 @@ def convert(
     try:
         _check_out(out, force)
         state_dict, metadata = reader.load(source)
-        converted, strings, notes = normalise(state_dict, metadata)
+        # diffusers' formats keep no alpha, and its 0.35 then takes every rank for the most common one
+        padded = to in (Target.diffusers, Target.peft)
+        converted, strings, notes = normalise(state_dict, metadata, one_rank=padded)
         if to is Target.comfyui:
             converted, notes = to_comfyui(converted), []
         elif to is not Target.kohya:
