@@ -24,6 +24,8 @@ from spf_plugin import terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, reader, record, sidecars, writer
+from spf_plugin.lorafile.findings import taken
+from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.normalise import fitted, normalise
 from spf_plugin.lorafile.record import Run
 
@@ -128,6 +130,8 @@ def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[st
         logger.info(f"SPF: {final.name}: {note}")
     if is_last(final, run):
         contents = inspect.gather(tensors.items(), metadata)
+        if judged:
+            logger.info(f"SPF: {final.name}: {taken(verdicts(contents, inspect.describe(contents)))}")
         for note in sidecars.write_training_card(final, contents, newest_sample(final, run)):
             logger.warning(f"SPF: {final.name}: {note}")
 

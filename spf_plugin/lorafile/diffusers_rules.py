@@ -222,17 +222,19 @@ def _alphas(contents: Contents, description: Description) -> list[Finding]:
         for g in description.groups
         if g.resolved and factors <= set(g.keys) and contents.tensors[g.keys["lora_down.weight"]].shape
     )
-    always = [name for name in wrong["0.42"] if name in set(wrong["0.32"])]
+    always = [name for name in wrong["0.42"] if all(name in set(names) for names in wrong.values())]
     out = []
     if always:
         text = f"{len(always)} modules get another module's alpha and so the wrong strength: {some(always)}."
         out.append(Finding("warn", "mixed-alpha", text, FIX))
-    for release, others in (("0.32", "from 0.33 on"), ("0.35", "in 0.32 and 0.42")):
-        only = [name for name in wrong[release] if name not in set(always)]
-        if only and len(wrong[release]) > len(wrong["0.42"]):
-            text = f"Ranks differ between modules: diffusers {release} gives {len(only)} modules the wrong strength "
-            text += f"({some(only, 1)}); right {others}."
-            out.append(Finding("warn", "mixed-rank", text, f"{FIX} --one-rank, or another diffusers"))
+    releases: dict[tuple[str, ...], list[str]] = {}
+    for release, names in wrong.items():
+        releases.setdefault(tuple(name for name in names if name not in set(always)), []).append(release)
+    right = " and ".join(releases.pop((), []))
+    for only, named in releases.items():
+        text = f"Ranks differ between modules: diffusers {' and '.join(named)} give {len(only)} modules the wrong "
+        text += f"strength ({some(only, 1)})" + (f"; right in {right}." if right else ".")
+        out.append(Finding("warn", "mixed-rank", text, f"{FIX} --one-rank, or another diffusers"))
     return out
 
 

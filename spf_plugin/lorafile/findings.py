@@ -76,6 +76,14 @@ class Verdict:
         return order.index(self.status) > order.index(other.status)
 
 
+def taken(results: Sequence[Verdict]) -> str:
+    """Which programs take a file as it is, and which do not, in a sentence or two."""
+    good = [verdict.loader for verdict in results if verdict.status == "loads"]
+    bad = [verdict.loader for verdict in results if verdict.status != "loads"]
+    out = f"Loads as it is in {', '.join(good)}." if good else ""
+    return f"{out} Not as meant in {', '.join(bad)}: spf lora check says why.".strip() if bad else out
+
+
 def some(items: Sequence[str], limit: int = 2) -> str:
     """The first few of a list of names and how many more there are."""
     shown = ", ".join(f"{i[:77]}..." if len(i) > 80 else i for i in items[:limit])

@@ -274,7 +274,8 @@ def _one_alpha(modules: Modules, table: Table, one_rank: bool, notes: list[str])
                 scaled += 1
         constant = set(plan.values()) == {target}
         if added:
-            notes.append(f"{half}: {f'alpha {target:g}' if constant else 'the rank as alpha'} added to {added} modules that had none")
+            what = f"alpha {target:g}" if constant else "the rank as alpha"
+            notes.append(f"{half}: {what} added to {added} modules that had none")
         if padded:
             notes.append(f"{half}: {padded} modules padded with zeros to rank {top}")
         if scaled:
@@ -354,9 +355,7 @@ def _complete_attention(modules: Modules, table: Table, base: Base, notes: list[
     paths: dict[str, list[str]] = {}
     for module in table.values():
         paths.setdefault(module.component, []).append(module.path)
-    incomplete = {
-        c for c in ("te1", "te2") if names.fused_attention(base, c) or without_output(paths.get(c, ()))
-    }
+    incomplete = {c for c in ("te1", "te2") if names.fused_attention(base, c) or without_output(paths.get(c, ()))}
     for name, module in table.items():
         if ".self_attn." in module.path and module.component in incomplete:
             layer, _, part = name.rpartition("_self_attn_")

@@ -16,7 +16,10 @@ from pathlib import Path
 from spf_plugin.core.prompt import parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.files import IMAGE_BYTES, read_bytes, read_json
+from spf_plugin.lorafile.findings import taken
 from spf_plugin.lorafile.inspect import AnyBase, Contents, describe, network_args
+from spf_plugin.lorafile.loaders import verdicts
+from spf_plugin.lorafile.names import BASES
 from spf_plugin.lorafile.record import CONTINUED_WITH
 from spf_plugin.lorafile.writer import replacing
 
@@ -154,11 +157,11 @@ def training_card(contents: Contents) -> Card | None:
     ]
     going_on = metadata.get(CONTINUED_WITH, "")
     facts += [f"to go on without SPF, use {going_on}"] if going_on else []
-    return Card(
-        activation_text=", ".join(phrases),
-        sd_version=SD_VERSION.get(describe(contents).base, "Unknown"),
-        notes="Trained with SPF: " + ", ".join(facts) if facts else "",
-    )
+    description = describe(contents)
+    told = f"Trained with SPF: {', '.join(facts)}." if facts else ""
+    if description.base in BASES:  # of others no program's rules are known
+        told = f"{told} {taken(verdicts(contents, description))}".strip()
+    return Card(activation_text=", ".join(phrases), sd_version=SD_VERSION.get(description.base, "Unknown"), notes=told)
 
 
 def write_training_card(lora: str | Path, contents: Contents, sample: Path | None = None) -> list[str]:

@@ -46,7 +46,8 @@ def run(
         (folder / "job.json").write_text(json.dumps(job), "utf-8")
         save_file(weights, folder / "model.safetensors")
         for i, file in enumerate(files):
-            save_file({key: t.contiguous().clone() for key, t in file.tensors.items()}, folder / f"file-{i}.safetensors")
+            apart = {key: t.contiguous().clone() for key, t in file.tensors.items()}
+            save_file(apart, folder / f"file-{i}.safetensors")
         command = [sys.executable, programs.__file__, loader, str(checkout), name]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr[-2000:]

@@ -204,7 +204,7 @@ def test_the_card_stands_beside_the_last_file_only(folder: Path, monkeypatch: py
     result = run(spf=SPF, steps=2, save_every=1)
     card = json.loads(path.read_text(encoding="utf-8"))
     assert (card["activation text"], card["sd version"]) == ("blonde hair", "SD1")
-    assert card["notes"].endswith("target blonde hair, steps 2, rank 4, alpha 2.0")
+    assert "target blonde hair, steps 2, rank 4, alpha 2.0. Loads as it is in A1111, Forge, ComfyUI" in card["notes"]
     assert numbered(result.path, 1).exists()
     assert not numbered(path, 1).exists()
     assert result.notes == []

@@ -245,7 +245,8 @@ def fix(
         after = _verdicts(fixed, strings)
         worse = [v.loader for old, v in zip(_verdicts(state_dict, metadata), after, strict=True) if v.worse_than(old)]
         if worse:
-            raise SPFError(f"{', '.join(worse)} would take the result worse than {source} as it is: nothing was written.")
+            named = ", ".join(worse)
+            raise SPFError(f"{named} would take the result worse than {source} as it is: nothing was written.")
         refused = [v for v in after if v.status == "fails"]
         if len(refused) == len(Loader):
             why = next(f.message for f in refused[-1].findings if f.level == "fail")
