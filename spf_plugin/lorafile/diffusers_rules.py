@@ -7,8 +7,8 @@ installed diffusers on the same files and compare.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from spf_plugin.lorafile import findings as f
 from spf_plugin.lorafile.findings import FIX, Finding, some
@@ -207,6 +207,26 @@ def wrong_strengths(modules: Iterable[Strength]) -> dict[str, list[str]]:
         else:
             out["0.35"] += [m.name for m in group if m.rank != ranks.most_common(1)[0][0]]
     return out
+
+
+def alphas_for(modules: Sequence[Strength], target: float) -> dict[str, float] | None:
+    """The alphas that all modules of a file shall get: `target`, or all their ranks.
+
+    Returns:
+        Module -> alpha; None where either would give some release more modules of the wrong strength than the stored.
+    """
+
+    def wrong(alphas: Mapping[str, float]) -> dict[str, int]:
+        found = wrong_strengths(replace(m, alpha=alphas[m.name]) for m in modules)
+        return {release: len(names) for release, names in found.items()}
+
+    constant = {m.name: target for m in modules}
+    if len({m.rank for m in modules}) == 1:
+        return constant
+    before = {release: len(names) for release, names in wrong_strengths(modules).items()}
+    own = {m.name: float(m.rank) for m in modules}
+    good = [plan for plan in (constant, own) if all(n <= before[release] for release, n in wrong(plan).items())]
+    return min(good, key=lambda plan: sum(wrong(plan).values()), default=None)
 
 
 def _alphas(contents: Contents, description: Description) -> list[Finding]:

@@ -15,7 +15,7 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import dit_names, names
-from spf_plugin.lorafile.diffusers_rules import Strength, never_mapped, without_output, wrong_strengths
+from spf_plugin.lorafile.diffusers_rules import Strength, alphas_for, never_mapped, without_output
 from spf_plugin.lorafile.factors import ALPHA, DOWN, UP, Modules, Parts, is_lora, plainer
 from spf_plugin.lorafile.findings import refuse_damaged, some
 from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
@@ -71,7 +71,8 @@ def normalise(
     _adopt_adapter_alpha(modules, strings, description, notes)
     _reshape(modules, table, notes)
     _readable_dtypes(modules, dtype, notes)
-    if _one_alpha(modules, table, one_rank, notes):
+    releases = description.base in names.BASES and not one_rank  # of diffusers, whose ways with ranks are known there
+    if _one_alpha(modules, table, one_rank, releases, notes):
         strings[CONTINUED_WITH] = DIM_FROM_WEIGHTS
     if description.base in ("sd1", "sd2", "sdxl"):
         _complete_attention(modules, table, description.base, notes)
@@ -224,7 +225,7 @@ def _alpha(parts: Parts) -> float:
     return float(parts[ALPHA]) if ALPHA in parts else float(parts[DOWN].shape[0])
 
 
-def _one_alpha(modules: Modules, table: Table, one_rank: bool, notes: list[str]) -> bool:
+def _one_alpha(modules: Modules, table: Table, one_rank: bool, releases: bool, notes: list[str]) -> bool:
     """One alpha per half of the file, or each module's rank where diffusers takes that better.
 
     Modules whose alpha changes get the quotient multiplied into a factor. Where every choice would give some release
@@ -242,7 +243,16 @@ def _one_alpha(modules: Modules, table: Table, one_rank: bool, notes: list[str])
         if not counts:
             continue  # every alpha is 0: nothing to preserve, and the check says so
         target = _target_alpha(counts)
-        plan = _alphas_for(loras, table, target, one_rank)
+        rows = [
+            Strength(
+                name,
+                table[name].component if name in table else "unet",
+                parts[DOWN].shape[0],
+                float(parts[ALPHA]) if ALPHA in parts else None,
+            )
+            for name, parts in loras.items()
+        ]
+        plan = alphas_for(rows, target) if releases else dict.fromkeys(loras, target)
         if plan is None:
             notes.append(f"{half}: ranks and alphas differ; they stay, --one-rank makes them one for every diffusers")
             continue
@@ -283,27 +293,6 @@ def _one_alpha(modules: Modules, table: Table, one_rank: bool, notes: list[str])
             what = f"one alpha, {target:g}" if constant else "every module's rank as its alpha"
             notes.append(f"{half}: {what}; {scaled} modules scaled to keep their delta{how}")
     return changed
-
-
-def _alphas_for(loras: Modules, table: Table, target: float, one_rank: bool) -> dict[str, float] | None:
-    """Module -> the alpha it shall get: `target`, or all their ranks; None where they had better stay."""
-    ranks = {name: parts[DOWN].shape[0] for name, parts in loras.items()}
-    constant = dict.fromkeys(loras, target)
-    if one_rank or len(set(ranks.values())) == 1:
-        return constant
-
-    def wrong(alphas: Mapping[str, float | None]) -> dict[str, int]:
-        rows = (
-            Strength(name, table[name].component if name in table else "unet", ranks[name], alphas[name])
-            for name in loras
-        )
-        return {release: len(names_) for release, names_ in wrong_strengths(rows).items()}
-
-    stored = {name: float(parts[ALPHA]) if ALPHA in parts else None for name, parts in loras.items()}
-    before = wrong(stored)
-    own = {name: float(rank) for name, rank in ranks.items()}
-    good = [plan for plan in (constant, own) if all(n <= before[release] for release, n in wrong(plan).items())]
-    return min(good, key=lambda plan: sum(wrong(plan).values()), default=None)
 
 
 def _target_alpha(counts: Counter[float]) -> float:

@@ -45,6 +45,8 @@ def model(base: str) -> Weights:
     out = {}
     for component, part in h.components(h.reference(base)).items():
         for path, module in part.named_modules():
+            if component != "unet" and path.startswith("encoder."):
+                path = f"text_model.{path}"  # transformers 5
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 inside = any(p in path for p in (".attentions.", ".resnets.", "samplers.")) or path in OUTSIDE
                 if inside if component == "unet" else ".layers." in path or path == "text_projection":

@@ -150,3 +150,25 @@ def test_plainer_factors_have_the_same_delta(kind: str) -> None:
             delta = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])
         delta = float(parts["alpha"]) / rank * delta
         assert (delta - meant.flatten(1)).abs().max() <= 1e-5 * meant.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "precision", "least", "most"),
+    [("lora", "bf16", 0.0, 0.03), ("loha", "fp16", 0.0, 0.03), ("loha", "bf16", 0.1, 0.5), ("lokr", "fp32", 0.0, 0.03)],
+)
+def test_precision_of_sums_in_a1111_at_real_widths(algorithm: str, precision: str, least: float, most: float) -> None:
+    """Of LoHa and LoKr it adds weight and delta in the file's precision: bf16 rounds the model. The delta is right."""
+    folder = checkout("SPF_A1111")
+    name = "unet/mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(1280, 768, generator=generator) / 768**0.5).half().float()  # A1111's model is fp16
+    make = {"lora": kinds.lora, "loha": kinds.loha, "lokr": kinds.lokr}[algorithm]
+    factors = {"lora": 2, "loha": 4, "lokr": 3}[algorithm]
+    _, delta = make(kinds.Draw(torch.float32, scale=1.0), weight)
+    scale = (0.01 * float(weight.std()) / float(delta.std())) ** (1 / factors)
+    file = kinds.of("sd1", {name: weight}, kinds.Draw(kinds.DTYPES[precision], scale=scale), make)
+    ((got, error),) = real.run("a1111", folder, "sd1", [file], {name: weight})
+    assert error is None
+    meant = file.meant[name]
+    off = float((got[name].double() - meant).pow(2).mean().sqrt() / meant.pow(2).mean().sqrt())
+    assert least <= off <= most
