@@ -12,6 +12,7 @@ import torch
 from spf_plugin.lorafile import names, reader, writer
 from spf_plugin.lorafile.normalise import normalise
 from tests.lorafile import helpers as h
+from tests.lorafile import kinds
 from tests.lorafile.test_lora_loaders import LOADERS, codes, complete, judge
 
 lycoris = pytest.importorskip("lycoris.kohya")
@@ -162,3 +163,19 @@ def test_names_of_lycoris_outside_the_blocks() -> None:
     found = judge(state_dict, complete("sd1"))
     assert [found[name].status for name in LOADERS] == ["loads", "loads", "loads", "differs", "differs"]
     assert names.resolve("sd1", "lora_unet_time_embedding_linear_1") is not None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["locon", "locon, tucker", "loha", "loha, tucker", "full", "oft", "oft, constraint", "oft, rescale", "glora"],
+)
+def test_the_sums_of_the_kinds_are_lycoris(kind: str) -> None:
+    """What `kinds` says a file means is what LyCORIS makes of it. (LoKr: `test_lora_trained`.)
+
+    Its `get_diff_weight` has alpha / rank twice for LoHa, its forward pass once: half of what is meant, here.
+    """
+    file = kinds.build(kind, "sd1", kinds.model("sd1"))
+    got = lycoris_deltas(file.tensors)
+    for name, meant in file.meant.items():
+        wanted = meant.flatten(1) * (0.5 if "loha" in kind else 1.0)
+        assert (got[kinds.kohya("sd1", name)] - wanted).abs().max() <= 2e-4 * wanted.abs().max(), name
