@@ -252,7 +252,11 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("buckets", "error", lambda r: r.set(enable_bucket=True, max_bucket_reso=256)),
     ("buckets", "error", lambda r: r.set(enable_bucket=True, min_bucket_reso=16)),
     ("buckets", "error", lambda r: r.set(enable_bucket=True, max_bucket_reso=10**9, bucket_reso_steps=1)),
-    ("buckets", "warning", lambda r: r.set(enable_bucket=True, bucket_reso_steps=32)),  # the model's name is a guess
+    (
+        "bucket-steps",
+        "warning",
+        lambda r: r.set(enable_bucket=True, bucket_reso_steps=32),
+    ),  # the model's name is a guess
     ("buckets", "error", lambda r: r.set(enable_bucket=True, bucket_no_upscale=True)),  # images of 16 pixels
     ("interpolation", "error", lambda r: r.set(resize_interpolation="best")),
     ("changed-images", "error", lambda r: r.set(cache_latents=True, color_aug=True)),
@@ -305,7 +309,6 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
         ),
     ),
     ("other-model", "error", lambda r: anima(r, gemma2="g.safetensors")),
-    ("other-model", "error", lambda r: r.set(text_encoder="t.safetensors", byt5="b.safetensors", vae="v.safetensors")),
     ("cached-text", "error", lambda r: anima(r, cache_text_encoder_outputs=True, shuffle_caption=True)),
     ("cached-text", "error", lambda r: anima(r, cache_text_encoder_outputs=True, network_train_unet_only=None)),
     ("stops", "error", lambda r: anima(r, weighted_captions=True)),

@@ -37,7 +37,7 @@ def caching(text: TextEncoding) -> Iterator[tuple[Callable[[str], Encoded], Read
 
     def encode(caption: str) -> Encoded:
         info = SimpleNamespace(caption=caption, caption_dropout_rate=0.0, image_key=caption, text_encoder_outputs=None)
-        with torch.no_grad(), text._undisturbed(encoders), text.accelerator.autocast():
+        with torch.no_grad(), text.undisturbed(encoders), text.accelerator.autocast():
             strategy.cache_batch_outputs(tokenizing, encoders, encoding, [info])
         return [np.asarray(part) for part in info.text_encoder_outputs or ()]
 

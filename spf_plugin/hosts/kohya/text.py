@@ -120,14 +120,14 @@ class TextEncoding:
         models = encoders
         if torch.is_grad_enabled():
             models = self.trainer.get_models_for_text_encoding(self.args, self.accelerator, encoders) or encoders
-        with self._undisturbed(encoders), self.accelerator.autocast():
+        with self.undisturbed(encoders), self.accelerator.autocast():
             tokens = tokenizing.tokenize(prompts)
             parts = encoding.encode_tokens(tokenizing, models, tokens, **dit.encoding(self.args))
         named = zip(dit.text, parts, strict=True)
         return {name: part for name, part in named if name is not None and part is not None}
 
     @contextmanager
-    def _undisturbed(self, encoders: Sequence[Any]) -> Iterator[None]:
+    def undisturbed(self, encoders: Sequence[Any]) -> Iterator[None]:
         """No dropout, and the run's random state as it was: with --gradient_checkpointing the host keeps its encoders
         in training mode. A trained encoder's own step, which has a graph, is left as it is."""
         if torch.is_grad_enabled():

@@ -9,9 +9,6 @@ from spf_plugin.tools.check.host_options import INTERPOLATIONS, MASKS
 from spf_plugin.tools.check.source import HostArgs
 from spf_plugin.tools.check.subsets import pair
 
-#: What bucket_reso_steps must be a multiple of.
-_STEPS = {"sd1": 64, "sd2": 64, "sdxl": 32}
-
 
 def of_arguments(args: HostArgs, data: Data) -> None:
     """What the host reads of the arguments before it looks at any data set."""
@@ -63,7 +60,7 @@ def cached(args: HostArgs, data: Data) -> None:
 
 def steps(data: Data, model: Family) -> list[Finding]:
     """Steps of the buckets that the script of this model does not take; beside masks only early releases look."""
-    multiple = _STEPS.get(model.name, 1)
+    multiple = model.script.bucket_steps if model.name else 1
     found = []
     for dataset in data.datasets:
         if dataset.enable_bucket and dataset.bucket_reso_steps % multiple:
@@ -72,7 +69,7 @@ def steps(data: Data, model: Family) -> list[Finding]:
             found.append(
                 Finding(
                     level,
-                    "newer" if masked else "buckets",
+                    "newer" if masked else "bucket-steps",
                     f"{dataset.label}: bucket_reso_steps {dataset.bucket_reso_steps} is no multiple of {multiple}: "
                     f"sd-scripts {'up to v0.9.1 ' if masked else ''}stops",
                     f"Set bucket_reso_steps = {multiple}.",

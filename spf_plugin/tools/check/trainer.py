@@ -26,7 +26,7 @@ def look(args: HostArgs, data: Data, model: Family) -> list[Finding]:
         model: what kind of base model it is.
     """
     script = model.script
-    found = [*_models(args, model), *_others(args, model), *_buckets(data, model)]
+    found = [*_models(args, model), *_others(args, model)]
     length = args.max_token_length
     if not script.is_dit and length is not None and length not in CHOICES["max_token_length"]:
         fix = "It must be 150 or 225, or left out."
@@ -78,20 +78,6 @@ def _others(args: HostArgs, model: Family) -> Iterator[Finding]:
     if used:
         message = f"{script.file} takes {', '.join(used)} and does nothing with it"
         yield Finding("warning", "unused-option", message, "Leave it out.")
-
-
-def _buckets(data: Data, model: Family) -> Iterator[Finding]:
-    """The host's own condition, which it states without naming the option's line."""
-    steps = model.script.bucket_steps
-    wrong = {subset.bucket_reso_steps for subset in data.subsets if subset.enable_bucket}
-    wrong = {value for value in wrong if value % steps} if model.certain else set()
-    for value in sorted(wrong):
-        yield Finding(
-            "error",
-            "bucket-steps",
-            f"bucket_reso_steps is {value}, and {model.script.file} wants a multiple of {steps}",
-            f"Write bucket_reso_steps = {max(steps, 64)}, or leave it out (64).",
-        )
 
 
 def _cached(args: HostArgs, data: Data, script: Script) -> Iterator[Finding]:
