@@ -299,7 +299,46 @@ LATER: list[Row] = [
     ("모자와 선글라스를 쓴 여자", "선글라스", "모자를 쓴 여자"),
 ]
 
-ROWS: list[Row] = [*TAGS, *BOORU, *SENTENCES, *CHINESE, *JAPANESE, *KOREAN, *RUSSIAN, *FRENCH, *LATER]
+#: Found wanting among a hundred captions that were written to break the rules.
+ATTACKED: list[Row] = [
+    (
+        "photo of a skateboarder, red beanie pulled low, motion blur",
+        "red beanie",
+        "photo of a skateboarder, motion blur",
+    ),
+    (
+        "two friends, one in a red beanie and the other in a green parka, laughing",
+        "red beanie",
+        "two friends, one and the other in a green parka, laughing",
+    ),
+    ("the captain, eyepatch over his left eye, points at the sea", "eyepatch", "the captain, points at the sea"),
+    ("a warrior with a scar across his cheek holds a torch", "scar", "a warrior holds a torch"),
+    ("smiling girl with braces on her teeth, school photo", "braces", "smiling girl, school photo"),
+    (
+        "man wearing a leather jacket over a white t-shirt, street",
+        "leather jacket",
+        "man wearing a white t-shirt, street",
+    ),
+    ("a woman with a yellow umbrella over her head, street", "umbrella", "a woman, street"),
+    ("A model with a platinum pixie cut poses in front of a wall", "pixie cut", "A model poses in front of a wall"),
+    ("a child holding a yellow umbrella jumps into a puddle", "umbrella", "a child jumps into a puddle"),
+    ("a woman with a red scarf box on a shelf", "red scarf", "a woman with a box on a shelf"),
+    ("a watercolor of a fox in the snow", "watercolor", "a fox in the snow"),
+    ("watercolor painting of two ducks on a lake", "watercolor", "painting of two ducks on a lake"),
+    ("a portrait in the cyberpunk style of a nun", "cyberpunk style", "a portrait of a nun"),
+    ("a girl with a crown of flowers, meadow", "crown", "a girl, meadow"),
+    ("ein Mann mit Brille und Bart trinkt Kaffee", "Brille", "ein Mann mit Bart trinkt Kaffee"),
+    ("eine Frau mit einem roten Hut vor einem Haus", "roten Hut", "eine Frau vor einem Haus"),
+    ("una mujer con gafas de sol en la playa", "gafas de sol", "una mujer en la playa"),
+    ("un hombre con barba y sombrero, calle", "barba", "un hombre con sombrero, calle"),
+    ("un uomo con la barba legge un libro", "barba", "un uomo legge un libro"),
+    ("uma mulher com um chapéu vermelho na praia", "chapéu vermelho", "uma mulher na praia"),
+    ("een man met een bril in een park", "bril", "een man in een park"),
+]
+
+ROWS: list[Row] = [
+    *TAGS, *BOORU, *SENTENCES, *CHINESE, *JAPANESE, *KOREAN, *RUSSIAN, *FRENCH, *LATER, *ATTACKED,
+]  # fmt: skip
 
 #: No simple rule has these right; `spf check` says that the base prompt reads broken, and to write a replacement.
 BROKEN: list[tuple[str, str]] = [

@@ -31,7 +31,10 @@ _UNITS = w.PREPOSITION_UNITS | w.VERB_UNITS
 _OTHERS = w.WHILE | w.INTRANSITIVE  # behind these, a clause tells of somebody else
 _BEFORE_NOUN = w.PREPOSITIONS | w.DETERMINERS
 # Where a word of these begins, the language is not one whose nouns stand side by side ("a hat box").
-_NO_COMPOUNDS = re.compile(r"[\u0400-\u04ff].*|avec|sans|aux?|à|en|dans|portant|tenant|porte|qui|coiffée?|vêtue?")
+_NO_COMPOUNDS = re.compile(
+    r"[\u0400-\u04ff].*|avec|sans|aux?|à|en|dans|portant|tenant|porte|qui|coiffée?|vêtue?|con|sin|senza|com|sem|lleva|indossa"
+)
+_PLURAL = re.compile(r"\w{2,}[^siu\W]s")  # or a verb: "jumps", but not "glass", "this", "cactus"
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def _belongings(clause: Clause, i: int) -> int:
             i += 1
         elif word in w.OF_THINGS:
             i += 1
+            if clause.word(i) in w.DIRECTIONS and _begins_own(clause, i + 1):
+                i += 1  # "pulled low"
             if clause.word(i) in w.PREPOSITIONS | w.OF:
                 i = _phrase_end(clause, i + 1)
         elif word == "on" and (
@@ -207,7 +212,7 @@ def _belongings(clause: Clause, i: int) -> int:
             i += 1  # "with no shirt on"
         elif word in w.PLACES or (word.endswith("ed") and clause.word(i + 1) in w.PLACES):
             j = i + 1 + (word not in w.PLACES)
-            while clause.word(j) in w.DETERMINERS:
+            while clause.word(j) in w.DETERMINERS | w.SIDES:
                 j += 1
             if clause.word(j) in w.BODY:
                 i = j + 1
@@ -226,6 +231,8 @@ def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
         return bool(lead.kind) or _begins_own(clause, after) or clause.word(after) in w.DETERMINERS
     if clause.word(i + 1) in w.DETERMINERS:  # "opens the door": a verb that is in no list
         return True
+    if clause.word(lead.phrase) in ("a", "an") and _PLURAL.fullmatch(word):  # "a yellow umbrella jumps"
+        return True
     return bool(lead.kind) and bool(_NO_COMPOUNDS.fullmatch(clause.word(lead.opener)))
 
 
@@ -234,14 +241,21 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     first, behind = bisect_left(clause.starts, start), bisect_left(clause.starts, end)
     lead = _lead(clause, first)
     last = _belongings(clause, behind)
+    alone = lead.phrase == 0 or not clause.word(lead.phrase - 1)
+    if clause.word(behind) in w.OF and clause.word(behind + 1) in w.DETERMINERS:  # what it is "of" is somebody else
+        if not lead.kind and alone:
+            return clause.starts[lead.phrase], clause.ends[behind]  # "[a watercolor of] a fox in the snow"
+        if clause.word(behind - 1) in w.STYLES:
+            last = behind  # "a portrait [in the cyberpunk style] of a nun"
     begin, stop = first, last
     following = clause.word(last)
-    alone = lead.phrase == 0 or not clause.word(lead.phrase - 1)
     if lead.kind == "whose" or (not lead.kind and alone and following in w.AUXILIARIES | {"has", "have", "had"}):
         begin = lead.opener  # "her blonde hair is tied back": all of the clause is about the target
         stop = clause.end_from(stop)
     elif following in w.AND and clause.word(last + 1):
         begin, stop = _before_and(clause, lead, first, last)
+    elif following == "over" and lead.kind in ("verb", "prep") and clause.word(last + 1) in w.DETERMINERS:
+        begin, stop = lead.phrase, last + 1  # "wearing [a leather jacket over] a white shirt"
     elif not _ends(clause, last, lead):
         return start, clause.ends[last - 1] if last > behind else end
     elif lead.kind == "of":
@@ -269,6 +283,8 @@ def acts(clause: Clause, i: int) -> bool:
 def _before_and(clause: Clause, lead: _Lead, first: int, last: int) -> tuple[int, int]:
     """The same as indices of words, where the target is word `first`, and word `last` is "and"."""
     word = clause.word(last + 1)
+    if "other" in (word, clause.word(last + 2)) or word == "another":
+        return lead.everything, last  # "one [in a red beanie] and the other in a green parka"
     bare = not lead.kind and lead.phrase == first
     if bare and clause.word(first - 1):
         return first, last  # "an unlisted [hat] and a scarf"

@@ -1,4 +1,5 @@
-"""The small words around a target, by what they do: English, French, Russian; patterns for scripts without spaces.
+"""The small words around a target, by what they do: English, French, Russian, and of German, Spanish, Italian,
+Portuguese and Dutch the most common; patterns for scripts without spaces.
 
 Lists, and no grammar: a word that is in none of them counts as a noun, which stays. All in lower case, NFC, with `'`.
 """
@@ -18,17 +19,20 @@ def _units(text: str) -> frozenset[tuple[str, ...]]:
 
 DETERMINERS = _set(
     "a an the her his their its my your our no some any two three four several many both each this these those un "
-    "une le la les l' du des son sa ses leur leurs deux trois"
+    "une le la les l' du des son sa ses leur leurs deux trois ein eine einen einem einer der das dem den seine seinem "
+    "seiner ihre ihrem ihrer el los las una unos unas su sus il lo gli uno um uma seu sua een het zijn haar"
 )
 MEASURES = _set("pair pairs set sets piece pieces couple bunch lot lots kind type paire")
-OF = _set("of de d'")
-AND = _set("and plus or nor & + et ou и или а")
+OF = _set("of de d' di von van")
+STYLES = _set("style aesthetic manner")
+AND = _set("and plus or nor & + et ou и или а und oder y e ed")
 PREPOSITIONS = _set(
     "with w/ without in on at by against under underneath beneath below above over behind beside besides near from "
     "into onto through among amid between around across along past toward towards inside outside within off to "
     "during before after beyond opposite like for as avec sans en à au aux dans sur sous contre devant derrière près "
     "chez vers pendant parmi entre с со в во на под над у возле около перед за из из-за к ко от без для при среди "
-    "между через вдоль мимо о об"
+    "между через вдоль мимо о об mit ohne im am vor neben unter auf con sin sobre entre senza nel nella sul sulla com "
+    "sem na zonder met op"
 )
 #: Of these, the ones that say where somebody is.
 WHERE = _set("in on at by against under underneath beneath behind beside near inside outside among between")
@@ -43,7 +47,7 @@ PREPOSITION_UNITS = _units(
 VERBS = _set(
     "wears wear wore has have had holds hold held carries carry carried sports rides plays reads eats drinks uses "
     "shows features includes porte portant tient tenant ayant arborant держит держащий держащая носит носящая имеет "
-    "надел надела несёт несет"
+    "надел надела несёт несет trägt hält lleva llevando sostiene indossa indossando usando vestindo segurando draagt"
 )
 VERB_UNITS = _units(
     "dressed in|dressed as|disguised as|clad in|dressed up in|covered in|covered with|covered by|filled with|full of|"
@@ -85,6 +89,7 @@ FILLERS = DETERMINERS | AND | AUXILIARIES | ADVERBS | RELATIVES | WHILE | PRONOU
 
 # What describes a thing and stands before it. Only between a target and the words that introduce it.
 ADJECTIVES = _set(
+    "platinum copper bronze peach mint coral charcoal "
     "navy teal maroon turquoise cyan magenta cream khaki olive violet lavender scarlet crimson ivory burgundy auburn "
     "red orange yellow green blue purple pink brown black white grey gray golden gold silver blonde blond brunette "
     "beige dark light bright pale colorful colourful big large small little tiny huge long short medium wide narrow "
@@ -106,8 +111,12 @@ OF_THINGS = _set(
 PLACES = _set("around on over in across behind under above between down")
 BODY = _set(
     "head neck face shoulder shoulders waist wrist wrists hair ear ears hand hands arm arms lap back eyes nose "
-    "chest mouth finger fingers forehead leg legs foot feet hips body"
+    "chest mouth finger fingers forehead leg legs foot feet hips body "
+    "teeth cheek cheeks eye eyebrow eyebrows lip lips brow chin thigh thighs knee knees ankle ankles throat"
 )
+SIDES = _set("left right upper lower")
+#: What a participle of a thing takes with it: "pulled low".
+DIRECTIONS = _set("low high back up down tight off open apart")
 
 
 def is_adjective(word: str) -> bool:
