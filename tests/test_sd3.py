@@ -87,6 +87,8 @@ def test_what_the_host_drops_of_a_text_the_reference_misses_as_well() -> None:
 class Words:
     """CLIP has a token a word, T5 one a letter."""
 
+    prefix = ""
+
     def tokenize(self, text: str, which: int = 0) -> list[int]:
         return [1] * (len(text.split()) if which == 0 else sum(map(str.isalpha, text)))
 

@@ -571,4 +571,4 @@ def test_the_dropout_that_the_host_leaves_on_is_said(cached: bool, warns: bool) 
     config = parse({"spf_target": "blonde hair"})
     for dit in (None, *trainers.DITS.values()):
         said = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).warnings
-        assert any("T5's dropout on" in words for words in said) == (warns and dit is not None and dit.drops)
+        assert any("the dropout of T5 on" in words for words in said) == (warns and dit is not None and dit.drops_out)

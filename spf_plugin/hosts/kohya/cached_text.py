@@ -173,7 +173,7 @@ def _holds(image: Image, path: str, nothing: Encoded, encode: Callable[[str], En
         kept = [np.asarray(part) for part in read(path)]
     except _DAMAGED:
         return False
-    fresh = encode(image.captions[0])
+    kept, fresh = _without_padding(kept, encode(image.captions[0]))
     if [part.shape for part in kept] != [part.shape for part in fresh]:
         return False
     for i, (ours, theirs, empty) in enumerate(zip(fresh, kept, nothing, strict=True)):
@@ -183,6 +183,23 @@ def _holds(image: Image, path: str, nothing: Encoded, encode: Callable[[str], En
         elif ours.ndim and not _is_near(ours, theirs, empty, _mask(fresh[i + 1 :], len(ours))):
             return False  # a single number is none of the text: the host's dropout rate
     return True
+
+
+def _without_padding(kept: Encoded, fresh: Encoded) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Both as long as the shorter, where what is cut off is masked padding: some hosts pad to a batch's longest."""
+    theirs, ours = list(kept), list(fresh)
+    for i, (a, b) in enumerate(zip(kept, fresh, strict=False)):
+        if not (a.ndim and b.ndim):
+            continue
+        length, shapes = min(len(a), len(b)), (a.shape[:1], b.shape[:1])
+        masks = [
+            (x, y)
+            for x, y in zip(kept, fresh, strict=False)
+            if (x.shape, y.shape) == shapes and x.dtype.kind in "iub" and y.dtype.kind in "iub"
+        ]
+        if masks and not any(x[length:].any() or y[length:].any() for x, y in masks):
+            theirs[i], ours[i] = a[:length], b[:length]
+    return theirs, ours
 
 
 def _mask(others: Encoded, length: int) -> NDArray[np.bool_]:

@@ -159,11 +159,11 @@ class KohyaHost:
     def _stale(self, images: Sequence[Image]) -> str | None:
         """Whether cached text is not the captions': by encoding, as the text encoders are here."""
         ending = self.dit.text_cache if self.dit else TEXT_CACHE
-        if not recaching.can_encode(self._text):
+        if not (self.dit is not None and self.dit.rebuilt) and not recaching.can_encode(self._text):
             return cached_text.by_time(images, ending)
         if not self.accelerator.is_main_process:  # one process says it; and it may still be writing the files
             return None
-        with recaching.caching(self._text) as (encode, read):
+        with self._aside(), recaching.caching(self._text) as (encode, read):
             return cached_text.by_encoding(images, encode, read, ending)
 
     # -- per batch ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,18 +26,21 @@ def can_encode(text: TextEncoding) -> bool:
 def caching(text: TextEncoding) -> Iterator[tuple[Callable[[str], Encoded], Read]]:
     """What the host would cache of a caption, and what it has cached in a file. A transformer's strategy keeps both in
     one order."""
-    if text.dit is None:
+    dit = text.dit
+    if dit is None:
         yield text.encode_for_cache, read_sdxl
         return
     from library.strategy_base import TextEncoderOutputsCachingStrategy, TextEncodingStrategy, TokenizeStrategy
 
     strategy = TextEncoderOutputsCachingStrategy.get_strategy()
     tokenizing, encoding = TokenizeStrategy.get_strategy(), TextEncodingStrategy.get_strategy()
-    encoders = text.text_encoders
 
     def encode(caption: str) -> Encoded:
         info = SimpleNamespace(caption=caption, caption_dropout_rate=0.0, image_key=caption, text_encoder_outputs=None)
-        with torch.no_grad(), text.undisturbed(encoders), text.accelerator.autocast():
+        encoders = text.text_encoders
+        # HunyuanImage's two encoders have two types, and the host caches them without autocast.
+        casts = nullcontext() if dit.rebuilt else text.accelerator.autocast()
+        with torch.no_grad(), text.undisturbed(encoders), casts:
             strategy.cache_batch_outputs(tokenizing, encoders, encoding, [info])
         return [np.asarray(part) for part in info.text_encoder_outputs or ()]
 
