@@ -254,6 +254,8 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
         stop = clause.end_from(stop)
     elif following in w.AND and clause.word(last + 1):
         begin, stop = _before_and(clause, lead, first, last)
+    elif lead.kind == "is" and clause.word(lead.predicate - 1) == "there":
+        begin, stop = lead.predicate - 1, clause.end_from(last)  # "there is [a red hat] on the table": so is its place
     elif following == "over" and lead.kind in ("verb", "prep") and clause.word(last + 1) in w.DETERMINERS:
         begin, stop = lead.phrase, last + 1  # "wearing [a leather jacket over] a white shirt"
     elif not _ends(clause, last, lead):
