@@ -138,6 +138,14 @@ def test_data_sets(run: Run) -> None:
         mistakes_only(text, check, path if path.suffix == ".toml" else None, words, tokenizer=run.folder / "none")
 
 
+def test_a_folder_of_masks_that_no_system_has(run: Run) -> None:
+    subset = {"image_dir": "data/10_hair", "caption_extension": ".txt", "conditioning_data_dir": "\0"}
+    path = run.folder / "dataset.json"
+    path.write_text(json.dumps({"datasets": [{"resolution": 512, "subsets": [subset]}]}), encoding="utf-8")
+    words = {"network_args": ["spf_target=blonde hair"], "dataset_config": str(path)}
+    assert check(None, words, tokenizer=run.folder / "none").failed
+
+
 def test_broken_toml_and_json(run: Run) -> None:
     rng = random.Random(SEED)
     whole = (Path(__file__).parents[1] / "presets" / "dataset.toml").read_text(encoding="utf-8")

@@ -139,8 +139,8 @@ def look(
         errors.append(f"--save_model_as={args.save_model_as}: SPF writes safetensors only. Remove the option.")
     if getattr(args, "cpu_offload_checkpointing", False):
         errors.append(
-            "--cpu_offload_checkpointing is not supported: it is not made for UNets, and SPF has not been tried with "
-            "it. Remove the option; --gradient_checkpointing works."
+            "--cpu_offload_checkpointing is not supported: SPF has not been tried with it. Remove the option; "
+            "--gradient_checkpointing works."
         )
     if getattr(args, "torch_compile", False):
         errors.append(

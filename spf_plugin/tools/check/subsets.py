@@ -37,7 +37,7 @@ def as_they_come(folder: Path) -> list[Path]:
     """What lies in a folder, in the system's order, which is the host's; nothing where the system does not say it."""
     try:
         return list(folder.iterdir())
-    except OSError:
+    except (OSError, ValueError):  # a NUL in the name
         return []
 
 
