@@ -323,6 +323,8 @@ ATTACKED: list[Row] = [
     ("A model with a platinum pixie cut poses in front of a wall", "pixie cut", "A model poses in front of a wall"),
     ("a child holding a yellow umbrella jumps into a puddle", "umbrella", "a child jumps into a puddle"),
     ("a woman with a red scarf box on a shelf", "red scarf", "a woman with a box on a shelf"),
+    ("a woman in a red jeans, street", "red", "a woman in a jeans, street"),
+    ("a man beside a popcorn van on the road", "popcorn", "a man beside a van on the road"),
     ("a woman reading, there is a red hat on the table", "red hat", "a woman reading"),
     ("a woman, there are two lamps and a scar on the wall", "scar", "a woman, there are two lamps on the wall"),
     ("a watercolor of a fox in the snow", "watercolor", "a fox in the snow"),

@@ -26,6 +26,7 @@ from portraitlab.customisation import write_set
 from spf_plugin.config import parse, split_words
 from spf_plugin.errors import SPFError
 from spf_plugin.families.unet import UNet
+from spf_plugin.hosts.kohya import scripts
 from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.hosts.kohya.scripts import SCRIPTS, named
 from spf_plugin.hosts.kohya.trainers import DITS
@@ -96,6 +97,16 @@ def codes_of_the_source() -> set[str]:
             re.findall(r'\((?:classes|nothing), "([a-z-]+)"', text)
         )
     return found
+
+
+def test_a_trainer_that_spf_has_not_been_taught(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that sd-scripts has today are known: one is forgotten here."""
+    known = {name: dit for name, dit in DITS.items() if not name.startswith("Hunyuan")}
+    monkeypatch.setattr(scripts, "DITS", known)
+    run.set(text_encoder="t.safetensors", byt5="b.safetensors", vae="v.safetensors")
+    found = [finding for finding in look(run).findings if finding.code == "other-model"]
+    assert [finding.level for finding in found] == ["error"]
+    assert "this is a run of hunyuan_image_train_network.py (HunyuanImage-2.1)" in found[0].message
 
 
 def test_every_finding_is_planted_and_on_the_page() -> None:

@@ -231,7 +231,8 @@ def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
         return bool(lead.kind) or _begins_own(clause, after) or clause.word(after) in w.DETERMINERS
     if clause.word(i + 1) in w.DETERMINERS:  # "opens the door": a verb that is in no list
         return True
-    if clause.word(lead.phrase) in ("a", "an") and _PLURAL.fullmatch(word):  # "a yellow umbrella jumps"
+    counted = clause.word(lead.phrase) in ("a", "an") and not w.is_adjective(clause.word(i - 1))
+    if counted and _PLURAL.fullmatch(word):  # "a yellow umbrella jumps", but "in a red jeans"
         return True
     return bool(lead.kind) and bool(_NO_COMPOUNDS.fullmatch(clause.word(lead.opener)))
 

@@ -19,11 +19,11 @@ def _units(text: str) -> frozenset[tuple[str, ...]]:
 
 DETERMINERS = _set(
     "a an the her his their its my your our no some any two three four several many both each this these those un "
-    "une le la les l' du des son sa ses leur leurs deux trois ein eine einen einem einer der das dem den seine seinem "
+    "une le la les l' du des son sa ses leur leurs deux trois ein eine einen einem einer der das dem seine seinem "
     "seiner ihre ihrem ihrer el los las una unos unas su sus il lo gli uno um uma seu sua een het zijn haar"
 )
 MEASURES = _set("pair pairs set sets piece pieces couple bunch lot lots kind type paire")
-OF = _set("of de d' di von van")
+OF = _set("of de d' di von")
 STYLES = _set("style aesthetic manner")
 AND = _set("and plus or nor & + et ou и или а und oder y e ed")
 PREPOSITIONS = _set(

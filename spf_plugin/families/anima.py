@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
-from spf_plugin.families.base import Layer, Text, named
+from spf_plugin.families.base import Layer, Text, at_depths, chosen, linear_layers_of
 from spf_plugin.seam import Call
 
 # Where, of the depth of the stack, the layers of `last` lie: 14, 17 and 21 of 28. In diffusion transformers it is the
@@ -52,11 +52,7 @@ class Anima:
 
     def layers(self, which: str) -> list[Layer]:
         layers = list(_attention(self.denoiser))
-        if which == "all":
-            return layers
-        if which == "last":
-            return [layers[i] for i in sorted({int(depth * len(layers)) for depth in DEPTHS})]
-        return named(layers, which)
+        return chosen(layers, which, at_depths(layers, DEPTHS))
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return query.flatten(-2), key.flatten(-2)  # [B, N, heads, d]
@@ -113,7 +109,7 @@ class Anima:
 
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
-        yield from (module for module in self.denoiser.blocks.modules() if type(module) is nn.Linear)  # type: ignore[union-attr]
+        return linear_layers_of(self.denoiser.blocks)  # type: ignore[arg-type]
 
 
 def _attention(denoiser: nn.Module) -> Iterator[Layer]:

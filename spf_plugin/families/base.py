@@ -38,18 +38,36 @@ class Layer:
     key: nn.Module
 
 
-def named(layers: Sequence[Layer], pattern: str) -> list[Layer]:
-    """Those of a model's layers in whose names a regular expression is found.
+def chosen(layers: Sequence[Layer], which: str, last: Sequence[Layer]) -> list[Layer]:
+    """What `Family.layers` gives.
+
+    Args:
+        layers: all of the model's.
+        which: `all`, `last`, or a regular expression that is searched in their names.
+        last: what the family means by `last`.
 
     Raises:
-        SPFError: none (with the nearest names).
+        SPFError: none matches (with the nearest names).
     """
-    chosen = [layer for layer in layers if re.search(pattern, layer.name)]
-    if not chosen:
+    if which in ("all", "last"):
+        return list(layers if which == "all" else last)
+    found = [layer for layer in layers if re.search(which, layer.name)]
+    if not found:
         names = [layer.name for layer in layers]
-        hint = nearest(pattern, names, n=3) or f"; the first is {names[0]}"
-        raise SPFError(f"spf_layers={pattern!r} matches none of the {len(names)} attention layers{hint}")
-    return chosen
+        hint = nearest(which, names, n=3) or f"; the first is {names[0]}"
+        raise SPFError(f"spf_layers={which!r} matches none of the {len(names)} attention layers{hint}")
+    return found
+
+
+def at_depths(layers: Sequence[Layer], depths: Sequence[float]) -> list[Layer]:
+    """Those that lie at these parts of the depth of a stack, each once."""
+    return [layers[i] for i in sorted({int(depth * len(layers)) for depth in depths})]
+
+
+def linear_layers_of(*stacks: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers of stacks of blocks, and nothing that is made from `nn.Linear`."""
+    for stack in stacks:
+        yield from (module for module in stack.modules() if type(module) is nn.Linear)
 
 
 class Family(Protocol):

@@ -23,7 +23,7 @@ from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
 from spf_plugin.families import latents
-from spf_plugin.families.base import Layer, Text, named
+from spf_plugin.families.base import Layer, Text, at_depths, chosen, linear_layers_of
 from spf_plugin.seam import Call
 
 PATCH = 2
@@ -82,12 +82,8 @@ class Flux:
 
     def layers(self, which: str) -> list[Layer]:
         layers = list(_attention(self.denoiser))
-        if which == "all":
-            return layers
-        if which == "last":
-            double = [layer for layer in layers if layer.name.startswith(_DOUBLE)]
-            return [double[i] for i in sorted({int(depth * len(double)) for depth in DEPTHS})]
-        return named(layers, which)
+        double = [layer for layer in layers if layer.name.startswith(_DOUBLE)]
+        return chosen(layers, which, at_depths(double, DEPTHS))
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         ids, length = call.kwargs[_IDS].detach(), call.kwargs[_HIDDEN].shape[1]
@@ -164,9 +160,7 @@ class Flux:
 
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
-        for stack in (_DOUBLE, _SINGLE):
-            blocks: nn.Module = getattr(self.denoiser, stack)
-            yield from (module for module in blocks.modules() if type(module) is nn.Linear)
+        return linear_layers_of(*(getattr(self.denoiser, stack) for stack in (_DOUBLE, _SINGLE)))
 
 
 def _attention(denoiser: nn.Module) -> Iterator[Layer]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Kind, Piece, Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
-from spf_plugin.families.base import Layer, Text, named
+from spf_plugin.families.base import Layer, Text, at_depths, chosen, linear_layers_of
 from spf_plugin.families.rotary import rotated
 from spf_plugin.seam import Call
 
@@ -65,12 +65,8 @@ class HunyuanImage:
 
     def layers(self, which: str) -> list[Layer]:
         layers = list(_attention(self.denoiser))
-        if which == "all":
-            return layers
-        if which == "last":
-            double = [layer for layer in layers if layer.name.startswith("double")]
-            return [double[i] for i in sorted({int(depth * len(double)) for depth in DEPTHS})]
-        return named(layers, which)
+        double = [layer for layer in layers if layer.name.startswith("double")]
+        return chosen(layers, which, at_depths(double, DEPTHS))
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         h, w = call.part(0, *_NOISY).shape[-2:]
@@ -150,8 +146,7 @@ class HunyuanImage:
 
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model."""
-        for blocks in (self.denoiser.double_blocks, self.denoiser.single_blocks):
-            yield from (module for module in blocks.modules() if type(module) is nn.Linear)  # type: ignore[union-attr]
+        return linear_layers_of(self.denoiser.double_blocks, self.denoiser.single_blocks)  # type: ignore[arg-type]
 
 
 def _glyphs(pieces: Sequence[Piece]) -> tuple[list[tuple[int, Piece]], int]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
-from spf_plugin.families.base import Layer, Text, named
+from spf_plugin.families.base import Layer, Text, at_depths, chosen, linear_layers_of
 from spf_plugin.families.rotary import rotated
 from spf_plugin.seam import Call
 
@@ -58,11 +58,7 @@ class Lumina:
 
     def layers(self, which: str) -> list[Layer]:
         layers = list(_attention(self.denoiser))
-        if which == "all":
-            return layers
-        if which == "last":
-            return [layers[i] for i in sorted({int(depth * len(layers)) for depth in DEPTHS})]
-        return named(layers, which)
+        return chosen(layers, which, at_depths(layers, DEPTHS))
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         noisy, mask = call.part(0, *_NOISY), call.part(3, *_MASK)
@@ -130,7 +126,7 @@ class Lumina:
 
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the joint blocks: nearly all of the model."""
-        yield from (module for module in self.denoiser.layers.modules() if type(module) is nn.Linear)  # type: ignore[union-attr]
+        return linear_layers_of(self.denoiser.layers)  # type: ignore[arg-type]
 
 
 def _words(batch: int, count: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Schedule
 from spf_plugin.errors import SPFError
 from spf_plugin.families import clip_tokens, latents
-from spf_plugin.families.base import Layer, Text, named
+from spf_plugin.families.base import Layer, Text, chosen
 from spf_plugin.families.latents import LatentSpace
 from spf_plugin.seam import Call
 
@@ -54,14 +54,9 @@ class UNet:
 
     def layers(self, which: str) -> list[Layer]:
         layers = list(_attention(self.denoiser))
-        if which == "all":
-            return layers
-        if which == "last":
-            last: dict[str, Layer] = {}
-            for layer in layers:  # "...attentions.0.transformer_blocks.9.attn2": one a transformer, the last wins
-                last[layer.name.split(".transformer_blocks.")[0]] = layer
-            return list(last.values())
-        return named(layers, which)
+        # "...attentions.0.transformer_blocks.9.attn2": one a transformer, the last wins.
+        last = {layer.name.split(".transformer_blocks.")[0]: layer for layer in layers}
+        return chosen(layers, which, list(last.values()))
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return query, key

@@ -33,7 +33,7 @@ class Run:
         map_mean: mean of the control map over the logged steps that had a target; None without one.
         drift: relative drift outside the map in the first logged steps, and in the last; None without any.
         terms: loss name -> its mean over the logged steps, unweighted.
-        skipped: batches that the response term left out.
+        skipped: batches that the response term left out since the last start.
     """
 
     batches: Mapping[str, int] = field(default_factory=dict)
