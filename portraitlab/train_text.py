@@ -1,9 +1,10 @@
 """Train a text encoder that knows every word: `python -m portraitlab.train_text --out DIR`.
 
-A small CLIP on the portraits and captions of all parts, weak and new ones in every tenth picture and more. Three things
-bind small parts (freckles, earrings) to their words, where `train_clip` does not bind them at all: each person stands
-beside counterparts that differ in one attribute each; a text belongs to every picture of the batch that it is true of;
-and the image half is a convolutional network. That half is thrown away.
+A small CLIP on the portraits and captions of all parts, weak and new ones in every tenth picture and more, whose image
+half is locked (LiT, arXiv 2111.07991): it is the judge's convolutions, and each picture goes through them once. Two
+things more bind small parts (freckles, earrings) to their words, where `train_clip` hardly binds them: each person
+stands beside counterparts that differ in one attribute each, and a text belongs to every picture of the batch that it
+is true of. The image half is thrown away.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from portraitlab.captions import (
     caption,
     phrases,
 )
-from portraitlab.judge import CHOICES, Judge
+from portraitlab.judge import CHOICES, load_judge
+from portraitlab.model_files import JUDGE_FILE
 from portraitlab.portraits import (
     BACKGROUNDS,
     BALANCED_RATES,
@@ -142,26 +144,38 @@ def text_of(person: Person, rng: np.random.Generator) -> str:
     return chosen[int(rng.integers(len(chosen)))].text
 
 
-class Eyes(nn.Module):
-    """The judge's convolutions, fresh, in the place of a `CLIPModel`'s vision transformer."""
+class Locked(nn.Module):
+    """In the place of a `CLIPModel`'s vision transformer: features `[N, 160]` that were seen before, standardised.
 
-    def __init__(self) -> None:
+    Args:
+        features: `[N, 160]`, of all portraits of the training.
+    """
+
+    def __init__(self, features: Tensor) -> None:
         super().__init__()
-        self.layers = Judge()
-        self.width = self.layers.head.in_features
-        self.layers.head = nn.Identity()  # type: ignore[assignment]
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("deviation", features.std(0).clamp_min(1e-6))
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-        """Features `[N, 160]`, as `pooler_output`, of pixels `[N, 3, 128, 128]` in [-1, 1]."""
+        """The features of some pictures, `[N, 160]`, as `pooler_output`."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        return BaseModelOutputWithPooling(pooler_output=self.layers.features(pixel_values))  # type: ignore[arg-type]
+        standardised = (pixel_values - self.mean) / self.deviation
+        return BaseModelOutputWithPooling(pooler_output=standardised)  # type: ignore[arg-type]
 
 
-def separation(model: Any, tokenizer: Any, persons: Sequence[Person], pixels: Tensor) -> dict[str, float]:
+@torch.no_grad()
+def seen(pictures: NDArray[np.uint8]) -> Tensor:
+    """The judge's features of pictures uint8 `[N, 128, 128, 3]`, `[N, 160]`."""
+    judge = load_judge(JUDGE_FILE)
+    parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
+    return torch.cat([judge.features(to_tensor(part)) for part in parts])
+
+
+def separation(model: Any, tokenizer: Any, persons: Sequence[Person], features: Tensor) -> dict[str, float]:
     """For every phrase of captions: how often an image that shows it lies nearer to its text than one that does not."""
     said = claims()
-    similarity = embed_images(model, pixels) @ embed_texts(model, tokenizer, tuple(said)).T
+    similarity = embed_images(model, features) @ embed_texts(model, tokenizer, tuple(said)).T
     scores = {}
     for column, (phrase, what) in enumerate(said.items()):
         there = torch.tensor([is_true(what, person) for person in persons])
@@ -186,21 +200,23 @@ def train(
 
     torch.manual_seed(seed)
     tokenizer = save_tokenizer(folder, merges_for(words(), clip_merges()))
-    model, eyes = build(len(tokenizer)), Eyes()
-    model.vision_model, model.visual_projection = eyes, nn.Linear(eyes.width, PROJECTION, bias=False)
+    model = build(len(tokenizer))
     persons, pictures = draw_groups(seed, 61, portraits)
+    features = seen(pictures)
+    model.vision_model = Locked(features)
+    model.visual_projection = nn.Linear(features.shape[1], PROJECTION, bias=False)
 
     def batch_of(rng: np.random.Generator) -> tuple[Tensor, list[str], Tensor]:
         groups = rng.integers(0, len(persons) // GROUP, batch // GROUP)
         chosen = (GROUP * groups[:, None] + np.arange(GROUP)).ravel()
         texts = [text_of(persons[i], rng) for i in chosen]
         fits = [[is_true(said, persons[i]) for i in chosen] for said in map(says, texts)]
-        return to_tensor(pictures[chosen]), texts, torch.tensor(fits).float()
+        return features[torch.from_numpy(chosen)], texts, torch.tensor(fits).float()
 
     fit(model, tokenizer, batch_of, seed=seed, images=images, lr=lr, warm_up=WARM_UP, title="text encoder")
     held, held_pictures = draw(seed, 64, 1000)
     facts = {"seed": seed, "portraits": portraits, "images": images, "batch": batch, "lr": lr}
-    summary = {**facts, "separation": separation(model, tokenizer, held, to_tensor(held_pictures))}
+    summary = {**facts, "separation": separation(model, tokenizer, held, seen(held_pictures))}
     half = CLIPTextModelWithProjection(model.config.text_config)
     half.text_model.load_state_dict(model.text_model.state_dict())
     half.text_projection.load_state_dict(model.text_projection.state_dict())
