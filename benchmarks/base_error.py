@@ -44,9 +44,9 @@ def inputs(model: BaseModel, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def predictions(unet: nn.Module, model: BaseModel, latents: Tensor, text: Tensor, timestep: int) -> Tensor:
     """Predicted noise, `[N, 4, h, w]`; the noise is a function of the timestep."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(timestep))
-    alpha_bar = model.alphas_cumprod[timestep]
-    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-    return unet(noisy, torch.full((len(latents),), timestep), encoder_hidden_states=text).sample
+    timesteps = torch.full((len(latents),), timestep)
+    noisy = model.process.noisy(latents, noise, timesteps)
+    return unet(noisy, timesteps, encoder_hidden_states=text).sample
 
 
 def quantised(unet: nn.Module, kind: str) -> nn.Module:
@@ -62,10 +62,10 @@ def measure(count: int = IMAGES, timesteps: Sequence[int] = TIMESTEPS) -> dict[s
     """Relative error of the prediction, `|a - b| / |b|` over all images, for each timestep."""
     model = load(str(MODEL_FOLDER))
     latents, full, less = inputs(model, count)
-    exact = [predictions(model.unet, model, latents, full, t) for t in timesteps]
+    exact = [predictions(model.denoiser, model, latents, full, t) for t in timesteps]
     found: dict[str, list[float]] = {}
     for kind in ("fp8", *BASES[1:], NO_HAIR):
-        unet = model.unet if kind == NO_HAIR else quantised(model.unet, kind)
+        unet = model.denoiser if kind == NO_HAIR else quantised(model.denoiser, kind)
         text = less if kind == NO_HAIR else full
         others = [predictions(unet, model, latents, text, t) for t in timesteps]
         found[kind] = [float((a - b).norm() / b.norm()) for a, b in zip(others, exact, strict=True)]

@@ -123,7 +123,7 @@ class Workbench:
     def __post_init__(self) -> None:
         setup = self.setup
         model = base_model(setup.family, WEIGHTS.get(setup.weights, torch.bfloat16), setup.device)
-        self.unet_parameters = sum(p.numel() for p in model.unet.parameters())
+        self.unet_parameters = sum(p.numel() for p in model.denoiser.parameters())
         settings = Settings(
             model=setup.family,
             data=Path(),
@@ -135,14 +135,14 @@ class Workbench:
         )
         self.trainer = Trainer(settings, model, Accelerator(setup))
         self.host = Host(self.trainer, setup)
-        self.family = known.find(model.unet)
+        self.family = known.find(model.denoiser)
         self.network, self.adapter = lora(model, setup.rank, setup.device), Adapter()
         if setup.weights in BASES[1:]:
             QuantisedBase(self.family.linear_layers(), setup.weights, torch.device(setup.device))
-        with self.adapter.watching([model.unet]):
-            self.network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
+        with self.adapter.watching([model.denoiser]):
+            self.network.apply_to([], model.denoiser, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
         self.network.requires_grad_(True).train()
-        self.unet = model.unet.train()
+        self.unet = model.denoiser.train()
         if setup.checkpointing:
             self.unet.enable_gradient_checkpointing()
         side = setup.resolution // model.latent_scale
@@ -238,7 +238,7 @@ class Workbench:
                 return self.unet(*args, **kwargs)
 
         peer = peers.PureCC()
-        peer.unet, peer.target, peer.empty = extractor, self.full, self.base  # type: ignore[assignment]
+        peer.first, peer.target, peer.empty = extractor, self.full, self.base  # type: ignore[assignment]
         self._peer(peer, mark)
 
     def _peer(self, peer: peers.Peer, mark: Mark) -> None:

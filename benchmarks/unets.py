@@ -11,8 +11,9 @@ from torch import nn
 
 from spf_plugin.adapter import bypass as adapter
 from spf_plugin.trainer.loop import network_module
-from spf_plugin.trainer.models import BaseModel
+from spf_plugin.trainer.processes import Diffusion
 from spf_plugin.trainer.settings import DEFAULT_NETWORK, PLAIN_LORA
+from spf_plugin.trainer.unets import UNetModel
 
 _SD = {
     "sample_size": 64,
@@ -66,7 +67,7 @@ def _cast(unet: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
 
 
-def base_model(family: str, dtype: torch.dtype, device: str = "cpu") -> BaseModel:
+def base_model(family: str, dtype: torch.dtype, device: str = "cpu") -> UNetModel:
     """A frozen UNet with random weights, and nothing else of a pipeline.
 
     Args:
@@ -79,24 +80,23 @@ def base_model(family: str, dtype: torch.dtype, device: str = "cpu") -> BaseMode
     with torch.device(device):
         unet: Any = UNet2DConditionModel(**CONFIGS[family])
     _cast(unet, dtype)
-    return BaseModel(
+    return UNetModel(
         name=family,
         family=family,
-        unet=unet,
+        denoiser=unet,
         vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(1, 1, 1, 1))),
         text_encoders=[],
         tokenizers=[],
-        alphas_cumprod=torch.linspace(0.999, 0.005, 1000, device=device),
-        prediction="epsilon",
+        process=Diffusion(torch.linspace(0.999, 0.005, 1000, device=device), "epsilon"),
     )
 
 
-def lora(model: BaseModel, rank: int, device: str) -> nn.Module:
+def lora(model: UNetModel, rank: int, device: str) -> nn.Module:
     """A plain LoRA in float32 on the linear layers of every transformer, as networks.lora and `spf train` make it."""
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)
     inner = network_module(DEFAULT_NETWORK)
     arguments = {**PLAIN_LORA, "warn_on_unmatched": False}
     with torch.device(device):
-        network = inner.create_network(1.0, rank, rank / 2, model.vae, [], model.unet, **arguments)
+        network = inner.create_network(1.0, rank, rank / 2, model.vae, [], model.denoiser, **arguments)
     adapter.select(network, "_attentions_")
     return network

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from portraitlab import environment  # noqa: F401  (before diffusers)
-from spf_plugin.trainer.models import quiet
+from spf_plugin.trainer import models
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 #: The second embedded model, a diffusion transformer.
@@ -30,21 +29,13 @@ def load_pipeline(folder: Path = MODEL_FOLDER, device: str = "cpu") -> Any:
     Raises:
         FileNotFoundError: if the folder holds no model.
     """
-    import diffusers
-
-    index = folder / "model_index.json"
-    if not index.exists():
+    if not (folder / "model_index.json").exists():
         raise FileNotFoundError(
             f"no model in {folder}: train one with python -m portraitlab.train_base (or train_dit), "
             "then export it with python -m portraitlab.export_base"
         )
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    # A part that a folder goes without must be said to be absent, else diffusers looks for it.
-    absent = {name: None for name, what in parts.items() if what == [None, None] and name.endswith("_3")}
-    with quiet():
-        pipe = getattr(diffusers, parts["_class_name"]).from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, **absent
-        )
+    with models.quiet():
+        pipe = models.load_pipeline(str(folder), torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -139,7 +139,7 @@ def test_bytes_of_a_quantised_unet(weights: str, monkeypatch: pytest.MonkeyPatch
         pytest.importorskip("bitsandbytes", reason="NOT RUN: bitsandbytes is not installed")
     from benchmarks.unets import base_model
 
-    unet = base_model("tiny", torch.bfloat16).unet
+    unet = base_model("tiny", torch.bfloat16).denoiser
     parameters, linear = (
         sum(p.numel() for p in unet.parameters()),
         [layer.weight for layer in UNet(unet).linear_layers()],

@@ -46,7 +46,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def unet() -> Any:
     torch.manual_seed(0)
-    return base_model("tiny", torch.float32).unet
+    return base_model("tiny", torch.float32).denoiser
 
 
 def predict(model: Any) -> Tensor:
@@ -358,7 +358,7 @@ def test_distance_from_the_unquantised_model(kind: str) -> None:
 
     model = load(str(MODEL_FOLDER))
     latents, text, _ = inputs(model, 4)
-    exact = predictions(model.unet, model, latents, text, 500)
-    found = predictions(with_base(model.unet, kind), model, latents, text, 500)
+    exact = predictions(model.denoiser, model, latents, text, 500)
+    found = predictions(with_base(model.denoiser, kind), model, latents, text, 500)
     assert float((found - exact).norm() / exact.norm()) < {"int8": 0.01, "nf4": 0.06}[kind]
     assert F.mse_loss(found, exact) > 0

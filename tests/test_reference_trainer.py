@@ -30,6 +30,7 @@ from spf_plugin.tools import cli
 from spf_plugin.trainer import data as folders
 from spf_plugin.trainer import loop, models
 from spf_plugin.trainer.loop import train
+from spf_plugin.trainer.processes import Diffusion
 from spf_plugin.trainer.settings import Settings
 from tests import tiny
 
@@ -192,7 +193,7 @@ def test_min_snr_weights_are_those_of_the_paper() -> None:
     torch.manual_seed(0)
     latents, noise, prediction = torch.randn(3, 3, 4, 2, 2)
     for kind in ("epsilon", "v_prediction"):
-        model = SimpleNamespace(alphas_cumprod=alphas, prediction=kind)
+        model = SimpleNamespace(process=Diffusion(alphas, kind))
         trainer: Any = SimpleNamespace(model=model, settings=SimpleNamespace(min_snr_gamma=5.0))
         expected = 0.0
         for b in range(3):

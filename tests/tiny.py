@@ -185,6 +185,49 @@ def sdxl(
     return folder
 
 
+def sd3(folder: Path, *, norms: bool = True, t5: bool = True, seed: int = 0) -> Path:
+    """A diffusers folder of SD3's parts: four joint blocks, 3.5's norms or none, 4 latent channels, with T5 or not."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTokenizer, T5Config, T5EncoderModel
+
+    from tests.hosts.dits.common import VOCABULARY, t5_tokenizer
+
+    torch.manual_seed(seed)
+    widths = (32, 48)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,  # T5's, wider than both CLIPs
+        caption_projection_dim=32,
+        pooled_projection_dim=sum(widths),
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,) if norms else (),
+        qk_norm="rms_norm" if norms else None,
+    )
+    third = T5EncoderModel(T5Config(d_model=96, d_ff=32, d_kv=8, num_heads=2, num_layers=1, vocab_size=VOCABULARY))
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder / "tokenizer"))
+    vae = _vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.5)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=_text_model(widths[0], 2, projection=widths[0]),
+        tokenizer=tokenizer,
+        text_encoder_2=_text_model(widths[1], 2, projection=widths[1]),
+        tokenizer_2=tokenizer,
+        text_encoder_3=third if t5 else None,
+        tokenizer_3=t5_tokenizer(CAPTIONS) if t5 else None,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def sdxl_of_hosts(folder: Path) -> Path:
     """SDXL's own structure, 722 LoRA modules. sd-scripts fixes it and the text widths, and reads layer 11 of a text."""
     return sdxl(folder, depths=(1, 2, 10), widths=(768, 1280), layers=(11, 2))

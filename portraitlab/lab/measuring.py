@@ -18,9 +18,12 @@ from portraitlab.measure import untouched_region
 from portraitlab.model_files import CLIP_FOLDERS, JUDGE_FILE, load_pipeline, sample
 from portraitlab.portraits import render
 from spf_plugin.enhancement import clip
+from spf_plugin.families.base import unwrapped
+from spf_plugin.trainer.models import BaseModel, from_pipeline
+from spf_plugin.trainer.vae import clean_latents
 
 SAMPLER_STEPS, GUIDANCE, DRAWN_TOGETHER = 12, 3.5, 32
-NOISE_TIMESTEPS = (200, 500, 800)
+NOISE_LEVELS = (0.2, 0.5, 0.8)
 KINDS = ("explicit", "partial")
 
 Images = NDArray[np.uint8]
@@ -73,7 +76,7 @@ class Evaluator:
         neutral = np.stack([render(person, 128)[0] for person in task.persons])
         self.asked_features = self._features(asked)
         pipeline = load_pipeline(model, device)
-        self._latents = self._noised(pipeline, neutral)
+        self._latents = self._noised(from_pipeline(pipeline), neutral)
         self.base = self._draw(pipeline, [p.base_prompt for p in self.prompts], [p.seed for p in self.prompts], "base")
         self.seen_base = predict(self.judge, self.base)
         self.base_noise = self._predictions(pipeline)
@@ -99,27 +102,27 @@ class Evaluator:
         return both[: len(self.prompts)], both[len(self.prompts) :]
 
     @torch.no_grad()
-    def _noised(self, pipeline: Any, pictures: Images) -> list[tuple[int, torch.Tensor]]:
-        """Held-out portraits, noised to each of the timesteps: what the base model is asked to denoise."""
+    def _noised(self, model: BaseModel, pictures: Images) -> list[tuple[float, torch.Tensor]]:
+        """Held-out portraits, noised to each of the noise levels: what the base model is asked to denoise."""
         random = torch.Generator().manual_seed(self.task.evaluation_seed)
-        pixels = to_tensor(pictures).to(self.device)
-        latents = pipeline.vae.encode(pixels).latent_dist.mean.cpu() * pipeline.vae.config.scaling_factor
+        latents = clean_latents(model.vae, to_tensor(pictures).to(self.device)).cpu()
         found = []
-        for timestep in NOISE_TIMESTEPS:
-            alpha_bar = pipeline.scheduler.alphas_cumprod[timestep]
+        for level in NOISE_LEVELS:
             noise = torch.randn(latents.shape, generator=random)
-            found.append((timestep, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise))
+            found.append((level, model.process.noisy(latents, noise, model.process.at(level, len(latents)))))
         return found
 
     @torch.no_grad()
     def _predictions(self, pipeline: Any) -> torch.Tensor:
-        """Predicted noise for the explicit base prompts, `[timesteps, N, 4, 16, 16]`."""
-        texts = [prompt.base_prompt for prompt in self.prompts[: self.task.prompts]]
-        conds = pipeline.encode_prompt(texts, self.device, 1, False)[0]
+        """Predictions for the explicit base prompts, `[levels, N, 4, 16, 16]`."""
+        model = from_pipeline(pipeline)
+        text = model.encode([prompt.base_prompt for prompt in self.prompts[: self.task.prompts]])
+        sizes = torch.zeros(self.task.prompts, 6)  # the embedded models are not told any
         found = []
-        for timestep, noisy in self._latents:
-            steps = torch.full((len(texts),), timestep, device=self.device)
-            found.append(pipeline.unet(noisy.to(self.device), steps, encoder_hidden_states=conds).sample.float().cpu())
+        for level, noisy in self._latents:
+            timesteps = model.process.at(level, len(noisy)).to(self.device)
+            call = model.call(noisy.to(self.device), timesteps, text, sizes)
+            found.append(unwrapped(call.on(model.denoiser)).float().cpu())
         return torch.stack(found)
 
     @torch.no_grad()
@@ -140,7 +143,7 @@ class Evaluator:
         - `attributes_*`: share of the judge's attributes, the target's left out, that read as in the base picture.
         - `leak`: mean probability of the target where the prompt does not name it.
         - `reconstruction`: mean squared change of all pixels on base prompts.
-        - `noise_drift`: relative squared change of the predicted noise on held-out portraits with base prompts.
+        - `noise_drift`: relative squared change of the prediction on held-out, noised portraits with base prompts.
         - `follows`: share of the clothes colours and backgrounds that explicit prompts name and pictures show.
         - `uninvited`: share of the pictures with the training set's background or clothes colour, where the base
           picture has neither.

@@ -44,6 +44,7 @@ from spf_plugin.families.base import Family, Text
 from spf_plugin.seam import Call, intercepted
 from spf_plugin.text import map_text
 from spf_plugin.trainer.loop import Attach, Trainer
+from spf_plugin.trainer.models import from_pipeline
 
 CLASS_IMAGES = 48
 
@@ -95,10 +96,10 @@ class Step:
         with torch.no_grad(), self.bypassed():
             return self.predict(self.showing(text)).detach()
 
-    def noise(self) -> Tensor:
-        """The noise that the trainer added, from the batch's clean latents."""
-        alpha_bar = self.trainer.model.alphas_cumprod.to(self.noisy.device)[self.timesteps].view(-1, 1, 1, 1)
-        return (self.noisy - alpha_bar.sqrt() * self.batch["latents"]) / (1 - alpha_bar).sqrt()
+    def target(self) -> Tensor:
+        """What the trainer compares the prediction with, from the batch's clean latents."""
+        process, latents = self.trainer.model.process, self.batch["latents"]
+        return process.target(latents, process.noise(latents, self.noisy, self.timesteps), self.timesteps)
 
 
 Work = Generator[None, Tensor, tuple[Tensor, Tensor | None]]
@@ -153,8 +154,8 @@ class Masked(Peer):
         if self.prior:
             extra = self.prior * ((1 - mask) * (prediction - reference).square()).mean()
         # The square of what is left is the weighed square of the error: any loss of the trainer stays as it is.
-        noise, weight = step.noise(), mask + (1 - mask) * self.outside
-        return noise + weight.sqrt() * (prediction - noise), extra
+        target, weight = step.target(), mask + (1 - mask) * self.outside
+        return target + weight.sqrt() * (prediction - target), extra
 
 
 @dataclass
@@ -198,12 +199,11 @@ class PriorPreservation(Peer):
         prediction = yield
         device, count = step.noisy.device, len(step.noisy)
         chosen = torch.randint(0, len(self.latents), (count,), generator=self.random)
-        alphas_cumprod = step.trainer.model.alphas_cumprod
-        timesteps = torch.randint(0, len(alphas_cumprod), (count,), generator=self.random)
+        process = step.trainer.model.process
+        timesteps = process.draw(count, self.random)
         latents = self.latents[chosen]
         noise = torch.randn(latents.shape, generator=self.random)
-        alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device)
+        noisy = process.noisy(latents, noise, timesteps).to(device)
         texts = map_text(lambda part: part[chosen.to(part.device)].to(device), self.texts)
         drawn = step.predict(step.trainer.model.call(noisy, timesteps.to(device), texts, step.batch["sizes"]))
         loss = step.trainer.loss(drawn, latents.to(device), noise.to(device), timesteps.to(device))
@@ -221,7 +221,7 @@ class PureCC(Peer):
 
     extractor: Path = field(default_factory=Path)
     eta: float = 2.0
-    unet: nn.Module = field(init=False, repr=False)  # the model with the first LoRA
+    first: nn.Module = field(init=False, repr=False)  # the model with the first LoRA
     target: Text = field(init=False, repr=False)
     empty: Text = field(init=False, repr=False)
 
@@ -229,13 +229,13 @@ class PureCC(Peer):
         pipeline = load_pipeline(Path(trainer.settings.model))
         pipeline.load_lora_weights(str(self.extractor.parent), weight_name=self.extractor.name)
         pipeline.fuse_lora()
-        self.unet = pipeline.unet.to(trainer.accelerator.device).requires_grad_(False)
+        self.first = from_pipeline(pipeline).denoiser.to(trainer.accelerator.device)
         self.target, self.empty = (trainer.model.encode([prompt]) for prompt in (task.goal.phrase, ""))
 
     def step(self, step: Step) -> Work:
         with torch.no_grad():
             calls = [step.showing(text) for text in (self.target, self.empty)]
-            target, empty = (step.family.prediction(call.on(self.unet), call).float() for call in calls)
+            target, empty = (step.family.prediction(call.on(self.first), call).float() for call in calls)
         base = step.prior(step.base)
         full = yield
         direction = (target - empty).flatten(1)
@@ -331,8 +331,8 @@ class TLoRA(Peer):
     minimum: float = 0.5
 
     def prepare(self, trainer: Trainer, task: Task, seed: int) -> None:
-        self.unet, self.rank = trainer.model.unet, trainer.settings.rank
-        self.timesteps = len(trainer.model.alphas_cumprod)
+        self.family, self.rank = known.find(trainer.model.denoiser), trainer.settings.rank
+        self.timesteps = trainer.model.process.timesteps
 
     def mask(self, timesteps: Tensor) -> Tensor:
         """Which ranks act, `[B, r]` in {0, 1}, for timesteps `[B]`."""
@@ -342,11 +342,12 @@ class TLoRA(Peer):
 
     @contextmanager
     def applied(self, network: nn.Module) -> Iterator[None]:
-        forward = self.unet.forward
+        forward = self.family.denoiser.forward
 
-        def masking(noisy: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.present = self.mask(timesteps)  # stays: gradient checkpointing asks again while it goes back
-            return forward(noisy, timesteps, *args, **kwargs)
+        def masking(*args: Any, **kwargs: Any) -> Any:
+            # Stays: gradient checkpointing asks again while it goes back.
+            self.present = self.mask(self.family.timesteps(Call(args, kwargs)))
+            return forward(*args, **kwargs)
 
         def masked(lora: Any, inputs: Tensor, scale: float = 1) -> Tensor:
             """What the module adds to its layer's output, from `[B, ..., in]` or, of a convolution, `[B, in, h, w]`."""
@@ -356,7 +357,7 @@ class TLoRA(Peer):
             return lora.lora_up(inner * self.present.view(shape)) * (lora.scale * scale)
 
         with ExitStack() as patches:
-            patches.enter_context(patching.patched(self.unet, "forward", masking))
+            patches.enter_context(patching.patched(self.family.denoiser, "forward", masking))
             for lora in _loras(network):
                 patches.enter_context(patching.patched(lora, "bypass_forward_diff", partial(masked, lora)))
             yield
@@ -437,7 +438,7 @@ def attach(peer: Peer, task: Task, seed: int) -> Attach:
 
     def attached(network: nn.Module, trainer: Trainer) -> Callable[[], None]:
         peer.prepare(trainer, task, seed)
-        adapter, stack, family = Adapter(), ExitStack(), known.find(trainer.model.unet)
+        adapter, stack, family = Adapter(), ExitStack(), known.find(trainer.model.denoiser)
         bases = BaseCaptions(task, seed, trainer.model)
 
         @contextmanager

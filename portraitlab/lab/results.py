@@ -41,7 +41,8 @@ class Result:
 
 @lru_cache
 def _fingerprint(model: Path) -> str:
-    return hashlib.sha256((model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    (weights,) = (path for part in ("unet", "transformer") for path in (model / part).glob("*.safetensors"))
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Path) -> str:

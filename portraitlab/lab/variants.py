@@ -146,7 +146,7 @@ class PairsAt(Variant):
         self.noisy = noisy
 
     def second(self, partner: Partner) -> Partner | None:
-        middle = len(self.trainer.model.alphas_cumprod) // 2
+        middle = self.trainer.model.process.timesteps // 2
         noisy = self.spf.family.timesteps(partner.call) >= middle
         which = partner.which & (noisy == self.noisy)
         return replace(partner, which=which) if which.any() else None

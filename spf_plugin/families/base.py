@@ -70,6 +70,22 @@ def linear_layers_of(*stacks: nn.Module) -> Iterator[nn.Linear]:
         yield from (module for module in stack.modules() if type(module) is nn.Linear)
 
 
+def unwrapped(output: Any) -> Tensor:
+    """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def wrapped(like: Any, prediction: Tensor) -> Any:
+    """What a denoiser would return with this prediction, in the shape of `like`."""
+    if isinstance(like, Tensor):
+        return prediction
+    if isinstance(like, tuple):
+        return (prediction, *like[1:])
+    return type(like)(sample=prediction)
+
+
 class Family(Protocol):
     """A kind of denoiser, and this one of it. A new family is one new class with these members; it keeps nothing of a
     call, and knows no host."""

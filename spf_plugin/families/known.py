@@ -11,9 +11,11 @@ from spf_plugin.families.flux import Flux
 from spf_plugin.families.hunyuan_image import HunyuanImage
 from spf_plugin.families.lumina import Lumina
 from spf_plugin.families.sd3 import SD3
+from spf_plugin.families.sd3_diffusers import DiffusersSD3
 from spf_plugin.families.unet import UNet
 
-FAMILIES = (UNet, Anima, SD3, Flux, Lumina, HunyuanImage)
+# `attn2` of a UNet is the image's own attention in diffusers' SD3.5-Medium.
+FAMILIES = (DiffusersSD3, UNet, Anima, SD3, Flux, Lumina, HunyuanImage)
 
 
 def find(denoiser: nn.Module) -> Family:

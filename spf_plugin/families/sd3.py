@@ -118,8 +118,7 @@ class SD3:
         room for may still be in T5's."""
         clip = clip_tokens.spans(prompt, tokenize, CLIP, full=full)
         t5 = prompts.spans(prompt, partial(tokenize, which=1), length - CLIP - 1, CLIP.__add__, full=full)
-        phrases = tuple(first + second for first, second in zip(clip.phrases, t5.phrases, strict=True))
-        return Spans(phrases, clip.target + t5.target, t5.end, gap=tuple(range(clip.end, CLIP)))
+        return joined(clip, t5)
 
     def before_pass(self) -> None:
         """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
@@ -128,6 +127,12 @@ class SD3:
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
         return linear_layers_of(self.denoiser.joint_blocks)  # type: ignore[arg-type]
+
+
+def joined(clip: Spans, t5: Spans) -> Spans:
+    """The spans of one prompt among CLIP's positions and among T5's behind them."""
+    phrases = tuple(first + second for first, second in zip(clip.phrases, t5.phrases, strict=True))
+    return Spans(phrases, clip.target + t5.target, t5.end, gap=tuple(range(clip.end, CLIP)))
 
 
 def _said(part: Tensor) -> list[bool]:

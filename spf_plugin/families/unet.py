@@ -17,7 +17,7 @@ from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Schedule
 from spf_plugin.errors import SPFError
 from spf_plugin.families import clip_tokens, latents
-from spf_plugin.families.base import Layer, Text, chosen
+from spf_plugin.families.base import Layer, Text, chosen, unwrapped, wrapped
 from spf_plugin.families.latents import LatentSpace
 from spf_plugin.seam import Call
 
@@ -117,16 +117,10 @@ class UNet:
         return ()  # the loops say it of their captions
 
     def prediction(self, output: Any, call: Call) -> Tensor:
-        if isinstance(output, Tensor):
-            return output
-        return output[0] if isinstance(output, tuple) else output.sample
+        return unwrapped(output)
 
     def output(self, like: Any, prediction: Tensor) -> Any:
-        if isinstance(like, Tensor):
-            return prediction
-        if isinstance(like, tuple):
-            return (prediction, *like[1:])
-        return type(like)(sample=prediction)
+        return wrapped(like, prediction)
 
     # -- the rest -------------------------------------------------------------------------------------------------
 

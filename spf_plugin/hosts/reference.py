@@ -27,7 +27,7 @@ class ReferenceHost:
         self.trainer: Any = trainer
         self.accelerator = trainer.accelerator
         self._model = trainer.model
-        self.denoiser = trainer.model.unet
+        self.denoiser = trainer.model.denoiser
 
     @property
     def batch(self) -> Any:
@@ -74,14 +74,14 @@ class ReferenceHost:
         return float(self._model.vae.config.scaling_factor)
 
     @property
-    def noise_schedule(self) -> Discrete:
-        return Discrete(self._model.alphas_cumprod, self._model.prediction)
+    def noise_schedule(self) -> Discrete | None:
+        return self._model.process.schedule
 
     def clean_images(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         return batch["latents"], None
 
-    def tokenize(self, text: str) -> Sequence[int]:
-        return self._model.tokenize(text)
+    def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
+        return self._model.tokenize(text, which)
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         with torch.autocast(self.accelerator.device.type, enabled=False):  # as the captions were

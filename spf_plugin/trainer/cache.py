@@ -30,7 +30,7 @@ class Cached:
     text: dict[str, Text]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """`captions`, `indices`, `latents [B, 4, h, w]`, `sizes [B, 6]` and `text` of a step."""
+        """`captions`, `indices`, `latents [B, C, h, w]`, `sizes [B, 6]` and `text` of a step."""
         captions = [self.captions[i] for i in indices]
         text = map_text(lambda *rows: torch.cat(rows).to(device), *(self.text[caption] for caption in captions))
         return {

@@ -20,6 +20,7 @@ from spf_plugin import lora, terminal
 from spf_plugin.adapter import bypass as adapter
 from spf_plugin.adapter import quantised
 from spf_plugin.errors import SPFError
+from spf_plugin.families.base import unwrapped
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.lorafile import writer
 from spf_plugin.lorafile.record import KEY, Run
@@ -48,11 +49,11 @@ class Trainer:
         self.weight_dtype = DTYPES[settings.mixed_precision]
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The UNet's prediction for the present batch, `[B, 4, h, w]`."""
+        """The denoiser's prediction for the present batch, `[B, C, h, w]`."""
         assert self.batch is not None
         call = self.model.call(noisy_latents.to(self.weight_dtype), timesteps, self.batch["text"], self.batch["sizes"])
         with self.accelerator.autocast():
-            return call.on(self.model.unet).sample
+            return unwrapped(call.on(self.model.denoiser))
 
     def generate_step_logs(self, loss: float, learning_rate: float) -> dict[str, float]:
         """The numbers of a step."""
@@ -60,14 +61,11 @@ class Trainer:
 
     def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The diffusion loss, min-SNR weighted if asked for; a scalar."""
-        alpha_bar = self.model.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
-        is_velocity = self.model.prediction == "v_prediction"
-        target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents if is_velocity else noise
+        process = self.model.process
+        target = process.target(latents, noise, timesteps)
         per_sample = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
         if self.settings.min_snr_gamma:
-            snr = (alpha_bar / (1 - alpha_bar)).flatten()
-            capped = snr.clamp(max=self.settings.min_snr_gamma)
-            per_sample = per_sample * capped / (snr + 1 if is_velocity else snr)
+            per_sample = per_sample * process.min_snr(timesteps, self.settings.min_snr_gamma)
         return per_sample.mean()
 
     def run(
@@ -88,7 +86,7 @@ class Trainer:
         schedule = get_cosine_schedule_with_warmup(optimizer, 0, settings.steps)
         random = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same on every device
         batches = endless_batches(cache.repeats, settings.batch_size, random)
-        alphas_cumprod = self.model.alphas_cumprod
+        process = self.model.process
         history: list[dict[str, float]] = []
         log_every = settings.spf.log_every if settings.spf else 10
         for step in range(settings.steps):
@@ -97,9 +95,8 @@ class Trainer:
             batch = cache.batch(next(batches), accelerator.device)
             latents = batch["latents"]
             noise = torch.randn(latents.shape, generator=random).to(latents.device)
-            timesteps = torch.randint(0, len(alphas_cumprod), (len(latents),), generator=random).to(latents.device)
-            alpha_bar = alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
-            noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+            timesteps = process.draw(len(latents), random).to(latents.device)
+            noisy = process.noisy(latents, noise, timesteps)
 
             self.batch = batch
             prediction = self.predict(noisy, timesteps)
@@ -201,12 +198,18 @@ def train(
         for warning in check_targets(settings.spf.target, captions, model.tokenize, model.text_limit):
             warn(warning)
     resolution = settings.resolution or model.resolution
-    if resolution < model.latent_scale or resolution % model.latent_scale:
-        raise SPFError(f"--resolution {resolution}: must be a multiple of {model.latent_scale}.")
+    if resolution < model.multiple or resolution % model.multiple:
+        raise SPFError(f"--resolution {resolution}: must be a multiple of {model.multiple}.")
+    if model.most is not None and resolution > model.most:
+        raise SPFError(f"--resolution {resolution}: must be at most {model.most}; this model has no more positions.")
     if resolution <= model.least:
         raise SPFError(
             f"--resolution {resolution}: must be more than {model.least}, which this UNet shrinks to a point."
         )
+    if settings.spf is not None and settings.spf.enhances and model.family == "sd3":
+        raise SPFError("spf_response reads pictures of SD1.x, SD2.x and SDXL only. Leave it off.")
+    if settings.min_snr_gamma:
+        model.process.min_snr(torch.ones(1, dtype=torch.long), settings.min_snr_gamma)  # a flow has none, and says so
     for part in (model.vae, *model.text_encoders):
         part.to(accelerator.device)
     progress("loading the model", 1, 1, {})
@@ -215,6 +218,7 @@ def train(
 
     torch.manual_seed(settings.seed)  # the network's initial weights, and its dropout
     network = _network(inner, settings, model)
+    paths = output.named(model.denoiser, network) if model.family == "sd3" else None
     trainer = Trainer(settings, model, accelerator)
     attached = contextlib.ExitStack()
     try:
@@ -222,21 +226,21 @@ def train(
             attached.callback(lora.attach(network, ReferenceHost(trainer), settings.spf).spf.close)  # type: ignore
         if attach is not None:
             attached.callback(attach(network, trainer))
-        network.apply_to([], model.unet, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
-        model.unet.to(accelerator.device)  # not before: `spf_base` has made it smaller
+        network.apply_to([], model.denoiser, apply_text_encoder=False, apply_unet=True)  # type: ignore[operator]
+        model.denoiser.to(accelerator.device)  # not before: `spf_base` has made it smaller
         network.to(accelerator.device).requires_grad_(True).train()
         dtype = DTYPES[settings.save_precision]
         output.check_space(settings.out, network, dtype)
-        model.unet.train()
+        model.denoiser.train()
         if settings.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            model.denoiser.enable_gradient_checkpointing()
 
         def ran() -> Run | None:
             return None if settings.spf is None else trainer.spf.numbers.run()  # type: ignore[attr-defined]
 
         def write(path: Path, steps: int, card: bool = False) -> list[str]:
             metadata = _metadata(settings, path, model, resolution, steps, sum(cache.repeats), ran())
-            return output.save(path, network, metadata, dtype, card=card)
+            return output.save(path, network, metadata, dtype, paths=paths, card=card)
 
         def every(step: int) -> None:
             if settings.save_every and step % settings.save_every == 0 and step < settings.steps:
@@ -306,17 +310,17 @@ def _accelerator(settings: Settings) -> Any:
 
 
 def _network(inner: Any, settings: Settings, model: BaseModel) -> nn.Module:
-    """The inner network, not applied yet: a LoRA on the linear layers of the UNet's transformers."""
+    """The inner network, not applied yet: a LoRA on the linear layers of the transformers."""
     alpha = settings.rank if settings.alpha is None else settings.alpha
     arguments = settings.full_network_args
     if settings.network == DEFAULT_NETWORK:
         arguments = {**arguments, "warn_on_unmatched": False}  # type: ignore[dict-item]
     try:
-        network = inner.create_network(1.0, settings.rank, alpha, model.vae, [], model.unet, **arguments)
+        network = inner.create_network(1.0, settings.rank, alpha, model.vae, [], model.denoiser, **arguments)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise SPFError(f"{settings.network} refuses its arguments {settings.full_network_args}: {error}") from error
     if settings.full_network_args.get("preset") == PLAIN_LORA["preset"] and settings.network == DEFAULT_NETWORK:
-        adapter.select(network, "_attentions_")  # the preset also names the time embedding, networks.lora does not
+        adapter.select(network, model.adapted)  # the preset also names layers of the time, networks.lora does not
     return network
 
 
@@ -330,7 +334,7 @@ def _metadata(
         out=path,
         model_name=settings.model,
         family=model.family,
-        prediction=model.prediction,
+        prediction=model.process.prediction,
         # What the file is, for whoever reads it: a plain LoRA is the same from either module.
         network="networks.lora" if plain else settings.network,
         network_args={**({} if plain else arguments), **ours},

@@ -1,13 +1,13 @@
-"""Base models: SD1.x, SD2.x and SDXL from a diffusers folder, a hub name or a single .safetensors file."""
+"""Base models: SD1.x, SD2.x and SDXL from a diffusers folder, a hub name or a single .safetensors file; SD3 from the
+first two."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,105 +16,111 @@ from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
 from spf_plugin.files import expanded
 from spf_plugin.seam import Call
+from spf_plugin.trainer import mmdits, unets
+from spf_plugin.trainer.processes import Process
 
-FAMILIES = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
-SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL"
-TEXT_TOKENS = 77  # begin and end among them
+SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL, and 3 in diffusers' format"
 
 
-@dataclass
-class BaseModel:
-    """The parts of a text-to-image model that training needs, all frozen.
+class BaseModel(Protocol):
+    """The parts of a text-to-image model that training needs, all frozen."""
 
-    Attributes:
-        name: what the user called it.
-        family: `sd1`, `sd2` or `sdxl`.
-        unet: diffusers' `UNet2DConditionModel`.
-        vae: in float32; SDXL's overflows in half precision.
-        text_encoders: one, or two for SDXL.
-        tokenizers: one for each.
-        alphas_cumprod: `[1000]`, the noise schedule.
-        prediction: `epsilon` or `v_prediction`.
-    """
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
 
-    name: str
-    family: str
-    unet: Any
-    vae: Any
-    text_encoders: list[Any]
-    tokenizers: list[Any]
-    alphas_cumprod: Tensor
-    prediction: str
+    @property
+    def family(self) -> str:
+        """`sd1`, `sd2`, `sdxl` or `sd3`."""
+        ...
+
+    @property
+    def denoiser(self) -> Any:
+        """diffusers' model."""
+        ...
+
+    @property
+    def vae(self) -> Any:
+        """In float32; SDXL's overflows in half precision."""
+        ...
+
+    @property
+    def text_encoders(self) -> Sequence[Any]:
+        """All that it has."""
+        ...
+
+    @property
+    def process(self) -> Process:
+        """How its latents become noisy."""
+        ...
+
+    @property
+    def adapted(self) -> str:
+        """Regular expression for the LoRA names of what a plain LoRA trains of it."""
+        ...
 
     @property
     def latent_scale(self) -> int:
         """Pixels per latent, along one side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        ...
 
     @property
     def least(self) -> int:
-        """The side length in pixels at which the UNet's lowest level is one place, and its norms have nothing to do."""
-        return int(self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        """The side length in pixels up to which there is too little for the model to work on."""
+        ...
+
+    @property
+    def most(self) -> int | None:
+        """The largest side length in pixels, if there is one."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """Of what the side length in pixels must be a multiple."""
+        ...
 
     @property
     def resolution(self) -> int:
         """The side length in pixels that the model was made for."""
-        return int(self.unet.config.sample_size) * self.latent_scale
+        ...
 
     @property
     def text_limit(self) -> int:
         """Tokens of text that the text encoder takes."""
-        return TEXT_TOKENS - 2  # begin and end
+        ...
 
-    def tokenize(self, text: str) -> Sequence[int]:
-        """Token ids without begin, end and padding."""
-        ids: Sequence[int] = self.tokenizers[0](
-            text, add_special_tokens=False, truncation=False, verbose=False
-        ).input_ids
-        return ids
+    def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
+        """Token ids without begin, end and padding; of the second tokenizer (T5's) with `which=1`, none without one."""
+        ...
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
-        """What the UNet's cross-attention gets: `hidden` `[B, 77, E]`; for SDXL also `pooled` `[B, E2]`."""
-        hidden, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                list(prompts), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
-            ).input_ids.to(next(encoder.parameters()).device)
-            if self.family == "sdxl":
-                out = encoder(ids, output_hidden_states=True)
-                hidden.append(out.hidden_states[-2])
-                pooled = out[0]
-            else:
-                hidden.append(encoder(ids)[0])
-        if pooled is None:
-            return {"hidden": hidden[0]}
-        return {"hidden": torch.cat(hidden, dim=-1), "pooled": pooled}
+        """Their conditioning, by the names that the denoiser's family has for it."""
+        ...
 
     def call(self, noisy_latents: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Call:
-        """A call of the UNet.
+        """A call of the denoiser.
 
         Args:
-            noisy_latents: `[B, 4, h, w]`.
+            noisy_latents: `[B, C, h, w]`.
             timesteps: `[B]`.
             text: as `encode` gives it.
             sizes: SDXL's size conditioning, `[B, 6]`: original height and width, crop top and left, target height and
                 width.
         """
-        kwargs: dict[str, Any] = {"encoder_hidden_states": text["hidden"]}
-        if "pooled" in text:
-            pooled = text["pooled"]
-            kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.to(pooled.device, torch.float32)}
-        return Call((noisy_latents, timesteps), kwargs)
+        ...
 
-    @torch.no_grad()
     def to_latents(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """A seeded sample of the VAE's posterior, scaled: `[3, R, R]` -> `[4, R/8, R/8]`, float32 on the CPU."""
-        parameters = next(self.vae.parameters())
-        posterior = self.vae.encode(pixels[None].to(parameters.device, parameters.dtype)).latent_dist
-        mean, std = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
-        noise = torch.randn(mean.shape, generator=generator)  # on the CPU: the same on every device
-        return (mean + std * noise) * self.vae.config.scaling_factor
+        """A seeded sample of the VAE's posterior, scaled: `[3, R, R]` -> `[C, R/8, R/8]`, float32 on the CPU."""
+        ...
+
+
+#: Which base model a diffusers pipeline is.
+KINDS: Mapping[str, Callable[[Any, str], BaseModel]] = {
+    "StableDiffusionPipeline": unets.UNetModel.of,
+    "StableDiffusionXLPipeline": unets.UNetModel.of,
+    "StableDiffusion3Pipeline": mmdits.SD3Model.of,
+}
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> BaseModel:
@@ -137,29 +143,8 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModel:
     Raises:
         SPFError: it is another kind of model.
     """
-    unet = pipeline.unet
-    if unet.config.in_channels != 4:
-        raise SPFError(
-            f"--model {name} is not a text-to-image model: its UNet takes {unet.config.in_channels} channels "
-            "(inpainting and editing models do). Use the model that it was made from."
-        )
-    schedule = pipeline.scheduler.config
-    family = FAMILIES[type(pipeline).__name__]
-    if family == "sd1" and unet.config.cross_attention_dim == 1024:
-        family = "sd2"
-    encoders = [getattr(pipeline, part, None) for part in ("text_encoder", "text_encoder_2")]
-    tokenizers = [getattr(pipeline, part, None) for part in ("tokenizer", "tokenizer_2")]
-    model = BaseModel(
-        name=name,
-        family=family,
-        unet=unet,
-        vae=pipeline.vae.float(),
-        text_encoders=[encoder for encoder in encoders if encoder is not None],
-        tokenizers=[tokenizer for tokenizer in tokenizers if tokenizer is not None],
-        alphas_cumprod=_alphas_cumprod(schedule),
-        prediction=schedule.get("prediction_type", "epsilon"),
-    )
-    for part in (model.unet, model.vae, *model.text_encoders):
+    model = KINDS[type(pipeline).__name__](pipeline, name)
+    for part in (model.denoiser, model.vae, *model.text_encoders):
         part.requires_grad_(False).eval()
     return model
 
@@ -188,13 +173,6 @@ def quiet() -> Any:
             library.enable_progress_bar()
 
 
-def _alphas_cumprod(config: Any) -> Tensor:
-    from diffusers import DDPMScheduler
-
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    return DDPMScheduler(**{key: config[key] for key in keys if key in config}).alphas_cumprod  # type: ignore[attr-defined]
-
-
 def load_pipeline(name: str, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of a folder, a hub name or a single file; raises as `load` does."""
     path = expanded(name)
@@ -213,11 +191,14 @@ def load_pipeline(name: str, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     try:
         source = str(path) if path.is_dir() else name
-        kind = diffusers.DiffusionPipeline.load_config(source).get("_class_name", "")
-        if kind not in FAMILIES:
+        config = diffusers.DiffusionPipeline.load_config(source)
+        kind = config.get("_class_name", "")
+        if kind not in KINDS:
             raise SPFError(f"--model {name} is a {kind}. {SUPPORTED}.")
         if kind == "StableDiffusionPipeline":
             options |= {"safety_checker": None, "requires_safety_checker": False}
+        # A part that a model goes without must be said to be absent, else diffusers looks for it.
+        options |= {name: None for name, what in config.items() if name.endswith("_3") and what == [None, None]}
         return getattr(diffusers, kind).from_pretrained(source, **options)
     except SPFError:
         raise

@@ -17,6 +17,8 @@ from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, sidecars, writer
 from spf_plugin.lorafile.normalise import normalise
 
+PREFIX = "lora_unet"  # of LyCORIS's names for the denoiser's modules
+
 
 def check_output(path: Path) -> None:
     """Make the folder, before any time is spent on training.
@@ -58,8 +60,48 @@ def check_space(path: Path, network: nn.Module, dtype: torch.dtype) -> None:
         )
 
 
+def named(denoiser: nn.Module, network: nn.Module) -> dict[str, str]:
+    """The name of each module of a network -> its path in diffusers' model, for models that diffusers alone names so.
+
+    Raises:
+        SPFError: a module is no plain LoRA, for which diffusers has names.
+    """
+    odd = [lora.lora_name for lora in network.unet_loras if not hasattr(lora, "lora_down")]  # type: ignore[union-attr]
+    if odd:
+        raise SPFError(
+            f"of this model diffusers loads plain LoRA only, and {odd[0]} is none. Leave out --network and its algo."
+        )
+    return {f"{PREFIX}_{name.replace('.', '_')}": name for name, _ in denoiser.named_modules() if name}
+
+
+def renamed(tensors: Mapping[str, torch.Tensor], paths: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A plain LoRA in kohya's names as PEFT has it, `transformer.PATH.lora_A.weight`, alpha multiplied in.
+
+    Args:
+        tensors: as `networks.lora` saves them.
+        paths: as `named` gives them.
+    """
+    out = {}
+    for key, down in tensors.items():
+        module, _, factor = key.partition(".")
+        if factor != "lora_down.weight":
+            continue
+        up, rank = tensors[f"{module}.lora_up.weight"], len(down)
+        alpha = float(tensors.get(f"{module}.alpha", torch.tensor(rank)))
+        name = f"transformer.{paths[module]}"
+        out[f"{name}.lora_A.weight"] = down.contiguous()
+        out[f"{name}.lora_B.weight"] = (up.double() * (alpha / rank)).to(up.dtype).contiguous()
+    return out
+
+
 def save(
-    path: Path, network: nn.Module, metadata: Mapping[str, str], dtype: torch.dtype, *, card: bool = False
+    path: Path,
+    network: nn.Module,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+    *,
+    paths: Mapping[str, str] | None = None,
+    card: bool = False,
 ) -> list[str]:
     """Write the network's weights; the old file stays until the new one is complete.
 
@@ -70,6 +112,7 @@ def save(
         network: the trained network.
         metadata: kohya's.
         dtype: of the factors in the file.
+        paths: write diffusers' names, see `named`; None: kohya's.
         card: also write the WebUI card beside it; if that is impossible, a note says so.
 
     Returns:
@@ -82,7 +125,10 @@ def save(
         aside = Path(folder) / "lora.safetensors"
         network.save_weights(str(aside), dtype, {})  # type: ignore[operator]
         tensors = load(aside.read_bytes())  # not mapped: Windows would not let the folder go
-    tensors, strings, notes = normalise(tensors, metadata)
+    if paths is None:
+        tensors, strings, notes = normalise(tensors, metadata)
+    else:
+        tensors, strings, notes = renamed(tensors, paths), dict(metadata), []
     writer.save(path, tensors, strings)
     if card:
         notes += sidecars.write_training_card(path, inspect.gather(tensors.items(), strings))
@@ -95,9 +141,10 @@ def kohya_metadata(
     seed: int, images: int, mixed_precision: str, gradient_checkpointing: bool, min_snr_gamma: float,
 ) -> dict[str, str]:  # fmt: skip
     """Metadata in kohya's keys, as WebUIs show it. No dates: the same run gives the same bytes."""
-    version = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[family]
+    version = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "stable-diffusion-3"}[family]
     if prediction == "v_prediction" and family == "sd2":
         version += "_v"
+    kind = {"v_prediction": "v", "epsilon": "epsilon"}.get(prediction)  # of a flow the standard says nothing
     return {
         "ss_network_module": network,
         "ss_network_args": json.dumps(dict(network_args)),
@@ -127,5 +174,5 @@ def kohya_metadata(
         "ss_clip_skip": "None",
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.title": out.stem,
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        **({} if kind is None else {"modelspec.prediction_type": kind}),
     }

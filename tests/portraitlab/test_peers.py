@@ -21,6 +21,7 @@ from portraitlab.model_files import MODEL_FOLDER
 from portraitlab.portraits import counterfactual
 from spf_plugin.families.unet import UNet
 from spf_plugin.seam import Call
+from spf_plugin.trainer.processes import Diffusion
 
 
 @pytest.mark.parametrize("target", ["blonde", "sunglasses", "shades", "hoodie"])
@@ -64,7 +65,7 @@ class Trainer:
     """As much of the reference trainer as a peer asks for."""
 
     class model:
-        alphas_cumprod = torch.linspace(0.99, 0.01, 1000)
+        process = Diffusion(torch.linspace(0.99, 0.01, 1000), "epsilon")
 
         @staticmethod
         def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ def step() -> Any:
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
     timesteps = torch.tensor([100, 700])
-    alpha_bar = Trainer.model.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    alpha_bar = Trainer.model.process.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     denoiser = Denoiser(torch.randn(2, 4, 16, 16, generator=generator).requires_grad_())
 
     @contextmanager
@@ -153,7 +154,7 @@ def test_pure_cc_takes_the_least_squares_share_of_the_direction(step: Any) -> No
             shown = direction * encoder_hidden_states.mean()  # the texts are 1 (target) and 0 (empty)
             return type("Output", (), {"sample": shown})
 
-    peer.unet, peer.target, peer.empty = Extractor(), constant(1), constant(0)  # type: ignore[assignment]
+    peer.first, peer.target, peer.empty = Extractor(), constant(1), constant(0)  # type: ignore[assignment]
     full, extra = taken(peer, step)
     base = 1.5 * step.weight + 10
     change = (full - base).detach().flatten(1).double().numpy()
@@ -220,7 +221,7 @@ def test_a_peer_lets_calls_pass_that_are_no_training_step(step: Any) -> None:
 
 def hooks(trainer: Any) -> list[Any]:
     """What is still attached to a trainer."""
-    unet = trainer.model.unet
+    unet = trainer.model.denoiser
     left = [*unet._forward_pre_hooks.values(), *unet._forward_hooks.values()]
     return [*left, *(name for name in vars(trainer.accelerator) if name == "backward")]
 
@@ -274,7 +275,7 @@ def test_the_weight_penalty_is_the_squared_change_of_the_weights(adapted: Any) -
 def test_t_lora_masks_the_ranks_of_every_sample_by_its_timestep(adapted: Any) -> None:
     unet, network = adapted
     peer = peers.TLoRA(minimum=0.25)
-    peer.unet, peer.rank, peer.timesteps = unet, 4, 1000
+    peer.family, peer.rank, peer.timesteps = UNet(unet), 4, 1000
     noisy, timesteps = torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
     ranks = [4, 2, 1]  # 1 + floor(3 (1 - t / 1000))
     with peer.applied(network):

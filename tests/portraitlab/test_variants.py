@@ -19,6 +19,7 @@ from portraitlab.lab.tasks import Task
 from portraitlab.model_files import MODEL_FOLDER
 from spf_plugin.pairs import Partner
 from spf_plugin.seam import Call
+from spf_plugin.trainer.processes import Diffusion
 
 
 @dataclass
@@ -73,7 +74,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, T
                     seen.slopes.append(found.abs().amax(dim=(1, 2, 3)))
                 return value
 
-            trainer.model.unet.register_forward_hook(keep, with_kwargs=True)
+            trainer.model.denoiser.register_forward_hook(keep, with_kwargs=True)
             trainer.loss = slope
             return detach
 
@@ -132,7 +133,7 @@ def test_which_samples_have_a_second_step(kind: str) -> None:
     class Known:
         """Of the trainer and of SPF's family, what a variant asks for."""
 
-        alphas_cumprod = torch.ones(1000)
+        process = Diffusion(torch.ones(1000), "epsilon")
 
         @staticmethod
         def timesteps(call: Call) -> Tensor:

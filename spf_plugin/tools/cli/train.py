@@ -71,7 +71,9 @@ def spf_settings(target: str | None, words: list[str], plain: bool, network: str
 
 
 def train(
-    model: Annotated[str, typer.Option(help="Base model: diffusers folder, hub name, or one .safetensors file.")],
+    model: Annotated[
+        str, typer.Option(help="Base model: diffusers folder, hub name, or one .safetensors file (SD1.x, SD2.x, SDXL).")
+    ],
     data: Annotated[Path, typer.Option(help="Folder of images with .txt captions; subfolders like 10_name repeat.")],
     out: Annotated[Path, typer.Option(help="The LoRA file to write, NAME.safetensors.")],
     target: Annotated[

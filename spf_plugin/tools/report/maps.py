@@ -65,6 +65,9 @@ class Maps:
     drift: Mapping[int, Drift]
 
 
+NOISE_LEVELS = 1000
+
+
 class _Text:
     """The text side of a pipeline, as `spf_plugin.text.TextHost`."""
 
@@ -73,8 +76,8 @@ class _Text:
     def __init__(self, model: BaseModel):
         self.model = model
 
-    def tokenize(self, text: str) -> Sequence[int]:
-        return self.model.tokenizers[0](text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    def tokenize(self, text: str, which: int = 0) -> Sequence[int]:
+        return self.model.tokenize(text, which)
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Any:
         return self.model.encode(prompts)
@@ -106,11 +109,11 @@ def explain(
     """Run both paths on a noised image, as training does, and keep the maps.
 
     Args:
-        pipeline: an SD1.x, SD2.x or SDXL pipeline with one LoRA loaded (not fused).
+        pipeline: an SD1.x, SD2.x, SDXL or SD3 pipeline with one LoRA loaded (not fused).
         image: uint8 `[H, W, 3]`, without the target.
         caption: the image's description, with the target's phrase.
         target: the target.
-        timesteps: noise levels, 0 to 999.
+        timesteps: noise levels, 0 to 999, thousandths of all.
         kinds: maps to make, see `spf_plugin.core.sfcm.control_map`.
         gain: brightness of the map.
         layers: cross-attention layers, see `spf_plugin.families.base.Family.layers`.
@@ -118,8 +121,8 @@ def explain(
         seed: of the noise.
     """
     model = from_pipeline(pipeline)
-    unet, device = pipeline.unet, pipeline.device
-    family = find(unet)
+    denoiser, device = model.denoiser, pipeline.device
+    family = find(denoiser)
     probed = family.layers(layers)
     side = TextSide(_Text(model), family, (target,), lambda: _without_lora(pipeline))
     trained_text = model.encode([caption])
@@ -136,19 +139,19 @@ def explain(
     sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]]).expand(draws, -1)
 
     def call(step: int, conditioning: Text) -> Call:
-        alpha_bar = model.alphas_cumprod[step]
-        noisy = (alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise).to(device, unet.dtype)
+        at = model.process.at(step / NOISE_LEVELS, draws)
+        noisy = model.process.noisy(latents, noise, at).to(device, denoiser.dtype)
         conditioning = map_text(lambda part: part.expand(draws, *part.shape[1:]), conditioning)
-        return model.call(noisy, torch.full((draws,), step, device=device), conditioning, sizes)
+        return model.call(noisy, at.to(device), conditioning, sizes)
 
     def predict(step: int, conditioning: Text) -> torch.Tensor:
         made = call(step, conditioning)
-        return family.prediction(made.on(unet), made)
+        return family.prediction(made.on(denoiser), made)
 
     def compared(step: int, conditioning: Text, groups: torch.Tensor) -> Pass:
         made = call(step, conditioning)
         with capture(probed) as seen:
-            output = made.on(unet)
+            output = made.on(denoiser)
         return pass_of(family, probed, made, output, seen, groups.expand(draws, -1, -1))
 
     control: dict[str, dict[int, Map]] = {kind: {} for kind in kinds}

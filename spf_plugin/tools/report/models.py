@@ -17,8 +17,10 @@ from spf_plugin.lorafile import inspect
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.names import BASE_LABEL
 from spf_plugin.trainer import models
+from spf_plugin.trainer.vae import from_latents
 
 SHORT = 12  # hex digits of a hash that the page shows
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # folders with weights
 _ADAPTER = "report"
 
 
@@ -146,7 +148,7 @@ def draw(
             ).images
             if not bool(latents.isfinite().all()):
                 raise SPFError("the model gives NaN in this precision. Use --dtype bf16 or fp32.")
-            for one in latents.float() / pipeline.vae.config.scaling_factor:
+            for one in from_latents(pipeline.vae, latents.float()):
                 pixels = pipeline.vae.decode(one[None]).sample[0]
                 out.append((((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)).cpu().numpy())
         except torch.cuda.OutOfMemoryError:
@@ -181,9 +183,7 @@ def model_hashes(name: str) -> dict[str, str]:
         if not isinstance(index, str):
             return {}
         path = Path(index).parent
-    files = [
-        f for part in ("unet", "vae", "text_encoder", "text_encoder_2") for f in (path / part).glob("*.safetensors")
-    ]
+    files = [f for part in PARTS for f in (path / part).glob("*.safetensors")]
     return {file.relative_to(path).as_posix(): sha256(file) for file in sorted(files)}
 
 

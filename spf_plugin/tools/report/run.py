@@ -24,6 +24,7 @@ from spf_plugin.tools.report.results import Request, Result, Variant
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 DRAWS = 2
+DENOISERS = ("unet/", "transformer/")
 PROMPTS = 4  # of the LoRA's captions
 PACKAGES = (
     "torch",
@@ -169,7 +170,7 @@ def _variant(
     kind, label = ("base", "base model") if index is None else (("spf", "LoRA"), ("plain", "LoRA 2"))[index]
     if index is None:
         name = Path(settings.model).name or settings.model
-        main = next((key for key in hashes if key.startswith("unet/") or key == name), "")
+        main = next((key for key in hashes if key.startswith(DENOISERS) or key == name), "")
         digest = hashes.get(main, "")
     else:
         name, digest = settings.loras[index].stem, hashes[str(settings.loras[index])]
@@ -216,7 +217,7 @@ def _facts(
         except PackageNotFoundError:
             continue
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    kind = f"{BASE_LABEL[parts.family]}, predicts {parts.prediction.replace('_', ' ')}"
+    kind = f"{BASE_LABEL[parts.family]}, predicts {parts.process.prediction.replace('_', ' ')}"
     return [
         ("model", f"{settings.model} ({kind})"),
         ("LoRA weight", f"{settings.weight:g}"),
