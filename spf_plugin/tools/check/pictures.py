@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from spf_plugin.tools.check import borders
+from spf_plugin.tools.check.asking import Progress
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
@@ -41,14 +42,14 @@ def _digest(path: Path) -> str:
 def look_at(
     entries: Sequence[Entry],
     rows: Sequence[Described],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[Finding]:
     """Unreadable images, duplicates and one background in most of them; decodes every image once.
 
     Args:
         entries: the images.
         rows: the training prompts, without regularisation images.
-        progress: called with images done, images in all.
+        progress: called with images done and in all.
     """
     try:
         import PIL.Image  # noqa: F401
@@ -59,14 +60,14 @@ def look_at(
     seen: dict[str, borders.Colour | None] = {}
     files = {os.path.abspath(entry.path): entry for entry in entries}  # one folder may be trained at two resolutions
     for done, entry in enumerate(files.values()):
-        progress(done, len(files))
+        progress("reading images", done, len(files))
         colour, reason = _border(entry.path)
         if reason:
             broken[entry.name] = reason
         else:
             seen[entry.name] = colour
             digests.setdefault(_digest(entry.path), []).append(entry)
-    progress(len(files), len(files))
+    progress("reading images", len(files), len(files))
     found = []
     if broken:
         shown = some([f"{name} ({reason})" for name, reason in broken.items()])

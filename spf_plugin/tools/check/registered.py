@@ -126,7 +126,7 @@ def _sorted(sizes: Buckets, entries: Sequence[Entry], data: Data) -> dict[Size, 
         message = (
             f"{some(names)} is smaller than bucket_reso_steps {sizes.step}, and bucket_no_upscale leaves nothing of it"
         )
-        data.add("error", "buckets", message, "Use larger images, or leave bucket_no_upscale out.", names)
+        data.add("error", "small-images", message, "Use larger images, or leave bucket_no_upscale out.", names)
     return None if unknown else dict(sorted(counts.items()))
 
 
@@ -159,11 +159,11 @@ def _masks(dataset: Dataset, entries: Sequence[Entry], held_back: int, data: Dat
         for mask in images(Path(name or ""))
         if os.path.splitext(os.path.abspath(mask))[0] not in used
     ]
-    for mine, what in ((missing, "no mask"), (other_size, "a mask of another size")):
+    for mine, code, what in ((missing, "masks", "no mask"), (other_size, "mask-size", "a mask of another size")):
         if mine:
             names = [entry.name for entry in mine]
             fix = "Put an image of the same name and size into conditioning_data_dir."
-            data.add("error", "masks", f"{some(names)} has {what}: sd-scripts stops", fix, names)
+            data.add("error", code, f"{some(names)} has {what}: sd-scripts stops", fix, names)
     if extra or held_back:
         what = f"{some(extra)}: masks without image" if extra else "validation_split leaves masks without image"
         data.add("warning", "newer", f"{what}: sd-scripts before v0.11 stops", "Take them out, or use a later release.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from spf_plugin.files import read_json, read_toml
 from spf_plugin.hosts.kohya import rules
 from spf_plugin.hosts.kohya.scripts import Script
 from spf_plugin.tools.check import (
+    asking,
     captions,
     entries,
     family,
+    heard,
     limits,
     pictures,
     presets,
@@ -26,6 +28,7 @@ from spf_plugin.tools.check import (
     source,
     tokens,
 )
+from spf_plugin.tools.check.asking import Progress
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.dataset import Count, Data
 from spf_plugin.tools.check.findings import Finding, of, ordered
@@ -41,6 +44,7 @@ class Report:
         config: SPF's settings, or None where they are wrong.
         targets: the run's targets; subsets may have their own.
         data: the data set.
+        read: who read it.
         rows: every training prompt, split.
         tokenizer: where the tokenizer came from; empty where tokens are estimated.
         limit: tokens that the text encoder takes.
@@ -50,6 +54,7 @@ class Report:
     config: SPFConfig | None
     targets: tuple[Target, ...]
     data: Data
+    read: str
     rows: list[Described]
     tokenizer: str
     limit: int
@@ -71,6 +76,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "settings": self.config.to_metadata() if self.config else None,
+            "data_set": self.read,
             "images": self.images,
             "images_per_epoch": self.steps_per_epoch,
             "datasets": [_count(count) for count in self.data.counts],
@@ -130,7 +136,8 @@ def check(
     script: Script | None = None,
     target: str | None = None,
     tokenizer: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    host: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """Look at a run before it starts.
 
@@ -141,7 +148,9 @@ def check(
         script: the trainer, where the user names it; else what the model and the options tell.
         target: what the LoRA shall learn, in place of `spf_target`.
         tokenizer: folder of the text encoder's tokenizer.
-        progress: called while images are read, with images done and in all.
+        host: a copy of sd-scripts that is asked what it makes of the data set (`asking.at_hand`); None: the model says
+            it.
+        progress: called while images are read.
 
     Raises:
         SPFError: a file that says what the run is cannot be read.
@@ -153,15 +162,25 @@ def check(
         words = {"train_data_dir": str(path), "caption_extension": ".txt", **words}
     elif only_data:
         words = {"dataset_config": str(path), "masked_loss": True, **words}  # as a run with these masks would be
-    args, findings = source.read(None if only_data else path, words, presets.of_gui(content))
+    of_gui = presets.of_gui(content)
+    args, findings = source.read(None if only_data else path, words, of_gui)
     data = entries.read_data(args, loose_images=folder, whole=not only_data)
     config, targets, problems = settings.parse_settings(args, target, rules.folders(args))
     model = family.find(args.given, None if only_data else path, script)
+    data.findings += limits.steps(data, model)
+    read = heard.MODEL
+    if host is not None and not any(finding.code == "loose-images" for finding in data.findings if folder):
+        file, options = (None, None) if only_data else (path, None) if of_gui is None else (None, args.given)
+        if only_data and args.resolution is None:
+            words = {"resolution": "512,512", **words}  # sd-scripts reads nothing without
+        answer = asking.ask(
+            host, model, config=file, options=options, words=words, images=len(data.entries), progress=progress
+        )
+        data, read = heard.heard(data, answer, whole=not only_data)
     loaded = _tokenizer(args, model.script, tokenizer)
     findings += [
         *problems,
         *data.findings,
-        *limits.steps(data, model),
         *settings.look(args, config, data, model, loaded.tokenize, for_host=not only_data),
     ]
 
@@ -183,7 +202,7 @@ def check(
             )
         )
     findings += pictures.look_at(data.entries, rows, progress)
-    return Report(config, targets, data, rows, loaded.source, limit, ordered(findings))
+    return Report(config, targets, data, read, rows, loaded.source, limit, ordered(findings))
 
 
 def _tokenizer(args: HostArgs, script: Script, given: Path | None) -> Tokenizer:

@@ -18,6 +18,7 @@ from spf_plugin.core.prompt import Kind
 from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
 from spf_plugin.hosts.kohya.scripts import named
+from spf_plugin.tools.check.asking import at_hand
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.findings import LEVELS, Finding, some
 from spf_plugin.tools.check.run import Report
@@ -124,6 +125,7 @@ def _print(console: Console, report: Report, shown: int) -> None:
     folders = some([Path(s.label).name + f" x{s.num_repeats}" for s in report.data.subsets], 4)
     facts.add_row("folders", escape(folders or "none"))
     source = escape(report.tokenizer) or "[yellow]none found: token numbers are estimates (--tokenizer DIR)[/yellow]"
+    facts.add_row("data set", Text(report.read))
     facts.add_row("tokens", f"{report.limit} fit; tokenizer: {source}")
     parts: list[Table | Text] = [facts]
     if rows:
@@ -165,7 +167,9 @@ def check(
 ) -> None:
     """Look at a run before it starts: how each caption is split, what is missing, and what would be learned by mistake.
 
-    Reads what sd-scripts reads, by its rules. Start it where you start the training: relative paths begin there.
+    Reads what sd-scripts reads: by its own code where a copy of it is at hand (where the SCRIPT lies, in the working
+    folder, or installed in this Python), else by a model of it. Start it where you start the training: relative paths
+    begin there.
 
     Exit status: 0 the run can start (there may be warnings), 1 it would be wrong, 2 a file cannot be read.
 
@@ -174,6 +178,7 @@ def check(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         script = named(words[0])
+        host = at_hand(Path(words[0]) if script else None)
         words = words[1:] if script else words
         path = None if not words or words[0].startswith("--") else expanded(words[0])
         options = parse_words(words[1:] if path else words, script)
@@ -189,7 +194,8 @@ def check(
                 script=script,
                 target=target,
                 tokenizer=tokenizer,
-                progress=lambda done, total: show("reading images", done, total, {}) if errors.is_terminal else None,
+                host=host,
+                progress=lambda what, done, total: show(what, done, total, {}) if errors.is_terminal else None,
             )
     except SPFError as error:
         errors.print(escape(str(error)), style="red", highlight=False)
