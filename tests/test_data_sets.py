@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import toml
 from PIL import Image
 
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya.scripts import script_of
+from spf_plugin.tools.check import heard
+from spf_plugin.tools.check.asking import Answer
+from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.run import Report, check
-from tests.check_sets import Run, good
+from tests.asked import Asked
+from tests.check_sets import Run, everything, good
 from tests.data_sets import COUNT, DataSet, Maker
 from tests.hosts.conftest import HOSTS, LAUNCHER
 
 REPOSITORY = Path(__file__).parents[1]
 #: Errors of what the host prepares and then fails at, or trains otherwise than asked for; and of what only SPF needs.
-LATER = {"stops", "no-folder", "unreadable", "caption-extension"}
+LATER = heard.LATER | {"stops", "unreadable"}
 
 ASK = """
 import inspect, json, logging, os, sys
@@ -82,24 +88,43 @@ for config, sdxl in {runs!r}:
         answers.append(prepared(config, sdxl))
     except BaseException as error:
         answers.append(f"{{type(error).__name__}}: {{error}}")
-print("ANSWER" + json.dumps(answers))
+
+sys.path.append({repository!r})
+from spf_plugin.hosts.kohya import preparing
+told = []
+logging.disable(logging.NOTSET)
+for request in {requests!r}:
+    os.chdir(request.get("folder", {folder!r}))
+    try:
+        strategy_base.LatentsCachingStrategy._strategy = None  # a process of its own would have none
+    except NameError:
+        pass
+    told.append(preparing.answer(request))
+print("ANSWER" + json.dumps([answers, told]))
 """
 
 
-def ask(host: Path, runs: list[DataSet], folder: Path) -> list[Any]:
-    """What the host makes of each: its data sets, or why it stops."""
-    code = ASK.format(tests=str(LAUNCHER.parent), host=str(host), runs=[[str(run.config), run.sdxl] for run in runs])
+def ask(host: Path, runs: list[DataSet], requests: list[Any], folder: Path) -> tuple[list[Any], list[Any]]:
+    """What the host makes of each: its data sets, or why it stops; and what it is told to say by `preparing`."""
+    code = ASK.format(
+        tests=str(LAUNCHER.parent),
+        host=str(host),
+        runs=[[str(run.config), run.sdxl] for run in runs],
+        repository=str(REPOSITORY),
+        requests=requests,
+        folder=str(folder),
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert "ANSWER" in done.stdout, done.stderr[-3000:]
-    answers: list[Any] = json.loads(done.stdout.split("ANSWER")[1])
-    return answers
+    answers, told = json.loads(done.stdout.split("ANSWER")[1])
+    return answers, told
 
 
-def picture(report: Report) -> list[dict[str, Any]]:
+def picture(data: Data) -> list[dict[str, Any]]:
     """Ours, in the words of `ask`."""
     out = []
-    left = list(report.data.entries)
-    for dataset, count in zip(report.data.datasets, report.data.counts, strict=True):
+    left = list(data.entries)
+    for dataset, count in zip(data.datasets, data.counts, strict=True):
         mine = {id(subset) for subset in dataset.subsets}
         rows = sorted([e.path.name, e.shown, e.subset.is_reg, e.caption] for e in left if id(e.subset) in mine)
         buckets = None if count.buckets is None else {f"{w}x{h}": n for (w, h), n in count.buckets.items()}
@@ -113,10 +138,10 @@ def disagreement(report: Report, theirs: Any) -> str:
     if isinstance(theirs, str):
         depends = [f for f in report.findings if f.code == "newer"]
         return "" if errors or depends else f"the host refuses, and nothing is said: {theirs}"
-    strict = [f for f in errors if f.code not in LATER and "smaller than bucket_reso_steps" not in f.message]
+    strict = [f for f in errors if f.code not in LATER]
     if strict:
         return f"refused, and the host takes it: {strict[0]}"
-    for ours, host in zip(picture(report), theirs, strict=True):
+    for ours, host in zip(picture(report.data), theirs, strict=True):
         count = ours.pop("count")
         if sum(row[1] for row in host["rows"] if not row[2]) != count.repeats:
             return f"repeats: {count}, {host}"
@@ -137,18 +162,57 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[DataSet, Report
     return [(run, check(run.config, {}, tokenizer=maker.root / "none")) for run in made]
 
 
+def request_of(run: DataSet) -> dict[str, Any]:
+    script = script_of("sdxl" if run.sdxl else "sd1")
+    words = ["--config_file", str(run.config)]
+    return {"script": script.name, "trainer": script.trainer, "words": words, "certain": True}
+
+
+def difference(report: Report, theirs: Any, told: dict[str, Any]) -> str:
+    """In what the data set that `spf check` shows differs from the host's, where it has asked; empty where nothing."""
+    answer = Answer(Path("sd-scripts"), told.get("datasets"), told.get("stops", ""), told.get("cannot", ""))
+    data = replace(report.data, findings=list(report.data.findings))
+    data, read = heard.heard(data, answer, whole=True)
+    errors = [finding for finding in data.findings if finding.level == "error" and finding.code not in LATER]
+    if isinstance(theirs, str):
+        own = theirs.partition(": ")[2]
+        said = errors[0].message if errors else ""
+        return "" if theirs.startswith("SystemExit") or own in said else f"{theirs}, and not: {said}"
+    if read != "as read by sd-scripts at sd-scripts" or errors:
+        return f"{read}: {errors}"
+    ours = [{**rows, "count": None} for rows in picture(data)]
+    return "" if ours == [{**rows, "count": None} for rows in theirs] else f"{ours}\n{theirs}"
+
+
 @pytest.mark.skipif(not HOSTS, reason="NO sd-scripts CHECKOUT FOUND (see README, Tests)")
 @pytest.mark.parametrize("host", HOSTS, ids=lambda p: p.name)
-def test_the_host_makes_the_same_of_it(host: Path, runs: list[tuple[DataSet, Report]], tmp_path: Path) -> None:
-    answers = ask(host, [run for run, _ in runs], tmp_path)
+def test_the_host_makes_the_same_of_it(
+    host: Path, runs: list[tuple[DataSet, Report]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPF's model of it; what `spf check` shows where it asks the host; and the faults that it tells in its words."""
+    asked = Asked(host, tmp_path / "asked", monkeypatch)
+    half = runs[::2]
+    pool = runs[0][0].config.parent
+    before = everything(pool), everything(asked.folder)
+    answers, told = ask(
+        host, [run for run, _ in runs], [*(request_of(run) for run, _ in half), *asked.requests], tmp_path
+    )
+    assert (everything(pool), everything(asked.folder)) == before
     taken = [answer for answer in answers if not isinstance(answer, str)]
     assert COUNT / 5 < len(taken) < 4 * COUNT / 5  # both sides are seen
+    wrong = {
+        run.config.name: said
+        for (run, report), answer, one in zip(half, answers[::2], told[: len(half)], strict=True)
+        if (said := difference(report, answer, one))
+    }
+    assert not wrong, f"{len(wrong)} of {len(half)}:\n" + "\n".join(f"{k}: {v}" for k, v in wrong.items())
     wrong = {
         run.config.name: said
         for (run, report), answer in zip(runs, answers, strict=True)
         if (said := disagreement(report, answer))
     }
     assert not wrong, f"{len(wrong)} of {COUNT}:\n" + "\n".join(f"{k}: {v}" for k, v in wrong.items())
+    asked.hear(told[len(half) :])
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def _told(dataset: Any) -> dict[str, Any]:
         "subsets": [_attributes(subset) for subset in inner.subsets],
         "values": {**_attributes(inner), "masked": inner is not dataset},
         "images": images,
-        "buckets": [[*size, len(bucket)] for size, bucket in buckets if bucket],
+        "buckets": [[*map(int, size), len(bucket)] for size, bucket in buckets if bucket],
         "batches": len(dataset),
     }
 
