@@ -20,7 +20,7 @@ from PIL import Image
 from spf_plugin.hosts.kohya.scripts import SCRIPTS
 from spf_plugin.tools.check import asking, registered
 from spf_plugin.tools.check.run import Report, check
-from tests.check_sets import Run, _masks, _regularisation, _subset, good
+from tests.check_sets import Run, good, masks, regularisation, subset
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -45,13 +45,13 @@ class Case:
 
 
 def _two_sizes(run: Run) -> None:
-    subset = {"image_dir": "data/10_hair", "caption_extension": ".txt", "num_repeats": 2}
-    run.dataset(toml.dumps({"datasets": [{"resolution": size, "subsets": [subset]} for size in (512, 768)]}))
+    own = {"image_dir": "data/10_hair", "caption_extension": ".txt", "num_repeats": 2}
+    run.dataset(toml.dumps({"datasets": [{"resolution": size, "subsets": [own]} for size in (512, 768)]}))
 
 
 def _json(run: Run) -> None:
-    subset = {"image_dir": "data/10_hair", "caption_extension": ".txt"}
-    content = {"datasets": [{"resolution": 512, "subsets": [subset]}]}
+    own = {"image_dir": "data/10_hair", "caption_extension": ".txt"}
+    content = {"datasets": [{"resolution": 512, "subsets": [own]}]}
     (run.folder / "set.json").write_text(json.dumps(content), encoding="utf-8")
     run.set(train_data_dir=None, dataset_config="set.json")
 
@@ -79,7 +79,7 @@ CERTAIN = {"pretrained_model_name_or_path": "v1-5-pruned.ckpt"}
 CASES: dict[str, Case] = {
     "a good run": Case(lambda r: None, also=lambda p: p.steps_per_epoch == 60 and not p.findings),
     "a mask is missing": Case(
-        lambda r: (_masks(r), (r.folder / "masks" / "p0.png").unlink()), "missing conditioning data for 1 images"
+        lambda r: (masks(r), (r.folder / "masks" / "p0.png").unlink()), "missing conditioning data for 1 images"
     ),
     "limits of the buckets": Case(
         lambda r: r.set(enable_bucket=True, min_bucket_reso=640), "min_bucket_reso must be equal or less than"
@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
         lambda r: r.set(enable_bucket=True, bucket_reso_steps=32, **CERTAIN), "it must be divisible by 64"
     ),
     "a crop range": Case(lambda r: r.set(face_crop_aug_range="4.0,2.0"), "face_crop_aug_range must be two floats"),
-    "an unknown name": Case(lambda r: r.dataset(_subset("num_repeat = 3")), "extra keys not allowed @ data"),
+    "an unknown name": Case(lambda r: r.dataset(subset("num_repeat = 3")), "extra keys not allowed @ data"),
     "no UTF-8": Case(lambda r: (r.images / "p0.txt").write_bytes(b"\xe9t\xe9"), "illegal char in file (not UTF-8)"),
     "no folder": Case(lambda r: r.set(train_data_dir="dataa"), "No data found. Please verify arguments"),
     "the command line": Case(
@@ -100,9 +100,9 @@ CASES: dict[str, Case] = {
     ),
     "cache_info": Case(lambda r: r.set(cache_info=True), also=lambda p: p.images == 6),
     "kept information": Case(_kept, also=lambda p: _captions(p) == {"a hat, blonde hair"}),
-    "regularisation": Case(_regularisation, also=lambda p: p.data.counts[0].regular == 60),
+    "regularisation": Case(regularisation, also=lambda p: p.data.counts[0].regular == 60),
     "the data alone": Case(
-        lambda r: r.dataset(_subset().replace("resolution = 512\n", "")),
+        lambda r: r.dataset(subset().replace("resolution = 512\n", "")),
         also=lambda p: p.images == 6 and p.data.counts[0].buckets is None and p.data.datasets[0].resolution is None,
         path="dataset.toml",
     ),

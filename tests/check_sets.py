@@ -93,19 +93,19 @@ def anima(run: Run, **options: object) -> None:
     run.set(**{**files, **options})
 
 
-def _subset(line: str = "", general: str = "") -> str:
+def subset(line: str = "", general: str = "") -> str:
     return (
         f'[general]\n{general}\n[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "data/10_hair"\n'
         f'caption_extension = ".txt"\n{line}\n'
     )
 
 
-def _masks(run: Run, line: str = "", general: str = "") -> None:
+def masks(run: Run, line: str = "", general: str = "") -> None:
     """A mask for every image."""
     (run.folder / "masks").mkdir()
     for path in run.images.glob("*.png"):
         Image.new("L", (16, 16), 255).save(run.folder / "masks" / path.name)
-    run.dataset(_subset(f'conditioning_data_dir = "masks"\n{line}', general), masked_loss=True)
+    run.dataset(subset(f'conditioning_data_dir = "masks"\n{line}', general), masked_loss=True)
 
 
 def _metadata(run: Run) -> None:
@@ -114,7 +114,7 @@ def _metadata(run: Run) -> None:
     run.set(in_json="meta.json")
 
 
-def _regularisation(run: Run) -> None:
+def regularisation(run: Run) -> None:
     shutil.copytree(run.images, run.folder / "reg" / "1_woman")
     for path in (run.folder / "reg" / "1_woman").glob("*.png"):
         Image.new("RGB", (16, 16), (int(path.stem[1:]) * 20, 9, 9)).save(path)
@@ -172,7 +172,7 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("weights-not-read", "warning", lambda r: r.caption(0, "a woman in a coat, curtain, (blonde hair:1.2)")),
     ("no-commas", "warning", lambda r: r.caption(0, "a woman in a coat; curtain; blonde hair")),
     ("target-dropped", "warning", lambda r: r.set(caption_tag_dropout_rate=0.2)),
-    ("target-in-regularisation", "warning", _regularisation),
+    ("target-in-regularisation", "warning", regularisation),
     # files
     ("unreadable", "error", lambda r: (r.images / "p0.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")),
     ("unreadable", "error", lambda r: (r.images / "p0.png").write_bytes(b"")),
@@ -201,22 +201,22 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
         lambda r: ((r.folder / "m.json").write_text("[1]", encoding="utf-8"), r.set(in_json="m.json")),
     ),
     # the dataset TOML
-    ("no-caption", "warning", lambda r: (r.dataset(_subset()), (r.images / "p0.txt").unlink())),
+    ("no-caption", "warning", lambda r: (r.dataset(subset()), (r.images / "p0.txt").unlink())),
     (
         "target-in-some-wildcards",
         "note",
-        lambda r: (r.dataset(_subset("enable_wildcard = true")), r.caption(0, "a man, office, {blonde hair|hat}")),
+        lambda r: (r.dataset(subset("enable_wildcard = true")), r.caption(0, "a man, office, {blonde hair|hat}")),
     ),
-    ("dataset-config", "error", lambda r: r.dataset(_subset("num_repeat = 3"))),
-    ("dataset-config", "error", lambda r: r.dataset(_subset('num_repeats = "3"'))),
-    ("dataset-config", "error", lambda r: r.dataset(_subset(general="caption_extention = '.txt'"))),
+    ("dataset-config", "error", lambda r: r.dataset(subset("num_repeat = 3"))),
+    ("dataset-config", "error", lambda r: r.dataset(subset('num_repeats = "3"'))),
+    ("dataset-config", "error", lambda r: r.dataset(subset(general="caption_extention = '.txt'"))),
     ("dataset-config", "error", lambda r: r.dataset("[datasets]\nresolution = 512\n")),
-    ("dataset-config", "error", lambda r: r.dataset("general = 3\n" + _subset().replace("[general]", ""))),
+    ("dataset-config", "error", lambda r: r.dataset("general = 3\n" + subset().replace("[general]", ""))),
     ("dataset-config", "error", lambda r: r.dataset("[[datasets]]\nsubsets = [3]\n")),
-    ("no-folder", "error", lambda r: r.dataset(_subset().replace("10_hair", "10_hare"))),
-    ("stops", "error", lambda r: r.dataset(_subset('custom_attributes = { spf_target = "hat->" }'))),
-    ("separator-stays", "warning", lambda r: r.dataset(_subset('keep_tokens_separator = ","'))),
-    ("ignored-option", "warning", lambda r: (r.dataset(_subset()), r.set(train_data_dir="data"))),
+    ("no-folder", "error", lambda r: r.dataset(subset().replace("10_hair", "10_hare"))),
+    ("stops", "error", lambda r: r.dataset(subset('custom_attributes = { spf_target = "hat->" }'))),
+    ("separator-stays", "warning", lambda r: r.dataset(subset('keep_tokens_separator = ","'))),
+    ("ignored-option", "warning", lambda r: (r.dataset(subset()), r.set(train_data_dir="data"))),
     # settings and options
     ("setting", "error", lambda r: r.args("spf_target=blonde hair", "spf_stage2_begin=0.5")),
     ("setting", "error", lambda r: r.args("spf_target=blonde hair", "spf_config=hair.toml")),
@@ -245,7 +245,7 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("max-token-length", "error", lambda r: r.set(max_token_length=77)),
     ("no-resolution", "error", lambda r: r.set(resolution=None)),
     ("no-resolution", "error", lambda r: r.set(resolution="512x512")),
-    ("no-resolution", "error", lambda r: r.dataset(_subset().replace("resolution = 512\n", ""), resolution=None)),
+    ("no-resolution", "error", lambda r: r.dataset(subset().replace("resolution = 512\n", ""), resolution=None)),
     ("crop-range", "error", lambda r: r.set(face_crop_aug_range="4.0,2.0")),
     ("batch-size", "error", lambda r: r.set(train_batch_size=0)),
     ("buckets", "error", lambda r: r.set(enable_bucket=True, min_bucket_reso=640)),
@@ -257,25 +257,25 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
         "warning",
         lambda r: r.set(enable_bucket=True, bucket_reso_steps=32),
     ),  # the model's name is a guess
-    ("buckets", "error", lambda r: r.set(enable_bucket=True, bucket_no_upscale=True)),  # images of 16 pixels
+    ("small-images", "error", lambda r: r.set(enable_bucket=True, bucket_no_upscale=True)),  # of 16 pixels
     ("interpolation", "error", lambda r: r.set(resize_interpolation="best")),
     ("changed-images", "error", lambda r: r.set(cache_latents=True, color_aug=True)),
-    ("changed-images", "error", lambda r: _masks(r, "random_crop = true")),
-    ("masks", "error", lambda r: (_masks(r), (r.folder / "masks" / "p0.png").unlink())),
+    ("changed-images", "error", lambda r: masks(r, "random_crop = true")),
+    ("masks", "error", lambda r: (masks(r), (r.folder / "masks" / "p0.png").unlink())),
     (
-        "masks",
+        "mask-size",
         "error",
         lambda r: (
-            _masks(r, general="enable_bucket = true"),
+            masks(r, general="enable_bucket = true"),
             Image.new("L", (17, 16)).save(r.folder / "masks" / "p0.png"),
         ),
     ),
-    ("newer", "warning", lambda r: (_masks(r), Image.new("L", (16, 16)).save(r.folder / "masks" / "other.png"))),
-    ("no-folder", "error", lambda r: (_masks(r), shutil.rmtree(r.folder / "masks"))),
-    ("dataset-config", "error", lambda r: (_masks(r), r.set(masked_loss=None))),
-    ("same-subset", "warning", lambda r: r.dataset(_subset() + _subset().split("resolution = 512\n")[1])),
-    ("dataset-config", "warning", lambda r: r.dataset(_subset("num_repeats = true"))),
-    ("dataset-config", "error", lambda r: r.dataset(_subset("face_crop_aug_range = [2, 4]"))),
+    ("newer", "warning", lambda r: (masks(r), Image.new("L", (16, 16)).save(r.folder / "masks" / "other.png"))),
+    ("no-folder", "error", lambda r: (masks(r), shutil.rmtree(r.folder / "masks"))),
+    ("dataset-config", "error", lambda r: (masks(r), r.set(masked_loss=None))),
+    ("same-subset", "warning", lambda r: r.dataset(subset() + subset().split("resolution = 512\n")[1])),
+    ("dataset-config", "warning", lambda r: r.dataset(subset("num_repeats = true"))),
+    ("dataset-config", "error", lambda r: r.dataset(subset("face_crop_aug_range = [2, 4]"))),
     ("ignored-option", "warning", lambda r: r.set(masked_loss=True, conditioning_data_dir="masks")),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, shuffle_caption=True)),
     ("cached-text", "error", lambda r: r.set(cache_text_encoder_outputs=True, network_train_unet_only=None)),
@@ -296,7 +296,7 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
         "bucket-steps",
         "error",
         lambda r: (
-            r.dataset(_subset(general="enable_bucket = true\nbucket_reso_steps = 32")),
+            r.dataset(subset(general="enable_bucket = true\nbucket_reso_steps = 32")),
             r.set(pretrained_model_name_or_path="v1-5-pruned.ckpt"),
         ),
     ),

@@ -169,7 +169,8 @@ def check(
     model = family.find(args.given, None if only_data else path, script)
     data.findings += limits.steps(data, model)
     read = heard.MODEL
-    if host is not None and not any(finding.code == "loose-images" for finding in data.findings if folder):
+    loose = folder and any(finding.code == "loose-images" for finding in data.findings)  # which it would not see
+    if host is not None and not loose:
         file, options = (None, None) if only_data else (path, None) if of_gui is None else (None, args.given)
         if only_data and args.resolution is None:
             words = {"resolution": "512,512", **words}  # sd-scripts reads nothing without
