@@ -30,7 +30,7 @@ from spf_plugin.config import SPFConfig
 from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools import plan, preset
 from spf_plugin.tools.plan import LORA_BYTES, OPTIMIZERS, aligned_share
-from spf_plugin.tools.plan_dit import RANK, SIDE, TRANSFORMERS
+from spf_plugin.tools.plan_dit import FIRST, RANK, SECOND, SIDE, TRANSFORMERS
 
 MIB = 2**20
 TEMPLATE = Path(__file__).with_name("cost_template.md")
@@ -289,21 +289,20 @@ def _presets() -> list[list[str]]:
 
 
 def _transformers() -> list[list[str]]:
-    """Plain steps of the transformers, tracked on the host's classes, and what SPF adds, by `plan_dit`."""
+    """Plain steps of the transformers and those of a pair, tracked on the host's classes (`benchmarks.dit_cost`)."""
     lines = []
     for model, of in TRANSFORMERS.items():
         for checkpointing in (True, False):
             run = plan.Run(model, SIDE, SIDE, rank=RANK, checkpointing=checkpointing, optimizer="AdamW8bit")
             plain, spf = plan.predict(run), plan.predict(replace(run, spf=SPFConfig()))
-            peak = plain.parts["activations and gradients"]
+            steps = [of.tracked(name, checkpointing=checkpointing) for name in (PLAIN, FIRST, SECOND)]
             lines.append(
                 [
                     MODELS[model] + ("" if checkpointing else ", no checkpointing"),
-                    f"{peak / MIB:.0f} MB",
-                    f"{(plain.peak - plan.CONTEXT) / MIB:.0f} MB",
-                    f"+{(spf.peak - plain.peak) / MIB:.0f} MB",
+                    *(f"{step['peak'] / MIB:.0f} MB" for step in steps),
+                    f"{(spf.peak - plan.CONTEXT) / MIB:.0f} MB",
                     f"{(spf.peak - plan.CONTEXT) / (plain.peak - plan.CONTEXT):.3f}",
-                    f"{1 + of.more_work(checkpointing=checkpointing):.3f}",
+                    *(f"{step['flops'] / steps[0]['flops']:.3f}" for step in steps[1:]),
                     f"{spf.flop_ratio:.3f}",
                 ]
             )
@@ -338,7 +337,8 @@ def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping
         lines += _markdown(other_head, other_rows)
     head = ["", "first step of a pair, FLOPs at most 1.35", "a whole run, at most 1.20", "memory, at most 1.03"]
     weights_head = ["", "frozen UNet", "UNet", "plain step's peak", "SPF step's peak", "SPF with weights", "SPF step"]
-    transformers_head = ["", "plain step's peak", "with weights", "SPF", "memory", "first step's FLOPs", "a run's"]
+    transformers_head = ["", "plain step's peak", "first of a pair", "second", "SPF with weights", "memory"]
+    transformers_head += ["first step's FLOPs", "second's", "a run's"]
     preset_head = ["preset", "weights and optimizer", "step, tracked", "assumed", "together", "card"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         command=command,

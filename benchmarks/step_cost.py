@@ -45,6 +45,14 @@ def write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def write_page() -> None:
+    """docs/cost.md, from what was measured before."""
+    stored = json.loads((DOCS / "cost.json").read_text(encoding="utf-8"))
+    records = {record.key: record for record in map(Record.from_json, stored["records"])}
+    page = report.markdown(records, stored["environment"], stored["timed_on"], stored["command"])
+    write(DOCS / "cost.md", page)
+
+
 def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     only: Annotated[str, typer.Option(help="Only this model: sd1, sd2 or sdxl.")] = "",
@@ -82,7 +90,7 @@ def main(
 
     def publish() -> None:
         write(PLAN, json.dumps(report.plan_figures(records, COMMAND), indent=1) + "\n")
-        write(DOCS / "cost.md", report.markdown(records, tracked_on, timed_on, COMMAND))
+        write_page()
 
     done = 0
     with progress_bars(Console(stderr=True)) as progress:

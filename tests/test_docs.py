@@ -54,7 +54,7 @@ RUN_BY = {
     "python -m benchmarks.base_error": "tests/test_quantised.py::test_distance_from_the_unquantised_model",
     "python -m benchmarks.reencoding": "tests/test_cached_text.py::test_bf16_is_far_from_another_caption",
     "python -m benchmarks.response_cost": "takes minutes and counts what tests/test_cost.py counts",
-    "python -m tests.hosts.full_size": "tests/test_plan_dits.py::test_activations_are_those_that_are_tracked",
+    "python -m benchmarks.dit_cost": "tests/test_plan_dits.py::test_activations_are_those_that_are_tracked",
     "python networks/": "sd-scripts' own tools, on real LoRAs; their options are compared with its source below",
     "python -m venv": "Python's own",
     "accelerate launch": "tests/hosts/test_training.py::test_sd15_writes_an_ordinary_lora",

@@ -21,7 +21,14 @@ from spf_plugin.patching import Exchange
 NAME = "spf_weight"
 BLOCK = 64  # nf4: weights that share a scale
 # These keep a layer's sizes and its forward, and nothing else of it.
-KOHYA = ("networks.lora", "networks.lora_anima", "networks.lora_sd3", "networks.lora_flux", "networks.lora_lumina")
+KOHYA = (
+    "networks.lora",
+    "networks.lora_anima",
+    "networks.lora_sd3",
+    "networks.lora_flux",
+    "networks.lora_lumina",
+    "networks.lora_hunyuan_image",
+)
 # Adapters of LyCORIS that, in bypass mode, only add to the layer's output.
 LYCORIS = ("lora", "locon", "loha", "lokr")
 

@@ -1,6 +1,5 @@
-"""The host's transformers in full size, without data, and what its networks make of them: `python -m
-tests.hosts.full_size HOST` prints JSON, `... HOST anima flux` tracks a plain step and a forward pass of each, 1024 px.
-Started in a process of its own (`tests.hosts.sizes`), as it imports the host."""
+"""The host's transformers in full size, without data, calls of them, and what its networks make of them: `python -m
+tests.hosts.full_size HOST` prints JSON. Started in a process of its own (`tests.hosts.sizes`): it imports the host."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 
 def anima() -> Any:
@@ -70,87 +68,40 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-def call(name: str, model: Any) -> Callable[[], Any]:
-    """A forward pass at 1024 px, as the trainer makes it: default text lengths, one image."""
+def call(name: str, side: int, *, checkpointing: bool) -> Any:
+    """A call as the trainer makes it: one image of `side` x `side` pixels, default text lengths. With checkpointing the
+    trainer makes its inputs ask for a gradient, so that every block has one."""
     import torch
 
+    from spf_plugin.seam import Call
+
     def full(*shape: int) -> Any:
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=checkpointing)
 
     def whole(*shape: int) -> Any:
         return torch.ones(shape, dtype=torch.long)
 
+    def places(count: int) -> Any:
+        return torch.zeros(1, count, 3, requires_grad=checkpointing)
+
+    latents, patches, time = (side // 8, side // 8), (side // 16) ** 2, torch.zeros(1)
     if name == "anima":
-        text = {"target_input_ids": whole(1, 512), "target_attention_mask": whole(1, 512)}
-        text["source_attention_mask"] = whole(1, 512)
-        return lambda: model(
-            full(1, 16, 1, 128, 128), full(1), full(1, 512, 1024), padding_mask=full(1, 1, 128, 128), **text
-        )
+        ids = {"target_input_ids": whole(1, 512), "target_attention_mask": whole(1, 512)}
+        ids |= {"source_attention_mask": whole(1, 512), "padding_mask": full(1, 1, *latents).detach()}
+        return Call((full(1, 16, 1, *latents), time, full(1, 512, 1024)), ids)
     if name in ("flux", "chroma"):
-        shared = {"img": full(1, 4096, 64), "img_ids": torch.zeros(1, 4096, 3), "txt": full(1, 512, 4096)}
-        shared |= {"txt_ids": torch.zeros(1, 512, 3), "timesteps": full(1), "guidance": full(1)}
+        shared = {"img": full(1, patches, 64).detach(), "img_ids": places(patches)}  # packed before
+        shared |= {"txt": full(1, 512, 4096), "txt_ids": places(512), "timesteps": time, "guidance": full(1).float()}
         if name == "flux":
-            return lambda: model(**shared, y=full(1, 768))
-        return lambda: model(**shared, y=None, txt_attention_mask=whole(1, 512), mod_vectors=full(1, 344, 3072))
+            return Call((), {**shared, "y": full(1, 768), "txt_attention_mask": None})
+        return Call((), {**shared, "y": None, "txt_attention_mask": whole(1, 512), "mod_vectors": full(1, 344, 3072)})
     if name == "lumina":
-        return lambda: model(full(1, 16, 128, 128), full(1), full(1, 256, 2304), whole(1, 256))
+        words = {"cap_feats": full(1, 256, 2304), "cap_mask": whole(1, 256).int()}
+        return Call((), {"x": full(1, 16, *latents), "t": time, **words})
     if name == "hunyuan_image":
         words, glyphs = (full(1, 256, 3584), whole(1, 256)), (full(1, 128, 1472), whole(1, 128))
-        return lambda: model(full(1, 64, 32, 32), full(1), *words, *glyphs)
-    return lambda: model(full(1, 16, 128, 128), full(1), y=full(1, 2048), context=full(1, 154 + 256, 4096))
-
-
-def tracked(host: Path, names: list[str]) -> dict[str, Any]:
-    """Bytes at the peak and operations of a plain step of rank 16, and of a forward pass."""
-    sys.path[:0] = [str(Path(__file__).parent), str(host)]
-    import launcher
-
-    launcher.prepare(host)
-    import torch
-
-    from benchmarks.tracking import MetaGpu, track
-
-    answer: dict[str, Any] = {}
-    for name in names:
-        network, make = MODELS[name]
-        made = importlib.import_module(f"networks.{network}")
-        with torch.device("meta"):
-            model = make().to(torch.bfloat16).requires_grad_(False).train()
-            lora = made.create_network(1.0, 16, 8.0, None, [torch.nn.Module()], model)
-        lora.apply_to([torch.nn.Module()], model, False, True)
-        for checkpointing in (True, False):
-            for module in model.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = checkpointing
-            for weight in lora.parameters():
-                weight.grad = None
-            # Meta tensors have no values: wherever a model asks for the length of a text, it is that of all of it.
-            length = 128 if name == "hunyuan_image" else 256
-            with (
-                MetaGpu(),
-                torch.device("meta"),
-                mock.patch.object(torch.Tensor, "item", return_value=length),
-                mock.patch.object(torch.Tensor, "__int__", return_value=length),
-                mock.patch.object(torch.Tensor, "__index__", return_value=length),
-                mock.patch.object(torch.Tensor, "tolist", return_value=[length]),
-            ):
-                forward = call(name, model)
-
-                def step(mark: Any, forward: Any = forward) -> None:
-                    with torch.autocast("cpu", dtype=torch.bfloat16):
-                        output = forward()
-                    output = output[0] if isinstance(output, tuple | list) else output
-                    output.float().square().mean().backward()
-
-                def once(mark: Any, forward: Any = forward) -> None:
-                    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                        forward()
-
-                cost, alone = track(step), track(once)
-            key = "checkpointing" if checkpointing else "no checkpointing"
-            answer.setdefault(name, {})[key] = {"peak": cost.peak, "flops": cost.flops, "forward": alone.flops}
-            print(name, answer[name], file=sys.stderr, flush=True)
-    return answer
+        return Call((full(1, 64, side // 32, side // 32), time, *words, *glyphs), {})
+    return Call((full(1, 16, *latents), time), {"context": full(1, 77 + 256, 4096), "y": full(1, 2048)})
 
 
 def main(host: Path) -> dict[str, Any]:
@@ -181,5 +132,5 @@ def main(host: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        found = tracked(Path(sys.argv[1]), sys.argv[2:]) if sys.argv[2:] else main(Path(sys.argv[1]))
+        found = main(Path(sys.argv[1]))
     print(json.dumps(found))

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -357,59 +359,47 @@ def test_parts_of_sd3s_text_are_dropped_as_without_spf(dit: Dit) -> None:
 # -- what cannot be ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kinds("anima")
-@pytest.mark.parametrize(
-    ("settings", "flags", "said"),
-    [
-        pytest.param(
-            ("spf_response=anchor", "spf_train=cross_atention"),
-            {"unsloth_offload_checkpointing": True},
-            (
-                "spf_response=anchor needs pixels of latents",
-                "--unsloth_offload_checkpointing computes the blocks without a graph",
-            ),
-            id="response+unsloth",
-        ),
-        pytest.param(
-            ("spf_base=int8", "spf_network=networks.oft_flux"),
-            {"blocks_to_swap": 1},
-            (
-                "spf_base=int8 and --blocks_to_swap cannot go together",
-                "spf_base=int8 works with spf_network=networks.lora, networks.lora_anima, ",
-            ),
-            id="base+swap",
-        ),
-        pytest.param(
-            (),
-            {"cpu_offload_checkpointing": True, "gradient_checkpointing": True},
-            ("--cpu_offload_checkpointing is not supported",),
-            id="cpu-offload",
-        ),
-    ],
-)
-def test_what_cannot_work_stops_before_the_first_step(
-    dit: Dit, settings: tuple[str, ...], flags: dict[str, object], said: tuple[str, ...]
-) -> None:
-    result = dit.train(TARGET, *settings, **flags)
-    assert result.returncode != 0
-    assert "running training" not in result.log
-    for words in said:
-        assert words in result.message, result.log[-3000:]
+# Beside what no kind can do: what its own trainer has.
+MISTAKES: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]] = {
+    "anima": (
+        (),
+        {"unsloth_offload_checkpointing": True},
+        ("--unsloth_offload_checkpointing computes the blocks without a graph",),
+    ),
+    "sd3": (
+        (),
+        {"pos_emb_random_crop_rate": 0.5},
+        ("--pos_emb_random_crop_rate=0.5 puts the image somewhere else in every pass",),
+    ),
+    "flux": ((), {"fp8_base": True}, ("spf_base=int8 and --fp8_base both shrink",)),
+    "chroma": (("spf_network=networks.oft_flux",), {}, ("spf_base=int8 works with spf_network=networks.lora, ",)),
+    "lumina": (
+        (),
+        {"weighted_captions": True, "gemma2_max_token_length": 44},
+        ("--weighted_captions is not made for this model", "--gemma2_max_token_length=44: sd-scripts cuts", "Use 48."),
+    ),
+    "hunyuan_image": (
+        (),
+        {"cache_text_encoder_outputs": True},
+        ("--cache_text_encoder_outputs alone: sd-scripts fails",),
+    ),
+}
 
 
-@pytest.mark.kinds("sd3")
-def test_what_cannot_work_with_sd3_is_one_message(dit: Dit) -> None:
-    flags = {"pos_emb_random_crop_rate": 0.5, "gradient_checkpointing": True, "max_train_steps": 1}
-    result = dit.train(TARGET, "spf_response=anchor", "spf_layers=joint_block", **flags)
+def test_what_cannot_work_is_one_message_before_the_first_step(dit: Dit) -> None:
+    own, flags, said = MISTAKES[dit.name]
+    base = "spf_base=int8" if dit.name != "lumina" else "spf_base=off"
+    settings = ("spf_target=green hair", "spf_response=anchor", "spf_layers=joint_block", base, *own)
+    swap = {} if base.endswith("off") or dit.name == "anima" else {"blocks_to_swap": 1}
+    result = dit.train(*settings, gradient_checkpointing=True, **swap, **flags)
     assert result.returncode != 0
     assert "running training" not in result.log
-    for words in (
-        "SPF: 2 problems",
-        "--pos_emb_random_crop_rate=0.5 puts the image somewhere else in every pass",
-        "spf_response=anchor needs pixels of latents",
-    ):
+    shared = ["the target 'green hair' occurs in none of the", "spf_response=anchor needs pixels of latents"]
+    shared += ["spf_base=int8 and --blocks_to_swap cannot go together"] if swap else []
+    count = len(shared) + len([words for words in said if words[0] == "-" or "spf_" in words])
+    assert f"SPF: {count} problems" in result.message, result.log[-3000:]
+    for words in (*shared, *said):
         assert words in result.message, result.log[-3000:]
-    assert "leaves the dropout of T5 on" in result.said
 
 
 # -- inside the model -------------------------------------------------------------------------------------------------
@@ -429,22 +419,7 @@ def test_a_planted_key_is_where_it_was_planted(dit: Dit) -> None:
         assert found["padding"] == 0, which
 
 
-@pytest.mark.kinds("flux", "chroma")
-def test_what_is_compared_is_what_the_attention_of_the_blocks_compares(dit: Dit) -> None:
-    """Rotary positions and the order of text and image included, in a batch of two texts of different lengths."""
-    done = subprocess.run(dit.command("compared"), capture_output=True, text=True, env=dit.host.environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    words, length, image = 9, 20, 8 * 12
-    expected = {
-        "flux": [[length, 0, words], [length, 0, length]],
-        "chroma": [[0, image, words + 1], [0, image, length]],  # it keeps one padding token
-    }[dit.name]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 7
-    assert all(places == expected for places in found.values()), found
-
-
-@pytest.mark.kinds("lumina", "hunyuan_image")
+@pytest.mark.kinds("flux", "chroma", "lumina", "hunyuan_image")
 def test_queries_and_keys_are_those_of_the_models_own_attention(dit: Dit) -> None:
     """Rotary positions, shared keys and the places of words and patches, with different numbers of words."""
     done = subprocess.run(dit.command("joint"), capture_output=True, text=True, env=dit.host.environment())
@@ -511,28 +486,6 @@ def spans_beside_offsets(dit: Dit, caption: str, length: int, full: bool) -> Spa
     return spans
 
 
-@pytest.mark.kinds("lumina")
-def test_text_that_would_be_something_else_is_refused(dit: Dit) -> None:
-    result = dit.train(TARGET, weighted_captions=True, gemma2_max_token_length=44)
-    assert result.returncode != 0
-    assert "running training" not in result.log
-    for words in (
-        "--weighted_captions is not made for this model",
-        "--gemma2_max_token_length=44: sd-scripts cuts",
-        "Use 48.",
-    ):
-        assert words in result.message, result.log[-3000:]
-
-
-@pytest.mark.kinds("hunyuan_image")
-def test_text_that_is_cached_in_memory_is_refused(dit: Dit) -> None:
-    """The host would fail at the first batch."""
-    result = dit.train(TARGET, cache_text_encoder_outputs=True)
-    assert result.returncode != 0
-    assert "running training" not in result.log
-    assert "--cache_text_encoder_outputs alone: sd-scripts fails" in result.message, result.log[-3000:]
-
-
 def test_chroma_has_no_vector_of_clip() -> None:
     """Where the trainer has zeros in its place, two phrases would be as far apart as any others."""
     for model_type, name in (("flux", "pooled"), ("chroma", "stand_in"), (None, "pooled")):
@@ -542,20 +495,76 @@ def test_chroma_has_no_vector_of_clip() -> None:
         assert own.text == (name, "hidden", "ids", "hidden_mask")
 
 
-def test_options_that_no_transformer_has_are_refused() -> None:
-    args = SimpleNamespace(
-        network_train_text_encoder_only=False,
-        network_args=[],
-        train_data_dir=None,
-        dataset_config=None,
-        compile=True,
-        weighted_captions=True,
-    )
-    config = parse({"spf_target": "blonde hair"})
-    for dit in (None, *trainers.DITS.values()):
-        errors = rules.look(args, [], config, sdxl=False, dit=dit, trying=False).errors
-        refused = ["--compile", "--weighted_captions"] if dit else []
-        assert [error.split()[0].strip(":") for error in errors] == refused
+@dataclass(frozen=True)
+class Refused:
+    """What the rules say of one option.
+
+    Attributes:
+        said: how the message begins.
+        flags: the host's options.
+        settings: SPF's.
+        kinds: whose trainers have these options.
+        release: the first with them.
+    """
+
+    said: str
+    flags: dict[str, Any]
+    settings: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = KINDS
+    release: str = "v0.10"
+
+
+INT8 = "spf_base=int8"
+REFUSED = (
+    Refused("--network_train_text_encoder_only trains no", {"network_train_text_encoder_only": True}),
+    Refused("--save_model_as=ckpt: SPF writes safetensors only", {"save_model_as": "ckpt"}),
+    Refused("--cpu_offload_checkpointing is not supported", {"cpu_offload_checkpointing": True}),
+    Refused("--torch_compile: compiled code no longer calls", {"torch_compile": True}),
+    Refused("--train_inpainting gives the UNet nine channels", {"train_inpainting": True}, release="v0.11"),
+    Refused("--compile: compiled blocks no longer call", {"compile": True}, kinds=("anima",), release="v0.11"),
+    Refused("--pos_emb_random_crop_rate=0.5 puts", {"pos_emb_random_crop_rate": 0.5}, kinds=("sd3",)),
+    Refused("--weighted_captions is not made for", {"weighted_captions": True}),
+    Refused("--cache_text_encoder_outputs alone", {"cache_text_encoder_outputs": True}, kinds=("hunyuan_image",)),
+    Refused("--gemma2_max_token_length=44: sd-scripts", {"gemma2_max_token_length": 44}, kinds=("lumina",)),
+    Refused("spf_response=anchor needs pixels", {}, ("spf_response=anchor",)),
+    Refused("--unsloth_offload_checkpointing computes", {"unsloth_offload_checkpointing": True}, kinds=("anima",)),
+    Refused("spf_base=int8 and --blocks_to_swap cannot", {"blocks_to_swap": 1}, (INT8,)),
+    Refused("spf_base=int8 and --fp8_base both shrink", {"fp8_base": True}, (INT8,)),
+    Refused("spf_base=int8 and --fp8_base_unet both", {"fp8_base_unet": True}, (INT8,)),
+    Refused("spf_base=int8 and --fp8_scaled both", {"fp8_scaled": True}, (INT8,), kinds=("hunyuan_image",)),
+    Refused("spf_base=int8 works with spf_network=", {}, (INT8, "spf_network=networks.oft_flux")),
+    Refused("spf_base=int8: LyCORIS would rebuild", {}, (INT8, "spf_network=lycoris.kohya")),
+)
+
+
+@contract
+def test_every_option_that_cannot_work_is_named(dit: Dit) -> None:
+    """The rules, of what the host's own parser makes of each option."""
+
+    def parse_only(out: Path) -> None:
+        out.mkdir()
+        script = Path(__file__).with_name("parse_only.py")
+        train = partial(dit.train, TARGET, script=script, out=out, parsed_by=Path(dit.kind.SCRIPT).stem)
+        assert train().returncode == 0
+
+    folder = dit.host.made_once(f"args-{dit.name}-{dit.host.name}", parse_only)
+    usual = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    own = trainers.DITS[f"{dit.kind.TRAINER} chroma" if dit.name == "chroma" else dit.kind.TRAINER]
+
+    def said(flags: dict[str, Any], *settings: str) -> list[str]:
+        args = SimpleNamespace(**{**usual, **flags, "network_args": [*settings]})
+        config = parse(dict(word.split("=", 1) for word in (TARGET, *settings)))
+        return rules.look(args, [], config, sdxl=False, dit=own, trying=False).errors
+
+    assert said({}) == []
+    for refused in REFUSED:
+        there = [name in usual for name in refused.flags]
+        errors = said(refused.flags, *refused.settings)
+        if dit.name in refused.kinds and dit.host.release >= refused.release:
+            assert all(there), refused
+            assert [error.startswith(refused.said) for error in errors] == [True], (refused, errors)
+        else:  # the trainer has no such option, or can do with it
+            assert not all(there) or not errors, refused
 
 
 @pytest.mark.parametrize(("cached", "warns"), [(False, True), (True, False)])

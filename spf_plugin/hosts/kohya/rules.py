@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NETWORK_MODULES = ("spf_plugin.lora", "networks.spf_lora")  # --network_module: SPF by either name
 DEFAULT_NETWORK = "networks.lora"
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
+FP8_SCALED = "fp8_scaled"  # HunyuanImage's, whose layers hold a scale beside each weight
 MUCH_DROPOUT = 0.3  # of the captions
 GEMMA_STEP = 8  # Lumina's text is padded to a multiple of it
 ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
@@ -253,7 +254,7 @@ def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, di
     _, theirs = split_words(args.network_args or [])
     default = dit.network if dit else DEFAULT_NETWORK
     found = quantised.problems(config.base, config.network or default, theirs)
-    fp8 = [name for name in FP8_BASES if getattr(args, name, False)]
+    fp8 = [name for name in (*FP8_BASES, FP8_SCALED) if getattr(args, name, False)]
     if fp8:
         found.append(
             f"spf_base={config.base} and --{fp8[0]} both shrink the frozen UNet. Leave one of them out; "

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from tests.hosts import launcher
-from tests.hosts.dits.compared import compared
 from tests.hosts.dits.joint import off
 from tests.hosts.dits.kinds import MARK, kind
 from tests.hosts.dits.planted import spread
@@ -23,8 +22,6 @@ if command == "make":
     folder.mkdir(parents=True, exist_ok=True)
     module.make(folder)
     (folder / MARK).write_text(name, encoding="utf-8")
-elif command == "compared":
-    print(json.dumps(compared(*module.two_samples(folder))))  # type: ignore[attr-defined]
 elif command == "joint":
     print(json.dumps(off(module.joint(folder))))  # type: ignore[attr-defined]
 else:

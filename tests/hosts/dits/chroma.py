@@ -8,9 +8,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spf_plugin.seam import Call
 from tests.hosts.dits import flux
 from tests.hosts.dits.common import random_weights, shapes
 from tests.hosts.dits.flux import (
@@ -28,6 +27,7 @@ from tests.hosts.dits.flux import (
     places,
     spans,
 )
+from tests.hosts.dits.joint import Joint
 from tests.hosts.dits.kinds import Planted
 
 __all__ = [
@@ -95,6 +95,8 @@ def planted(models: Path) -> Planted:
     return Planted(flux.load(models, "chroma"), flux.call(WORDS), layers, 5, padding, LENGTH, SIZE, plant)
 
 
-def two_samples(models: Path) -> tuple[nn.Module, Call]:
-    """For `compared`: one cut behind its first padding token, one whole."""
-    return flux.load(models, "chroma"), flux.call(WORDS, LENGTH)
+def joint(models: Path) -> Joint:
+    """The words stand behind the patches; the first sample's are cut behind its first padding token."""
+    patches = SIZE[0] // 2 * SIZE[1] // 2
+    counts = [WORDS + 1, LENGTH]
+    return Joint(flux.load(models, "chroma"), flux.call(WORDS, LENGTH), [0, 0], [patches] * 2, counts)

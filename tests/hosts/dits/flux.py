@@ -16,6 +16,7 @@ from spf_plugin.families.flux import Flux as Family
 from spf_plugin.seam import Call
 from tests import tiny
 from tests.hosts.dits.common import CAPTIONS, VOCABULARY, random_weights, shapes, shifted, t5_tokenizer
+from tests.hosts.dits.joint import Joint
 from tests.hosts.dits.kinds import Planted
 
 SCRIPT, NETWORK, TRAINER = "flux_train_network.py", "networks.lora_flux", "FluxNetworkTrainer"
@@ -154,9 +155,9 @@ def planted(models: Path) -> Planted:
     return Planted(load(models), call(WORDS), ["double_blocks", "single_blocks"], 5, padding, LENGTH, SIZE, plant)
 
 
-def two_samples(models: Path) -> tuple[nn.Module, Call]:
-    """For `compared`."""
-    return load(models), call(WORDS, LENGTH)
+def joint(models: Path) -> Joint:
+    """The words come first, and there are more in the second sample."""
+    return Joint(load(models), call(WORDS, LENGTH), [LENGTH] * 2, [0, 0], [WORDS, LENGTH])
 
 
 def plant(output: Tensor, position: int, key: Tensor) -> Tensor:  # [B, heads, T (and image), d], the text first
