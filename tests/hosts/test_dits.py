@@ -78,10 +78,12 @@ def pictures(folder: Path) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Of the checkouts that have a kind's trainer the first runs everything, each other one the contract."""
+    """Of the checkouts that have a kind's trainer the first runs everything, each other one the contract: of all kinds,
+    or of those that `contract` names."""
     if "dit" not in metafunc.fixturenames:
         return
-    everywhere = metafunc.definition.get_closest_marker("contract") is not None
+    shared = metafunc.definition.get_closest_marker("contract")
+    everywhere = () if shared is None else shared.args or KINDS
     only = metafunc.definition.get_closest_marker("kinds")
     params = []
     for name in only.args if only else KINDS:
@@ -90,7 +92,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         params += [
             pytest.param((name, folder), id=f"{name}-{folder.name}")
             for folder in found
-            if (everywhere and name not in VARIANTS) or folder == first
+            if name in everywhere or folder == first
         ]
         if not found:
             why = pytest.mark.skip(reason=f"NO sd-scripts CHECKOUT WITH {kind(name).SCRIPT} FOUND (see README, Tests)")
@@ -180,6 +182,7 @@ def test_the_reference_is_the_base_model_bit_for_bit(dit: Dit) -> None:
     assert all(height != width for *_, height, width in (pair["shape"] for pair in seen))
 
 
+@pytest.mark.contract("sd3", "lumina")
 def test_the_reference_in_bf16(dit: Dit) -> None:
     result = dit.train(*EVERY_STEP, "spf_train=cross_attention", module="tests.hosts.spy", mixed_precision="bf16")
     seen = spied(result)
@@ -304,6 +307,7 @@ def test_cached_text_on_the_disk_is_held_against_the_captions(dit: Dit, tmp_path
         assert again.returncode == 0, again.log[-3000:]
 
 
+@pytest.mark.contract("anima", "flux", "chroma")
 def test_block_swap_changes_nothing(dit: Dit) -> None:
     """The host's copying of blocks is left out (`dits.common`): the order of its calls is what is tested."""
     without = dit.train(*EVERY_STEP, once=True).tensors()
@@ -549,7 +553,7 @@ def test_every_option_that_cannot_work_is_named(dit: Dit) -> None:
 
     folder = dit.host.made_once(f"args-{dit.name}-{dit.host.name}", parse_only)
     usual = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-    own = trainers.DITS[f"{dit.kind.TRAINER} chroma" if dit.name == "chroma" else dit.kind.TRAINER]
+    own = trainers.DITS[dit.kind.TRAINER]
 
     def said(flags: dict[str, Any], *settings: str) -> list[str]:
         args = SimpleNamespace(**{**usual, **flags, "network_args": [*settings]})
