@@ -110,7 +110,14 @@ def dit(request: pytest.FixtureRequest, host_of: Callable[[Path], Host], made_on
         done = subprocess.run(command, capture_output=True, text=True, env=host.environment())
         assert done.returncode == 0, done.stderr[-3000:]
 
+    def encoded(into: Path) -> None:
+        pictures(into)
+        made = Dit(name, host, models, into).plain(max_train_steps=1)
+        assert made.returncode == 0, made.log[-3000:]
+
     models = made_once(f"{name}-{host.name}", build)
+    if kind(name).options(models).get("cache_latents_to_disk"):  # a slow VAE: once for all runs
+        return Dit(name, host, models, made_once(f"encoded-{name}-{host.name}", encoded))
     return Dit(name, host, models, made_once("pictures-of-two-buckets", pictures))
 
 
@@ -292,7 +299,7 @@ def test_cached_text_on_the_disk_is_held_against_the_captions(dit: Dit, tmp_path
         "max_train_steps": 1,
         **dit.kind.CACHED,
     }
-    flags = {**flags, "cache_latents": None}
+    flags = {**flags, "cache_latents": None, "cache_latents_to_disk": None}
     forgotten = dit.train(*EVERY_STEP, caption_extension=".caption", **flags)
     assert "occurs in none of the" in forgotten.message
     caches = list(data.rglob(f"*{trainers.DITS[dit.kind.TRAINER].text_cache}"))

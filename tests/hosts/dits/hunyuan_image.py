@@ -33,7 +33,7 @@ from tests.hosts.dits.kinds import Planted
 
 SCRIPT, NETWORK = "hunyuan_image_train_network.py", "networks.lora_hunyuan_image"
 TRAINER = "HunyuanImageNetworkTrainer"
-CACHED = {"cache_text_encoder_outputs_to_disk": True}  # its VAE draws the latents, so all runs cache these
+CACHED = {"cache_text_encoder_outputs_to_disk": True}  # its VAE draws the latents, so all runs have the same
 STEADY: dict[str, Any] = {}  # its T5 reads what is quoted, which is nothing here
 PRECISION = "bf16"  # it cannot do without
 TENSORS = (2 * 10 + 4 * 3) * 3  # blocks of two streams and of one, linear layers, tensors of each
@@ -55,7 +55,7 @@ def options(models: Path) -> dict[str, Any]:
         "tokenizer_cache_dir": models / "tokenizers",
         "bucket_reso_steps": 64,
         "resolution": 160,
-        "cache_latents": True,
+        "cache_latents_to_disk": True,
     }
 
 
