@@ -1,9 +1,9 @@
 """Fixed tables of every module that a LoRA can patch in the diffusion transformers that sd-scripts trains.
 
 As in `names`, they are built from the published layouts, and a test compares them with what the host's own networks
-make of its models. Each model has two styles: ``dit``, the paths of the original checkpoint, and ``host``, where
-sd-scripts calls a module otherwise (HunyuanImage). diffusers' own paths are known of Anima, whose modules are the same
-there; of the others it splits and joins modules.
+make of its models. Each model has three styles: ``dit``, the paths of the original checkpoint, ``host``, where
+sd-scripts calls a module otherwise (HunyuanImage), and diffusers' paths: ``diffusers`` for Anima, whose modules are the
+same there, ``split`` for the others, whose modules it splits (`dit_parts`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import cast
 
-from spf_plugin.lorafile import names
+from spf_plugin.lorafile import dit_parts, names
 from spf_plugin.lorafile.names import AnyBase, Base, Component, DitBase, Module, Resolved, text_modules
 
 DIT_BASES: tuple[DitBase, ...] = ("anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image")
@@ -217,12 +217,27 @@ def _index(base: DitBase) -> dict[str, Resolved]:
         theirs = diffusers_name(base, module)
         if theirs:
             out[theirs.replace(".", "_")] = Resolved(module, "diffusers")
+        if module.group == "text":
+            for name in _text_names(base, module):
+                out.setdefault(name, Resolved(module, "text"))
+    for path, part in dit_parts.parts(base).items():
+        for prefix in dit_parts.PREFIXES:
+            out[f"{prefix}{path}".replace(".", "_")] = Resolved(part.module, "split")
     return out
 
 
+def _text_names(base: DitBase, module: Module) -> Iterator[str]:
+    """What others call a text encoder's module: diffusers CLIP's, OneTrainer T5's of FLUX.1."""
+    flat = module.path.replace(".", "_")
+    if module.path.startswith("text_model."):
+        yield f"{'text_encoder' if module.component == 'te1' else 'text_encoder_2'}_{flat}"
+    elif base == "flux":
+        yield f"lora_te2_{flat}"
+
+
 def resolve(base: AnyBase, name: str) -> Resolved | None:
-    """Find the module of `base` that `name` means: sd-scripts' name, ``diffusion_model.PATH``, or diffusers' of Anima.
-    Of SD and SDXL what `names` finds; None where no table has it."""
+    """Find the module of `base` that `name` means: sd-scripts' name, ``diffusion_model.PATH``, or diffusers' path behind
+    what trainers write before it. Of SD and SDXL what `names` finds; None where no table has it."""
     if base in DIT_BASES:
         return _index(base).get(name.replace(".", "_"))
     return None if base == "unknown" else names.resolve(cast(Base, base), name)
@@ -240,10 +255,10 @@ def detect(found: Mapping[str, tuple[int, int] | None], told: str) -> tuple[DitB
     for base in DIT_BASES:
         pairs = [(resolve(base, name), fans) for name, fans in found.items()]
         mine = [(r.module, fans) for r, fans in pairs if r is not None and r.module.component == "unet"]
-        fitting = sum(fans == (module.fan_in, module.fan_out) for module, fans in mine)
-        scores.append((len(mine), fitting, base == told, base))
-    known, fitting, _, best = max(scores, key=lambda score: score[:3])  # of a tie the first
+        fitting = sum(dit_parts.fits(base, module, fans) for module, fans in mine)
+        scores.append((fitting, len(mine), base == told, base))
+    fitting, known, _, best = max(scores, key=lambda score: score[:3])  # of a tie the first
     if not known:
         return None
-    rivals = [score for score in scores if score[0] == known and score[3] != best and score[1] < fitting]
+    rivals = [score for score in scores if score[1] >= known and score[3] != best and score[0] < fitting]
     return best, "shapes" if rivals else "names"

@@ -23,7 +23,7 @@ from typing import Literal
 Base = Literal["sd1", "sd2", "sdxl"]
 Kind = Literal["linear", "conv1", "conv3", "norm"]
 Component = Literal["unet", "te1", "te2", "te3"]
-Style = Literal["diffusers", "sgm", "text", "host", "dit"]
+Style = Literal["diffusers", "sgm", "text", "host", "dit", "split"]
 DitBase = Literal["anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image"]  # `dit_names`
 AnyBase = Base | DitBase | Literal["unknown"]
 

@@ -20,7 +20,7 @@ import logging
 import sys
 import types
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -324,12 +324,12 @@ def diffusers(checkout: Path, base: str, depths: list[int]) -> Apply:
     return apply
 
 
-def main(loader: str, checkout: Path, folder: Path) -> None:
+def main(loader: str, checkout: Path, folder: Path, loaders: Mapping[str, Any] = globals()) -> None:  # noqa: B008
     torch.set_num_threads(1)
     torch.manual_seed(0)
     job = json.loads((folder / "job.json").read_text("utf-8"))
     weights = load_file(folder / "model.safetensors")
-    apply = globals()[loader](checkout, job["base"], job["depths"])
+    apply = loaders[loader](checkout, job["base"], job["depths"])
     said = []
     for number in range(job["files"]):
         entry: dict[str, Any] = {"error": None, "said": []}

@@ -37,18 +37,24 @@ def build(kind: str, base: str, weights: kinds.Weights, precision: str) -> kinds
 
 
 def run(
-    loader: str, checkout: str | Path, base: str, files: Sequence[kinds.File], weights: kinds.Weights
+    loader: str,
+    checkout: str | Path,
+    base: str,
+    files: Sequence[kinds.File],
+    weights: kinds.Weights,
+    program: str | None = programs.__file__,
+    depths: object = None,
 ) -> list[tuple[dict[str, torch.Tensor], str | None]]:
     """The deltas of each file, and the error if there was one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = {"base": base, "depths": kinds.depths(base), "files": len(files)}
+        job = {"base": base, "depths": depths or kinds.depths(base), "files": len(files)}
         (folder / "job.json").write_text(json.dumps(job), "utf-8")
         save_file(weights, folder / "model.safetensors")
         for i, file in enumerate(files):
             apart = {key: t.contiguous().clone() for key, t in file.tensors.items()}
             save_file(apart, folder / f"file-{i}.safetensors")
-        command = [sys.executable, programs.__file__, loader, str(checkout), name]
+        command = [sys.executable, str(program), loader, str(checkout), name]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr[-2000:]
         said = json.loads((folder / "said.json").read_text("utf-8"))
