@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import dit_names, names
+from spf_plugin.lorafile import dit_convert, dit_names, names
+from spf_plugin.lorafile.dit_rules import other_alpha
 from spf_plugin.lorafile.findings import some
 from spf_plugin.lorafile.inspect import Description, Group, describe, gather
 
@@ -21,18 +22,20 @@ def to_diffusers(
     Args:
         state_dict: A plain LoRA in kohya naming with one alpha per module, e.g. from `normalise`.
         peft: ``unet.<path>.lora_A.weight`` names; else the attention-processor names of diffusers' first LoRAs,
-            which ComfyUI reads too.
+            which ComfyUI reads too. Of transformers (but Anima) both are ``transformer.<path>.lora_A.weight``.
         notes: Gets one line where multiplying alpha in had to round.
 
     Returns:
         New state dict for ``pipeline.load_lora_weights``.
 
     Raises:
-        SPFError: diffusers or peft is missing, or the file holds more than plain LoRA for SD1, SD2 or SDXL.
+        SPFError: diffusers or peft is missing, or the file holds more than plain LoRA, or is for another model.
     """
     description = describe(gather(state_dict.items(), {}))
     if description.base == "anima":
         return _anima(state_dict, description, peft=peft, notes=notes)
+    if description.base in dit_convert.SPLIT:
+        return dit_convert.split(state_dict, description, [] if notes is None else notes)
     try:
         from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
@@ -42,7 +45,9 @@ def to_diffusers(
     odd = _odd(description)
     if odd or description.base not in ("sd1", "sd2", "sdxl"):
         what = some(odd) or names.BASE_LABEL[description.base]
-        raise SPFError(f"Only plain LoRA for SD1, SD2, SDXL and Anima can be converted; {what} is not.")
+        raise SPFError(
+            f"Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma and Lumina 2 can be converted; {what} is not."
+        )
     plain: dict[str, torch.Tensor] = {}
     rounded = 0
     for group in description.groups:
@@ -68,6 +73,29 @@ def to_diffusers(
         attention = convert_state_dict_to_peft(attention, original_type=StateDictType.DIFFUSERS_OLD)
         text |= convert_state_dict_to_diffusers(attention, original_type=StateDictType.PEFT)
     return {**unet, **text}
+
+
+def to_kohya(
+    state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str], notes: list[str]
+) -> dict[str, torch.Tensor]:
+    """A LoRA in diffusers' names of a transformer whose modules it splits, put together under kohya's names; any other
+    as it is.
+
+    Args:
+        state_dict: from `normalise`, which gives every other file kohya's names.
+        metadata: tells models apart where names and shapes do not, and may hold an alpha.
+        notes: see `dit_convert.join`.
+
+    Raises:
+        SPFError: see `dit_convert.join`; alphas in the metadata.
+    """
+    description = describe(gather(state_dict.items(), metadata))
+    if not dit_convert.is_split(description):
+        return dict(state_dict)
+    told = other_alpha(metadata)
+    if told:
+        raise SPFError(f"lora_adapter_metadata asks for {told}, which cannot be kept here. Save the LoRA again in diffusers.")
+    return dit_convert.join(state_dict, description, notes)
 
 
 def to_comfyui(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

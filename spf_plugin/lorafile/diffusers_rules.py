@@ -242,11 +242,16 @@ def _alphas(contents: Contents, description: Description) -> list[Finding]:
         for g in description.groups
         if g.resolved and factors <= set(g.keys) and contents.tensors[g.keys["lora_down.weight"]].shape
     )
+    return mixed(wrong, FIX)
+
+
+def mixed(wrong: Mapping[str, Sequence[str]], fix: str) -> list[Finding]:
+    """What is said of `wrong_strengths`; `fix` mends it."""
     always = [name for name in wrong["0.42"] if all(name in set(names) for names in wrong.values())]
     out = []
     if always:
         text = f"{len(always)} modules get another module's alpha and so the wrong strength: {some(always)}."
-        out.append(Finding("warn", "mixed-alpha", text, FIX))
+        out.append(Finding("warn", "mixed-alpha", text, fix))
     releases: dict[tuple[str, ...], list[str]] = {}
     for release, names in wrong.items():
         releases.setdefault(tuple(name for name in names if name not in set(always)), []).append(release)
@@ -254,7 +259,8 @@ def _alphas(contents: Contents, description: Description) -> list[Finding]:
     for only, named in releases.items():
         text = f"Ranks differ between modules: diffusers {' and '.join(named)} give {len(only)} modules the wrong "
         text += f"strength ({some(only, 1)})" + (f"; right in {right}." if right else ".")
-        out.append(Finding("warn", "mixed-rank", text, f"{FIX} --one-rank, or another diffusers"))
+        more = f"{fix} --one-rank" if fix == FIX else fix
+        out.append(Finding("warn", "mixed-rank", text, f"{more}, or another diffusers"))
     return out
 
 

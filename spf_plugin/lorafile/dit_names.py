@@ -29,6 +29,7 @@ _TEXT: dict[DitBase, tuple[tuple[str, Component, str], ...]] = {
 _METADATA: tuple[tuple[DitBase, str], ...] = (
     ("anima", "anima"),
     ("sd3", "stable-diffusion-3"),
+    ("sd3", "sd3"),
     ("flux", "flux"),
     ("chroma", "chroma"),
     ("lumina", "lumina"),

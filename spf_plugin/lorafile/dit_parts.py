@@ -32,17 +32,6 @@ class Part:
     module: Module
     start: int = 0
 
-    def place(self, fan_in: int, fan_out: int) -> tuple[int, int, bool]:
-        """First and last row of it in a checkpoint of another width, and whether the halves change places."""
-        start = self.start * fan_in // self.module.fan_in
-        return start, start + fan_out, swapped(self.module.path, fan_in, fan_out)
-
-    def whole(self, fan_in: int, fan_out: int, siblings: tuple[Part, ...]) -> int:
-        """Outputs of the checkpoint's module."""
-        if len(siblings) == 1:
-            return fan_out
-        return max(part.start + part.module.fan_out for part in siblings) * fan_in // self.module.fan_in
-
 
 def swapped(path: str, fan_in: int, fan_out: int) -> bool:
     """Whether diffusers has scale and shift in the other order: after the last block, and in SD 3's last block."""

@@ -153,7 +153,7 @@ def split_key(key: str) -> tuple[str, str, Format]:
     if key.endswith((".alpha", ".dora_scale")):
         module, _, suffix = key.rpartition(".")
         return module, suffix, "kohya"
-    if key.startswith(("unet.", "text_encoder", "base_model.")):
+    if key.startswith(("unet.", "text_encoder", "base_model.", "transformer.")):
         module, _, suffix = key.rpartition(".")
         return module, suffix, "diffusers"
     module, _, suffix = key.partition(".")

@@ -15,6 +15,7 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import dit_names, names
+from spf_plugin.lorafile.dit_convert import is_split
 from spf_plugin.lorafile.diffusers_rules import Strength, alphas_for, never_mapped, without_output
 from spf_plugin.lorafile.factors import ALPHA, DOWN, UP, Modules, Parts, is_lora, plainer
 from spf_plugin.lorafile.findings import refuse_damaged, some
@@ -127,10 +128,11 @@ def _renamed(
     unet = [g.resolved for g in description.groups if g.resolved and g.resolved.module.component == "unet"]
     # SGM names beside conv_in or the time embedding stop diffusers, where its own names leave those out
     outside = base in names.BASES and any(map(never_mapped, unet)) and not any(r.style == "sgm" for r in unet)
+    split = is_split(description)  # diffusers' modules, which no other program's names can stand for one by one
     for group in description.groups:
         name = group.name
-        if group.resolved is None and group.format != "kohya":
-            modules |= {key: {"": state_dict[key]} for key in group.keys.values()}  # unknown: kept as it is
+        if split or (group.resolved is None and group.format != "kohya"):
+            modules |= {key: {"": state_dict[key]} for key in group.keys.values()}  # kept as it is
             continue
         own = base in dit_names.DIT_BASES and name.startswith("lora_")  # ComfyUI's names of HunyuanImage stay
         if group.resolved is not None and not own and not name.startswith("oft_"):

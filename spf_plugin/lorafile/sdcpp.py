@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from spf_plugin.lorafile import findings as f
@@ -103,15 +104,24 @@ _USABLE = (
 )
 
 
-def _separate(name: str) -> str:
-    """Underscores to dots, except inside protected words."""
+def separate(name: str, words: Iterable[str] = ()) -> str:
+    """Underscores to dots, except inside protected words and `words`."""
     kept = set()
-    for word in _PROTECTED:
+    for word in (*_PROTECTED, *words):
         start = name.find(word)
         while start >= 0:
             kept |= {start + i for i, char in enumerate(word) if char == "_"}
             start = name.find(word, start + len(word))
     return "".join("." if c == "_" and i not in kept else c for i, c in enumerate(name))
+
+
+def renamed_suffix(name: str) -> str:
+    """A LoRA tensor's name with the factor behind the model's tensor."""
+    for suffix in sorted(_SUFFIXES):
+        if name.endswith(suffix):
+            name = name[: -len(suffix)] + _SUFFIXES[suffix]
+            break
+    return name.replace(".processor", "", 1)
 
 
 @cache
@@ -155,11 +165,7 @@ def convert(key: str, base: Base) -> str:
         if name.startswith(prefix):
             name = name[len(prefix) :]
             break
-    for suffix in sorted(_SUFFIXES):
-        if name.endswith(suffix):
-            name = name[: -len(suffix)] + _SUFFIXES[suffix]
-            break
-    name = _separate(name.replace(".processor", "", 1))
+    name = separate(renamed_suffix(name))
     for old, new in _PREFIXES.items():
         if name.startswith(old):
             name = new + name[len(old) :]

@@ -23,7 +23,7 @@ def shapes(base: str) -> dict[str, tuple[int, int]]:
     if base == "lumina":
         for part in ("noise_refiner.0", "context_refiner.0", "layers.0"):
             out |= {f"{part}.attn.to_q": (96, 96), f"{part}.attn.to_out.0": (96, 96)}
-            out |= {f"{part}.attn.to_{p}": (48, 96) for p in "kv"}
+            out |= {f"{part}.attn.to_{p}": (32, 96) for p in "kv"}
             hidden = 4 * 96
             out |= {f"{part}.feed_forward.linear_{i}": (hidden, 96) for i in (1, 3)}
             out[f"{part}.feed_forward.linear_2"] = (96, hidden)

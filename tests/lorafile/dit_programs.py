@@ -119,7 +119,7 @@ def _table(utils: Any, base: str, config: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for part in ("layers.0", "noise_refiner.0", "context_refiner.0"):
         block = f"diffusion_model.{part}"
-        for name, start, size in (("q", 0, 96), ("k", 96, 48), ("v", 144, 48)):
+        for name, start, size in (("q", 0, 96), ("k", 96, 32), ("v", 128, 32)):
             out[f"{part}.attn.to_{name}.weight"] = (f"{block}.attention.qkv.weight", (0, start, size))
         out[f"{part}.attn.to_out.0.weight"] = f"{block}.attention.out.weight"
         for i in (1, 2, 3):
@@ -206,6 +206,14 @@ def a1111(checkout: Path, base: str, config: dict[str, Any]) -> Apply:
     return apply
 
 
+def has(base: str) -> bool:
+    """Whether the installed diffusers has the model."""
+    import diffusers
+
+    names = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel", "chroma": "ChromaTransformer2DModel"}
+    return hasattr(diffusers, names.get(base, "Lumina2Transformer2DModel"))
+
+
 def transformer(base: str) -> nn.Module:
     """diffusers' own class, tiny; of the classes that the installed release has."""
     import diffusers
@@ -219,8 +227,8 @@ def transformer(base: str) -> nn.Module:
         )  # fmt: skip
     if base == "lumina":
         return diffusers.Lumina2Transformer2DModel(
-            sample_size=8, hidden_size=96, num_layers=1, num_refiner_layers=1, num_attention_heads=4, num_kv_heads=2,
-            multiple_of=16, in_channels=4, cap_feat_dim=32, axes_dim_rope=(8, 8, 8), axes_lens=(8, 8, 8),
+            sample_size=8, hidden_size=96, num_layers=1, num_refiner_layers=1, num_attention_heads=6, num_kv_heads=2,
+            multiple_of=16, in_channels=4, cap_feat_dim=32, axes_dim_rope=(8, 4, 4), axes_lens=(8, 8, 8),
         )  # fmt: skip
     options: dict[str, Any] = {
         "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.lorafile import kinds, programs
+from tests.lorafile import dit_kinds, dit_programs, kinds, programs
 
 RECORD = Path(__file__).with_name("loader_results.json")
 CHECKOUTS = {"a1111": "SPF_A1111", "forge": "SPF_FORGE", "comfyui": "SPF_COMFYUI"}
@@ -30,6 +30,11 @@ NEAR = {"fp32": 2e-4, "fp16": 0.1, "bf16": 0.1}
 # What other precisions can change: the algorithms. A larger draw, so that no delta drowns in the model's rounding.
 ALGORITHMS = tuple(kinds.BUILD)[:17]
 DRAW = {"fp32": 0.1, "fp16": 0.4, "bf16": 0.4}
+
+
+# the transformers that a loader has; diffusers by its release
+HAS = {"a1111": ("sd3",), "forge": ("sd3", "flux", "chroma")}
+HAS["diffusers"] = tuple(base for base in dit_programs.CONFIG if dit_programs.has(base))
 
 
 def build(kind: str, base: str, weights: kinds.Weights, precision: str) -> kinds.File:
@@ -97,6 +102,19 @@ def outcomes(loader: str, checkout: str | Path) -> dict[str, str]:
     return out
 
 
+def dit_outcomes(loader: str, checkout: str | Path) -> dict[str, str]:
+    """The same of transformers in diffusers' own names, of those that the loader has."""
+    out = {}
+    for base in dit_kinds.BASES:
+        if loader != "comfyui" and base not in HAS[loader]:
+            continue
+        weights, wanted = dit_kinds.model(base), dit_kinds.of_base(base)
+        files = [dit_kinds.build(kind, base, weights) for kind in wanted]
+        done = run(loader, checkout, base, files, weights, dit_programs.__file__, dit_programs.CONFIG[base])
+        out |= {f"{k}; {base}; fp32": outcome(f, *d) for k, f, d in zip(wanted, files, done, strict=True)}
+    return out
+
+
 def commit(checkout: Path) -> str:
     """The checkout's commit; `SPF_COMMIT` names it where it is no git repository."""
     named = os.environ.get("SPF_COMMIT")
@@ -119,7 +137,8 @@ def main() -> None:
         label, checkout = LABEL[loader], Path(os.environ.get(CHECKOUTS.get(loader, ""), "."))
         version = installed() if loader == "diffusers" else commit(checkout)
         name = f"{label} {version}" if loader == "diffusers" else label
-        record[name] = {"version": version, "date": today, "results": outcomes(loader, checkout)}
+        results = outcomes(loader, checkout) | dit_outcomes(loader, checkout)
+        record[name] = {"version": version, "date": today, "results": results}
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", "utf-8")
 
 

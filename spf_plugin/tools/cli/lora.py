@@ -17,7 +17,7 @@ from rich.text import Text
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, reader, sidecars, writer
-from spf_plugin.lorafile.convert import to_comfyui, to_diffusers
+from spf_plugin.lorafile.convert import to_comfyui, to_diffusers, to_kohya
 from spf_plugin.lorafile.findings import Finding, Verdict
 from spf_plugin.lorafile.inspect import Contents, Description
 from spf_plugin.lorafile.loaders import verdicts
@@ -274,8 +274,12 @@ def convert(
         # diffusers' formats keep no alpha, and its 0.35 then takes every rank for the most common one
         padded = to in (Target.diffusers, Target.peft)
         converted, strings, notes = normalise(state_dict, metadata, one_rank=padded)
+        if to in (Target.kohya, Target.comfyui):
+            said: list[str] = []
+            converted = to_kohya(converted, strings, said)
+            notes = said or notes  # of what was put together, not of how loaders take it apart
         if to is Target.comfyui:
-            converted, notes = to_comfyui(converted), []
+            converted, notes = to_comfyui(converted), said
         elif to is not Target.kohya:
             notes = []  # they describe how loaders take the kohya form
             converted = to_diffusers(converted, peft=to is Target.peft, notes=notes)
