@@ -94,7 +94,9 @@ def to_kohya(
         return dict(state_dict)
     told = other_alpha(metadata)
     if told:
-        raise SPFError(f"lora_adapter_metadata asks for {told}, which cannot be kept here. Save the LoRA again in diffusers.")
+        raise SPFError(
+            f"lora_adapter_metadata asks for {told}, which cannot be kept here. Save the LoRA again in diffusers."
+        )
     return dit_convert.join(state_dict, description, notes)
 
 

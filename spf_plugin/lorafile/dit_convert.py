@@ -106,7 +106,9 @@ def _pieces(parts: Sequence[Part], name: str, fan_in: int, up: torch.Tensor) -> 
         return [(parts[0], _swap(up) if turned else up)]
     sizes = [part.module.fan_out * fan_in // part.module.fan_in for part in parts]
     if sum(sizes) != up.shape[0]:
-        raise SPFError(f"{name} has {up.shape[0]} outputs, not the {sum(sizes)} of {len(parts)} parts. It is not split.")
+        raise SPFError(
+            f"{name} has {up.shape[0]} outputs, not the {sum(sizes)} of {len(parts)} parts. It is not split."
+        )
     return list(zip(parts, up.split(sizes), strict=True))
 
 

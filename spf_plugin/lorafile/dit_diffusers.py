@@ -94,19 +94,22 @@ def _flux_of_others(contents: Contents, description: Description, base: DitBase,
             return [Finding("fail", "alpha", text, f"{f.FIX}, which adds it")]
     if len(kohya) == len(description.groups):
         return f.wrong_shapes(description, "fail", _MISFIT)
-    first = next(g.name for g in description.groups if g.name not in kohya)
-    if base == "chroma" and first.startswith("transformer."):
+    odd = [group.name for group in description.groups if group.name not in kohya]
+    never = ""  # what no release does
+    if odd[0].startswith("lora_transformer_"):
+        if rest := [name for name in odd if "_attn_" not in name]:
+            never = f"OneTrainer's names outside attention stop with a KeyError: {some(rest, 1)}."
+    elif not odd[0].startswith(("transformer.", "diffusion_model.")):
+        never = f"{odd[0]} is taken for kohya's, as its factors are lora_down and lora_up, and stops loading."
+    if never:
+        return [Finding("fail", "names", never, TO_DIFFUSERS)]
+    if base == "flux":
+        text = f"0.32 stops: {odd[0]} is taken for kohya's, as its factors are lora_down and lora_up."
+        return [Finding("fail", "names", text, TO_DIFFUSERS)]
+    if odd[0].startswith("transformer.") and contents.alphas:
         text = "Every alpha is left out, as lora_down and lora_up under its own names are taken for PEFT's factors."
-        return [Finding("warn", "alpha-dropped", text, TO_DIFFUSERS)] if contents.alphas else []
-    later = "leave every alpha out" if contents.alphas else "load it"
-    if first.startswith("lora_transformer_"):
-        later = "load it where it holds nothing but attention, and stop with a KeyError else"
-    elif first.startswith("diffusion_model."):
-        later = "load it"
-    elif not first.startswith("transformer."):
-        later = "stop too"
-    text = f"0.32 stops: {first} is taken for kohya's, as its factors are lora_down and lora_up. Later releases {later}."
-    return [Finding("fail", "names", text, TO_DIFFUSERS)]
+        return [Finding("warn", "alpha-dropped", text, TO_DIFFUSERS)]
+    return []
 
 
 def _lumina(description: Description) -> list[Finding]:
@@ -122,7 +125,7 @@ def _lumina(description: Description) -> list[Finding]:
             odd.append(block)
     if not odd:
         return f.wrong_shapes(description, "fail", _MISFIT)
-    text = f"Its conversion of ComfyUI's names stops: it wants all modules of every block, as lora_A and lora_B: {some(odd)}."
+    text = f"Its conversion of ComfyUI's names wants every module of a block, as lora_A and lora_B: {some(odd)}."
     return [Finding("fail", "names", text, TO_DIFFUSERS)]
 
 

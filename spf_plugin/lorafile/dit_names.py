@@ -237,8 +237,8 @@ def _text_names(base: DitBase, module: Module) -> Iterator[str]:
 
 
 def resolve(base: AnyBase, name: str) -> Resolved | None:
-    """Find the module of `base` that `name` means: sd-scripts' name, ``diffusion_model.PATH``, or diffusers' path behind
-    what trainers write before it. Of SD and SDXL what `names` finds; None where no table has it."""
+    """Find the module of `base` that `name` means: sd-scripts' name, ``diffusion_model.PATH``, or diffusers' path
+    behind what trainers write before it. Of SD and SDXL what `names` finds; None where no table has it."""
     if base in DIT_BASES:
         return _index(base).get(name.replace(".", "_"))
     return None if base == "unknown" else names.resolve(cast(Base, base), name)

@@ -1,8 +1,8 @@
 """The modules of diffusers' transformers whose layout is not the original checkpoint's, and where each lies in that.
 
 diffusers keeps q, k and v of an attention apart, and FLUX.1's `linear1` as four; a few modules have their two halves in
-the other order. Built from diffusers' published classes; a test compares the tables with the classes themselves, another
-the places with ComfyUI's own. Anima's modules are the same in both and stand in `dit_names`.
+the other order. Built from diffusers' published classes; a test compares the tables with the classes themselves, others
+the places with diffusers' own converters. Anima's modules are the same in both and stand in `dit_names`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ def parts(base: DitBase) -> dict[str, Part]:
     inside = "blocks", "layers.", "refiner."
     return {
         path: Part(
-            Module("unet", path, whole, "linear", i, o, "attention" if any(p in path for p in inside) else "extra"), start
+            Module("unet", path, whole, "linear", i, o, "attention" if any(p in path for p in inside) else "extra"),
+            start,
         )
         for path, whole, i, o, start in _rows(base)
     }
@@ -172,7 +173,9 @@ def fits(base: DitBase, module: Module, fans: tuple[int, int] | None) -> bool:
     if base != "sd3" or fans is None:
         return False
     medium, large = _SD3_WIDTHS
-    modulation = "adaLN" in module.sgm  # of the last block and of blocks with two attentions it is other than of the rest
+    modulation = (
+        "adaLN" in module.sgm
+    )  # of the last block and of blocks with two attentions it is other than of the rest
     outs = {module.fan_out} | ({2 * medium, 9 * medium} if modulation else set())
     sizes = {(module.fan_in, out) for out in outs}
     return fans in sizes | {tuple(n // medium * large if n % medium == 0 else n for n in size) for size in sizes}

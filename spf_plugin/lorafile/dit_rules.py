@@ -1,7 +1,7 @@
 """What A1111, Forge and ComfyUI do with LoRA files of diffusion transformers.
 
-Names in the layout of the checkpoint were read in ComfyUI 17358c8f (comfy/lora.py); diffusers' names were run in ComfyUI
-a125cd84, Forge dfdcbab6 and A1111 82a973c0 (`tests/lorafile/dit_programs.py`). diffusers' own rules stand in
+Names in the layout of the checkpoint were read in ComfyUI 17358c8f (comfy/lora.py); diffusers' names were run in
+ComfyUI a125cd84, Forge dfdcbab6 and A1111 82a973c0 (`tests/lorafile/dit_programs.py`). diffusers' own rules stand in
 `dit_diffusers`, those of stable-diffusion.cpp in `dit_sdcpp`.
 """
 
@@ -132,7 +132,9 @@ def a1111(contents: Contents, description: Description, base: DitBase) -> list[F
         return [Finding("fail", "names", f"No module is known: it does nothing. {some(lost)}.", "use ComfyUI")]
     out = []
     if lost:
-        text = f"{len(lost)} of {len(description.groups)} modules are dropped without a word: {some(lost)}. Of diffusers' "
+        text = (
+            f"{len(lost)} of {len(description.groups)} modules are dropped without a word: {some(lost)}. Of diffusers' "
+        )
         text += "names it knows the image's to_q, to_k, to_v (all three) and to_out.0."
         out.append(Finding("warn", "names", text, "use ComfyUI"))
     dropped = [g.name for g in applied if contents.alphas.get(g.name, rank_of(contents, g)) != rank_of(contents, g)]
@@ -144,7 +146,7 @@ def a1111(contents: Contents, description: Description, base: DitBase) -> list[F
 
 
 def _a1111_applies(description: Description, group: Group) -> bool:
-    """Whether A1111 applies a module of SD 3: kohya's without alpha, and of diffusers' a part of the image's attention."""
+    """Whether A1111 applies a module of SD 3: kohya's without alpha, of diffusers' parts of the image's attention."""
     factors = {group.keys.get("lora_down.weight", ""), group.keys.get("lora_up.weight", "")}
     spelled = [{f"{group.name}.lora_{a}.weight", f"{group.name}.lora_{b}.weight"} for a, b in (("down", "up"), "AB")]
     if factors not in spelled:

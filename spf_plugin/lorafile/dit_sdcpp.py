@@ -104,7 +104,9 @@ def _said(
             said += " Of a matrix that diffusers splits it takes the parts in order, up to the first that is missing."
         out.append(Finding("warn", "names", said, fix))
     if turned:
-        said = f"Scale and shift of {len(turned)} modules change places, as diffusers' order is other: {some(turned, 1)}."
+        said = (
+            f"Scale and shift of {len(turned)} modules change places, as diffusers' order is other: {some(turned, 1)}."
+        )
         out.append(Finding("warn", "halves", said, "train without them"))
     if scales := [g.name for g in description.groups if "lora_magnitude_vector" in g.keys]:
         said = f"DoRA scales ({len(scales)}) are unused and plain LoRA is applied: a different image."

@@ -15,8 +15,8 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import dit_names, names
-from spf_plugin.lorafile.dit_convert import is_split
 from spf_plugin.lorafile.diffusers_rules import Strength, alphas_for, never_mapped, without_output
+from spf_plugin.lorafile.dit_convert import is_split
 from spf_plugin.lorafile.factors import ALPHA, DOWN, UP, Modules, Parts, is_lora, plainer
 from spf_plugin.lorafile.findings import refuse_damaged, some
 from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather

@@ -79,7 +79,12 @@ def plain(draw: Draw, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], to
 
 
 def of(
-    base: str, weights: Weights, draw: Draw, make: Maker = plain, prefix: str = "transformer.", spell: dict[str, str] = A_B
+    base: str,
+    weights: Weights,
+    draw: Draw,
+    make: Maker = plain,
+    prefix: str = "transformer.",
+    spell: dict[str, str] = A_B,
 ) -> File:
     out = File(metadata={"ss_base_model_version": METADATA[base]})
     for path, weight in weights.items():

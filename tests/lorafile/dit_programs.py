@@ -1,10 +1,9 @@
-"""What the loaders' own functions make of LoRA files of SD 3, FLUX.1, Chroma and Lumina 2: as `programs`, of which it is
-the second half.
+"""What the loaders' own functions make of LoRA files of SD 3, FLUX.1, Chroma and Lumina 2, as `programs` says it of SD.
 
     python dit_programs.py LOADER CHECKOUT FOLDER
 
-Weights and deltas are named by diffusers' paths. Where a program keeps the checkpoint's modules, its own table says which
-rows of which of them are meant, and the names it looks for; only SD 3's of A1111 are written down here.
+Weights and deltas are named by diffusers' paths. Where a program keeps the checkpoint's modules, its own table says
+which rows of which of them are meant, and the names it looks for; only SD 3's of A1111 are written down here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if __name__ == "__main__":  # started as a program, `tests` is found from the re
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.lorafile import programs
-from tests.lorafile.programs import Apply, Deltas, Model, Patcher, Weights, stand_in
+from tests.lorafile.programs import Apply, Deltas, Model, Patcher, Weights
 
 WIDTH = 128
 CONFIG: dict[str, dict[str, Any]] = {  # of the tiny models, as ComfyUI keeps them
@@ -43,9 +42,9 @@ class Place:
     def __init__(self, found: Any) -> None:
         self.key: str = found if isinstance(found, str) else found[0]
         self.offset = None if isinstance(found, str) else found[1]
-        self.function: Callable[[torch.Tensor], torch.Tensor] = (lambda t: t) if len(found) < 3 or isinstance(
-            found, str
-        ) else found[2]
+        self.function: Callable[[torch.Tensor], torch.Tensor] = (
+            (lambda t: t) if len(found) < 3 or isinstance(found, str) else found[2]
+        )
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
         part = whole if self.offset is None else whole.narrow(*self.offset)
@@ -164,13 +163,16 @@ def a1111(checkout: Path, base: str, config: dict[str, Any]) -> Apply:
     method = re.search(r"\n    def diffusers_weight_mapping\(self\):\n(.*?)(?=\n    def |\nclass |\Z)", source, re.S)
     assert method
     scope: dict[str, Any] = {}
-    exec("def mapping(self):\n" + method[1].replace("\n        ", "\n    ").replace("        ", "    ", 1), scope)  # noqa: S102
+    exec("def mapping(self):\n" + method[1].replace("\n        ", "\n    ").replace("        ", "    ", 1), scope)
 
     def table() -> dict[str, Any]:
         out: dict[str, Any] = {}
         for i in range(config["depth"]):
             block, theirs = f"transformer_blocks.{i}", f"diffusion_model.joint_blocks.{i}"
-            for side, parts in (("x_block", ("to_q", "to_k", "to_v")), ("context_block", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+            for side, parts in (
+                ("x_block", ("to_q", "to_k", "to_v")),
+                ("context_block", ("add_q_proj", "add_k_proj", "add_v_proj")),
+            ):
                 for third, part in enumerate(parts):
                     rows = (0, third * WIDTH, WIDTH)
                     out[f"{block}.attn.{part}.weight"] = (f"{theirs}.{side}.attn.qkv", rows)

@@ -324,7 +324,7 @@ def diffusers(checkout: Path, base: str, depths: list[int]) -> Apply:
     return apply
 
 
-def main(loader: str, checkout: Path, folder: Path, loaders: Mapping[str, Any] = globals()) -> None:  # noqa: B008
+def main(loader: str, checkout: Path, folder: Path, loaders: Mapping[str, Any] = globals()) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     job = json.loads((folder / "job.json").read_text("utf-8"))
