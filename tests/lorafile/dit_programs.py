@@ -112,10 +112,16 @@ def comfyui(checkout: Path, base: str, config: dict[str, Any]) -> Apply:
 def _table(utils: Any, base: str, config: dict[str, Any]) -> dict[str, Any]:
     """The program's own table; of Lumina 2, which has none in that commit, one by hand."""
     if base == "sd3":
-        return dict(utils.mmdit_to_diffusers(config, output_prefix="diffusion_model."))
+        out = dict(utils.mmdit_to_diffusers(config, output_prefix="diffusion_model."))
+        for third, part in enumerate("qkv"):  # SD 3.5 medium's second attention, which Forge's table is too old for
+            rows = ("diffusion_model.joint_blocks.0.x_block.attn2.qkv.weight", (0, third * WIDTH, WIDTH))
+            out.setdefault(f"transformer_blocks.0.attn2.to_{part}.weight", rows)
+        whole = "diffusion_model.joint_blocks.0.x_block.attn2.proj.weight"
+        out.setdefault("transformer_blocks.0.attn2.to_out.0.weight", whole)
+        return out
     if base != "lumina":
         return dict(utils.flux_to_diffusers(config, output_prefix="diffusion_model."))
-    out: dict[str, Any] = {}
+    out = {}
     for part in ("layers.0", "noise_refiner.0", "context_refiner.0"):
         block = f"diffusion_model.{part}"
         for name, start, size in (("q", 0, 96), ("k", 96, 32), ("v", 128, 32)):
