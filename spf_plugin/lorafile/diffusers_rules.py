@@ -58,7 +58,7 @@ def _kohya(contents: Contents, description: Description) -> list[Finding]:
         out.append(Finding("fail", "adapter-metadata", text, FIX))
     stray, half = [], f.half_pairs(description)
     for group in description.groups:
-        if "lora_down.weight" in group.keys and "lora_up.weight" not in group.keys:
+        if f.alone(group):
             half.append(group.name)
         allowed = {"lora_up.weight", "lora_down.weight", "alpha", "dora_scale"}
         if "lora_down.weight" not in group.keys:

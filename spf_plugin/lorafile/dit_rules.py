@@ -56,7 +56,8 @@ def comfyui(contents: Contents, description: Description, base: DitBase) -> list
     half = f.half_pairs(description)
     if half:
         return [Finding("fail", "no-pair", f"Stops with a KeyError: {some(half)} has half its factors.")]
-    lost = [group.name for group in description.groups if group.name not in comfy_ids(base)]
+    ids = comfy_ids(base)
+    lost = [group.name for group in description.groups if group.name not in ids or f.alone(group)]
     out = []
     if lost and len(lost) == len(description.groups):
         text = f"No module is known (“lora key not loaded”): {some(lost)}."
@@ -105,7 +106,12 @@ def forge(contents: Contents, description: Description, base: DitBase) -> list[F
     if half:
         return [Finding("fail", "no-pair", f"Stops with a KeyError: {some(half)} has half its factors.")]
     known = _ids(base, _FORGE_SPLIT.get(base, ()))
-    lost = [key for g in description.groups for key in g.keys.values() if g.name not in known or ".default." in key]
+    lost = [
+        key
+        for g in description.groups
+        for key in g.keys.values()
+        if g.name not in known or f.alone(g) or ".default." in key
+    ]
     unread = lost + _magnitudes(description)
     if lost and len(lost) == len(contents.tensors):
         text = f"No tensor is known: {some(lost)}."

@@ -76,8 +76,8 @@ def sdcpp(contents: Contents, description: Description, base: DitBase) -> list[F
         if group in text:
             continue
         tensor, part, _ = place(next(iter(group.keys.values())), base)
-        alone = part > 0 and group.algorithm != "LoRA"  # of other algorithms no later part is looked for
-        if tensor not in known or alone or not set(range(part)) <= filed.get(tensor, set()):
+        later = part > 0 and group.algorithm != "LoRA"  # of other algorithms no later part is looked for
+        if tensor not in known or later or f.alone(group) or not set(range(part)) <= filed.get(tensor, set()):
             lost.append(group.name)
         elif group.resolved and group.resolved.style == "split" and _swapped(contents, group, group.resolved.module):
             turned.append(group.name)

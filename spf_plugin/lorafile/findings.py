@@ -265,6 +265,11 @@ def trained(description: Description, keys: Sequence[str]) -> list[str]:
     return [key for key in keys if key not in idle]
 
 
+def alone(group: Group) -> bool:
+    """Whether a module has a down but no up factor: no program applies it."""
+    return "lora_down.weight" in group.keys and "lora_up.weight" not in group.keys
+
+
 def half_pairs(description: Description) -> list[str]:
     """Modules with an up but no down factor: a KeyError in ComfyUI, Forge and diffusers."""
     return [g.name for g in description.groups if "lora_up.weight" in g.keys and "lora_down.weight" not in g.keys] + [

@@ -252,7 +252,7 @@ def comfy_leftovers(description: Description, suffixes: set[str]) -> list[str]:
     out = []
     for group in description.groups:
         known = group.name in ids
-        alone = "lora_down.weight" in group.keys and "lora_up.weight" not in group.keys
+        alone = f.alone(group)
         out += [key for suffix, key in group.keys.items() if not known or suffix not in suffixes or alone]
     return out
 
