@@ -2,6 +2,7 @@
 """Install the plugin into a copy of sd-scripts, or run the demo or the tests in an environment of their own.
 
     python install.py --sd-scripts DIR     in the Python environment that sd-scripts runs in
+    python install.py --sd-scripts DIR --cli   the same, and what the spf command lacks there
     python install.py demo                 train on the embedded model and write a report
     python install.py test                 run the whole test suite
 
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +34,9 @@ PACKAGE = "spf-plugin"
 ENVIRONMENT = ROOT / ".venv"
 TEST_PROCESSES = 4  # of up to 2 GB each
 NEEDED = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml")
+# From here on typer brings pydantic 2. A host may pin pydantic 1, and may bring it later than we come.
+UNWANTED = {"typer": "0.29"}
+BROUGHT = "spf_plugin.brought"  # beside the packages: those of them that `--cli` added
 
 
 class Stop(Exception):
@@ -191,6 +197,126 @@ def install(folder: Path, *, dry: bool) -> None:
     )
 
 
+# -- the command line -----------------------------------------------------------------------------------------------
+
+
+def command_line() -> dict[str, str]:
+    """Package -> lowest version, of what the `spf` command needs."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return dict(re.findall(r'"([a-z-]+)>=([0-9.]+)"', re.search(r"^cli = \[(.*)\]$", text, re.M)[1]))
+
+
+def packages() -> dict[str, importlib.metadata.Distribution]:
+    """What is installed here, by normalised name."""
+    importlib.invalidate_caches()
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for one in importlib.metadata.distributions():
+        if one.metadata["Name"]:  # a half-removed one has none
+            found.setdefault(_normalised(one.metadata["Name"]), one)
+    return found
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", re.match(r"[\d.]*", version)[0])]
+
+
+def lacking() -> list[str]:
+    """What the `spf` command needs and this environment has not.
+
+    Raises:
+        Stop: something that it has is too old. It is the host's, and stays.
+    """
+    here, needs = packages(), command_line()
+    old = [
+        f"{name} {here[name].version} ({lowest} or newer)"
+        for name, lowest in needs.items()
+        if name in here and _numbers(here[name].version) < _numbers(lowest)
+    ]
+    if old:
+        raise Stop(f"too old for the spf command: {', '.join(old)}. It is the host's and stays; SPF trains without.")
+    return [name for name in needs if name not in here]
+
+
+def add_command_line(*, dry: bool) -> None:
+    """What the `spf` command needs and is not here, in versions that fit what is here. Nothing that is here moves."""
+    missing, before = lacking(), packages()
+    below = {name: f",<{UNWANTED[name]}" for name in missing if name in UNWANTED}
+    wanted = [f"{name}>={lowest}{below.get(name, '')}" for name, lowest in command_line().items()]
+    # A version that pip cannot read would make it refuse the whole file.
+    fixed = [
+        f"{name}=={one.version}"
+        for name, one in before.items()
+        if re.fullmatch(r"\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*(\+[\w.]+)?", one.version)
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        constraints = Path(place, "constraints.txt")
+        constraints.write_text("\n".join(fixed), encoding="utf-8")
+        try:
+            run(
+                [sys.executable, "-m", "pip", "install", "--constraint", str(constraints), *wanted],
+                dry=dry,
+                quiet=True,
+            )
+        except Stop:
+            raise Stop(
+                "the spf command was not added: no version fits beside the packages here, or none could be fetched. "
+                "They are as they were; SPF is installed, and trains without."
+            ) from None
+    added = {name: one for name, one in packages().items() if name not in before}
+    if not added:
+        print("spf command: " + ("would add what is missing" if dry and missing else "nothing is missing"))
+        return
+    record = Path(str(next(iter(added.values())).locate_file(BROUGHT)))
+    known = record.read_text(encoding="utf-8") if record.exists() else ""
+    lines = [f"{name}=={one.version}" for name, one in sorted(added.items())]
+    record.write_text(known + "".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"spf command: added {', '.join(lines)}; nothing else moved")
+
+
+def offer_command_line(folder: Path) -> None:
+    """Say what would bring it, where it is not here. Nothing is asked: the installer may run where nobody answers."""
+    try:
+        missing = lacking()
+    except Stop as stop:
+        print(f"\nspf command: {stop}")
+        return
+    if missing:
+        command = [quoted(Path(sys.executable)), quoted(ROOT / "install.py"), "--sd-scripts", quoted(folder), "--cli"]
+        print(
+            f"\nThe spf command (check, doctor, lora) lacks {', '.join(missing)}. This adds it, and moves nothing:\n"
+            f"  {' '.join(command)}"
+        )
+
+
+def take_command_line(*, dry: bool) -> None:
+    """Take away what `add_command_line` brought, unless something came meanwhile that needs it."""
+    here = packages()
+    record = next((file for place in sys.path if (file := Path(place, BROUGHT)).is_file()), None)
+    if record is None:
+        return
+    listed = [line.split("==") for line in record.read_text(encoding="utf-8").split()]
+    ours = {name for name, version in listed if name in here and here[name].version == version}
+    while True:
+        needed = {
+            _normalised(re.match(r"[\w.-]*", text)[0])
+            for name, one in here.items()
+            if name not in ours and name != PACKAGE
+            for text in one.requires or []
+            if "extra ==" not in text
+        }
+        if not ours & needed:
+            break
+        ours -= needed
+    if ours:
+        run([sys.executable, "-m", "pip", "uninstall", "-y", *sorted(ours)], dry=dry, quiet=True)
+    if not dry:
+        record.unlink()
+
+
 def trainers(folder: Path) -> list[str]:
     """The LoRA trainers of an sd-scripts folder that SPF knows, with what they train."""
     from spf_plugin.hosts.kohya.scripts import SCRIPTS  # lies beside this file, and needs no package
@@ -217,6 +343,7 @@ def uninstall(folder: Path, *, dry: bool) -> None:
             except OSError as error:
                 raise Stop(f"{target} was not removed: {error.strerror or error}. Is the folder yours?") from None
     run([sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE], dry=dry, quiet=True)
+    take_command_line(dry=dry)
 
 
 # -- demo and tests -------------------------------------------------------------------------------------------------
@@ -252,6 +379,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd-scripts", metavar="DIR", type=Path, help="the folder with train_network.py")
     parser.add_argument("--uninstall", action="store_true", help="take the plugin out of DIR and its environment again")
+    parser.add_argument(
+        "--cli", action="store_true", help="also add what the spf command lacks there; nothing that is there moves"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument("what", nargs="?", choices=["demo", "test"], help="run the demo, or the tests")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="options for the demo or for pytest")
@@ -271,7 +401,14 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         return 2
     folder = options.sd_scripts.expanduser().resolve()
-    (uninstall if options.uninstall else install)(folder, dry=options.dry_run)
+    if options.uninstall:
+        uninstall(folder, dry=options.dry_run)
+        return 0
+    install(folder, dry=options.dry_run)
+    if options.cli:
+        add_command_line(dry=options.dry_run)
+    else:
+        offer_command_line(folder)
     return 0
 
 

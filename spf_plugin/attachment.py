@@ -216,13 +216,10 @@ class Attachment:
             self.step = self.host.first_step
         if self.config.active and not self._aligned_before:
             steps = self.host.max_train_steps
-            start = self.config.stage2_step(steps)
-            if start >= steps:
-                raise SPFError(
-                    f"alignment would start at step {start}, and the run ends at step {steps}: a plain LoRA. Lower "
-                    "spf_stage2_start: below 1 it is a share of the run, from 1 on a step."
-                )
-            logger.info(f"SPF: alignment from step {start} of {steps}")
+            problems = self.config.never_aligned(steps)
+            if problems:
+                raise SPFError(problems)
+            logger.info(f"SPF: alignment from step {self.config.stage2_step(steps)} of {steps}")
 
     @property
     def schedule(self) -> Schedule:

@@ -6,7 +6,6 @@ Settings arrive as `--network_args spf_NAME=VALUE` (always strings) or from a TO
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spf_plugin.core.prompt import Target, parse_targets
-from spf_plugin.errors import SPFError, nearest
+from spf_plugin.errors import SPFError, closest, nearest
 from spf_plugin.files import SLASHES, read_toml, shown
 
 PREFIX = "spf_"
@@ -253,6 +252,16 @@ class SPFConfig:
             return math.ceil(self.stage2_start * max_train_steps)
         return int(self.stage2_start)
 
+    def never_aligned(self, max_train_steps: int) -> list[str]:
+        """Why a run of this length would be a plain LoRA."""
+        start, found = self.stage2_step(max_train_steps), []
+        if self.active and start >= max_train_steps:
+            found.append(
+                f"alignment would start at step {start}, and the run ends at step {max_train_steps}: a plain LoRA. "
+                "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step."
+            )
+        return found
+
     def to_metadata(self) -> dict[str, str]:
         """Every setting as the `spf_` strings that would reproduce this run."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -267,26 +276,6 @@ def _strip_quotes(value: Any) -> Any:
     return value
 
 
-def split_network_args(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(spf settings, everything else)`: what does not start with `spf_` belongs to the inner network.
-
-    kohya_ss quotes a word with special characters as a whole: `'spf_layers=.*up.*'` is a key `'spf_layers` here.
-    """
-    ours: dict[str, Any] = {}
-    theirs: dict[str, Any] = {}
-    for key, value in kwargs.items():
-        quote = key[:1]
-        if quote and quote in "'\"" and key[1:].startswith(PREFIX) and str(value).endswith(quote):
-            key, value = key[1:], str(value)[:-1]
-        (ours if key.startswith(PREFIX) else theirs)[key] = value
-    return ours, theirs
-
-
-def split_words(words: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`split_network_args` of raw words; those without "=" are left out (`check_words` says them)."""
-    return split_network_args(dict(str(word).split("=", 1) for word in words if "=" in str(word)))
-
-
 def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
     candidates = [folder / name for folder in folders]
     path = next((p for p in candidates if os.path.isfile(p)), None)  # Path's own fails where a name is too long
@@ -299,24 +288,47 @@ def _read_file(name: str, folders: Sequence[Path]) -> tuple[dict[str, Any], list
         return {}, [f"{PREFIX}config: {problem}" for problem in error.problems]
     # "C:\new" is valid TOML, and means a line break.
     odd = [key for key, value in settings.items() if isinstance(value, str) and not value.isprintable()]
-    return settings, [f"{PREFIX}config: {path}: {key} has a control character. {SLASHES}" for key in odd]
+    kept = {key: value for key, value in settings.items() if key not in odd}
+    return kept, [f"{PREFIX}config: {path}: {key} has a control character. {SLASHES}" for key in odd]
 
 
-def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -> SPFConfig:
-    """Build the configuration from `--network_args`, and from the file that `spf_config` names.
+@dataclass(frozen=True)
+class Read:
+    """Settings as far as they can be read.
+
+    Attributes:
+        config: the settings, with the default in place of each that is wrong.
+        problems: every mistake.
+        wrong: names of the fields whose value is not known, which nothing more can be said about.
+    """
+
+    config: SPFConfig
+    problems: tuple[str, ...] = ()
+    wrong: frozenset[str] = frozenset()
+
+
+#: Names of all fields.
+NAMES = frozenset(f.name for f in dataclasses.fields(SPFConfig))
+
+
+def read(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -> Read:
+    """Read the settings of `--network_args`, and of the file that `spf_config` names.
 
     Args:
         network_args: `spf_` keys only (`split_network_args`); values are strings, or TOML values.
         folders: where a relative `spf_config` is looked for, in this order.
 
-    Raises:
-        SPFError: with every mistake at once: unknown keys with the nearest valid name, malformed values.
+    Returns:
+        Them, with every mistake at once: unknown keys with the nearest valid name, malformed values.
     """
     settings = {k: _strip_quotes(v) for k, v in network_args.items()}
     problems: list[str] = []
+    wrong: set[str] = set()
     name = settings.pop(PREFIX + "config", None)
     if name is not None:
         from_file, problems = _read_file(str(name), folders)
+        if problems:  # what it says is not known; what stands beside it is
+            wrong |= NAMES - {key.removeprefix(PREFIX) for key in settings}
         settings = {**from_file, **settings}  # the command line wins, as it does for sd-scripts' own --config_file
 
     fields = {PREFIX + f.name: f for f in dataclasses.fields(SPFConfig)}
@@ -326,9 +338,10 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
             problems.append(f"{key} is no longer a setting: {REMOVED[key.removeprefix(PREFIX)]}")
             continue
         if key not in fields:
-            problems.append(
-                f"unknown setting {key!r}{nearest(key, [*fields, PREFIX + 'config']) or ' (see the README)'}"
-            )
+            known = [*fields, PREFIX + "config"]
+            problems.append(f"unknown setting {key!r}{nearest(key, known) or ' (see the README)'}")
+            meant = [other.removeprefix(PREFIX) for other in closest(key, known)]
+            wrong |= NAMES if "config" in meant else set(meant)
             continue
         try:
             values[fields[key].name] = fields[key].metadata["convert"](value)
@@ -337,39 +350,20 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
             if reason.startswith("could not convert"):
                 reason = "must be a number"
             problems.append(f"{key}={shown(value)}: {reason}")
-    if problems:
-        raise SPFError(problems)
-    return SPFConfig(**values)
+            wrong.add(fields[key].name)
+    return Read(SPFConfig(**values), tuple(problems), frozenset(wrong - values.keys()))
 
 
-def check_words(network_args: Sequence[str]) -> list[str]:
-    """Problems in the raw words of `--network_args`, before the host splits them at `=` and fails without a reason."""
-    problems = []
-    if isinstance(network_args, str):  # from a configuration file
-        problems.append(f"network_args is a text, and must be a list: network_args = [{json.dumps(network_args)}]")
-        return problems
-    for i, word in enumerate(network_args):
-        if "=" not in word:
-            before = f" It follows {network_args[i - 1]!r}." if i else ""
-            problems.append(
-                f"--network_args has a stray word {word!r}: every item must be key=value.{before} Quote the whole item "
-                '("spf_target=blonde hair"), or use _ for the space (spf_target=blonde_hair) where a GUI drops quotes.'
-            )
-        elif word.startswith(PREFIX) and word.count("=") > 1:
-            problems.append(f"--network_args item {word!r} has more than one '='; no SPF value needs one.")
-    # The inner network would drop without a word what nearly is a name of ours, and a dictionary all but one of two.
-    seen: dict[str, str] = {}
-    for word in network_args:
-        key = word.split("=", 1)[0].lstrip("'\"")
-        meant = re.sub(r"[\s-]+", "_", key.strip()).lower()
-        if not meant.startswith(PREFIX):
-            continue
-        if key != meant:
-            problems.append(f"--network_args item {word!r}: the name is written {meant!r}")
-        elif meant in seen:
-            problems.append(f"--network_args has {meant} twice: {seen[meant]!r} and {word!r}. Leave one of them out.")
-        seen[meant] = word
-    return problems
+def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -> SPFConfig:
+    """What `read` reads.
+
+    Raises:
+        SPFError: with every mistake at once.
+    """
+    found = read(network_args, folders)
+    if found.problems:
+        raise SPFError(found.problems)
+    return found.config
 
 
 def settings_table() -> str:

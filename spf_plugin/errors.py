@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from spf_plugin.terminal import escaped
 
@@ -26,7 +27,21 @@ class SPFError(ValueError):
         super().__init__(message)
 
 
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add the problems of an `SPFError` in the block to the others, and go on behind it."""
+    try:
+        yield
+    except SPFError as error:
+        problems += error.problems
+
+
+def closest(name: str, choices: Iterable[str], n: int = 1) -> list[str]:
+    """Those of `choices` that are most like `name`, if any is."""
+    return difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
+
+
 def nearest(name: str, choices: Iterable[str], n: int = 1) -> str:
     """`"; did you mean X?"` for the closest of `choices`, or an empty string when nothing is close."""
-    found = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
+    found = closest(name, choices, n)
     return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -6,7 +6,7 @@ saving) is what it would do without SPF. SPF is attached beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,17 @@ from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.adapter.files import load_normalised, own_tensors, save_normalised
 from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.attachment import Attachment
-from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
+from spf_plugin.config import Read, SPFConfig, read
 from spf_plugin.enhancement import term as enhancement
-from spf_plugin.errors import SPFError
+from spf_plugin.enhancement.term import Enhancement
+from spf_plugin.errors import SPFError, collected
 from spf_plugin.families import known as families
+from spf_plugin.families.base import Family
 from spf_plugin.hosts.base import Host
-from spf_plugin.hosts.kohya.frames import raw_network_args
-from spf_plugin.hosts.kohya.loop import KohyaHost, default_network
+from spf_plugin.hosts.kohya.frames import callers_variable, raw_network_args
+from spf_plugin.hosts.kohya.loop import KohyaHost, calling_folders, default_network
 from spf_plugin.lorafile.normalise import fitted
+from spf_plugin.network_args import check_words, read_words, split_network_args, split_words
 from spf_plugin.shown.watch import Watch
 
 __all__ = ["attach", "create_network", "create_network_from_weights"]
@@ -36,35 +39,76 @@ logger = terminal.logger(__name__)
 
 def _stop_on_stray_words() -> None:
     """The host splits every word of --network_args at "=" right after importing us, and fails without a reason."""
-    problems = check_words(raw_network_args())
+    words = raw_network_args()
+    if check_words(words):
+        encoders, vae, denoiser = (callers_variable(name) for name in ("text_encoder", "vae", "unet"))
+        given = {} if isinstance(words, str) else split_words(words)[1]
+        _start(read_words(words, calling_folders()), given, encoders, vae, denoiser)
+
+
+def _start(found: Read, theirs: dict[str, Any], text_encoder: Any, vae: Any, unet: nn.Module) -> KohyaHost:
+    """The host that is calling, where nothing is wrong with the run as far as it shows before the network is made.
+
+    Args:
+        found: SPF's settings.
+        theirs: the inner network's arguments.
+        text_encoder: one, or a list.
+        vae: the host's.
+        unet: the host's denoiser.
+
+    Raises:
+        SPFError: with every mistake, those included that would show only then.
+    """
+    problems = list(found.problems)
+    config, wrong = found.config, found.wrong
+    host = None
+    with collected(problems):
+        host = KohyaHost.find(text_encoder, vae, unet)
+    if host is not None:
+        problems += host.problems(config, wrong)
+    name = config.network or default_network()
+    inner = None
+    if "network" not in wrong:
+        with collected(problems):
+            inner = adapters.load_module(name)
+    if host is not None and not problems:
+        return host
+    # Nothing will be trained: make what the rest of the mistakes are about, only to look at it.
+    if host is not None:
+        family = network = None
+        with collected(problems):
+            family = families.find(unet)
+        if family is not None and inner is not None:
+            sizes = host.args.network_dim, host.args.network_alpha
+            with collected(problems), adapters.refusals(name, theirs):
+                network = inner.create_network(1.0, *sizes, vae, text_encoder, unet, **theirs)
+        if family is not None:
+            with collected(problems):
+                fit(network, host, config, wrong, family)
+    raise SPFError(problems)
+
+
+def fit(
+    network: nn.Module | None, host: Host, config: SPFConfig, wrong: Collection[str], family: Family
+) -> Enhancement | None:
+    """The response term, if it is on; the network with the modules only that `spf_train` chooses.
+
+    Raises:
+        SPFError: `spf_train` or `spf_layers` matches nothing; the response term's models cannot be loaded.
+    """
+    problems: list[str] = []
+    enhanced = None
+    if network is not None:
+        with collected(problems):
+            adapters.select(network, config.train, family.cross_attention)
+    with collected(problems):
+        family.layers(config.layers)
+    if config.enhances and not {"clip", "decoder"}.intersection(wrong):
+        with collected(problems):
+            enhanced = enhancement.load(config, host, family.latents)
     if problems:
         raise SPFError(problems)
-
-
-_stop_on_stray_words()
-
-
-def _prepare(
-    text_encoder: Any, vae: Any, unet: nn.Module, kwargs: dict[str, Any]
-) -> tuple[KohyaHost, SPFConfig, dict[str, Any]]:
-    """The host, the settings and the inner network's arguments; or one error that lists every mistake."""
-    host = KohyaHost.find(text_encoder, vae, unet)
-    ours, theirs = split_network_args(kwargs)
-    config: SPFConfig | None = None
-    problems: list[str] = []
-    try:
-        config = parse(ours, host.folders())
-    except SPFError as error:
-        problems += error.problems
-    problems += host.problems(config)
-    name = (config.network if config else str(ours.get("spf_network", ""))) or default_network()
-    try:
-        adapters.load_module(name)
-    except SPFError as error:
-        problems += error.problems
-    if problems or config is None:
-        raise SPFError(problems)
-    return host, config, theirs
+    return enhanced
 
 
 def create_network(
@@ -90,9 +134,14 @@ def create_network(
     Raises:
         SPFError: with every mistake found, before anything is created.
     """
-    host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
-    inner = adapters.load_module(config.network or default_network())
-    network = inner.create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs)
+    ours, theirs = split_network_args(kwargs)
+    found = read(ours, calling_folders())
+    host, config = _start(found, theirs, text_encoder, vae, unet), found.config
+    name = config.network or default_network()
+    with adapters.refusals(name, theirs):
+        network = adapters.load_module(name).create_network(
+            multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs
+        )
     save_normalised(network, config, judged=host.dit is None, ran=lambda: network.spf.numbers.run())
     load_normalised(network)
     return attach(network, host, config)
@@ -121,7 +170,9 @@ def create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
         )
         return network, fitted(weights, own_tensors(network))
-    host, config, theirs = _prepare(text_encoder, vae, unet, kwargs)
+    ours, theirs = split_network_args(kwargs)
+    found = read(ours, calling_folders())
+    host, config = _start(found, theirs, text_encoder, vae, unet), found.config
     inner = adapters.load_module(config.network or default_network())
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
@@ -145,9 +196,8 @@ def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:
     if previous is not None:
         previous.close()  # an earlier run of the same trainer object that ended in an exception
     family = families.find(host.denoiser)
-    adapters.select(network, config.train, family.cross_attention)
+    enhanced = fit(network, host, config, (), family)
     adapter = Adapter()
-    enhanced = enhancement.load(config, host, family.latents) if config.enhances else None
     watch = Watch(config, host, family.latents) if host.accelerator.is_main_process else None
     attachment = Attachment(
         host, config, family, adapter, lambda: getattr(network, "multiplier", 1.0), enhancement=enhanced, watch=watch
@@ -184,3 +234,6 @@ def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:
     network.spf = attachment  # type: ignore[assignment]
     host.trainer.spf = attachment
     return network
+
+
+_stop_on_stray_words()

@@ -17,7 +17,7 @@ LEVELS: list[set[str]] = [
     {"errors"},
     {"core", "files"},
     {"seam", "config", "lorafile"},
-    {"families", "adapter"},
+    {"families", "adapter", "network_args"},
     {"text"},
     {"step", "pairs", "probe"},
     {"enhancement"},

@@ -23,13 +23,14 @@ from typer.testing import CliRunner
 
 from portraitlab.captions import TARGETS
 from portraitlab.customisation import write_set
-from spf_plugin.config import parse, split_words
+from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
 from spf_plugin.families.unet import UNet
 from spf_plugin.hosts.kohya import scripts
 from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.hosts.kohya.scripts import SCRIPTS, named
 from spf_plugin.hosts.kohya.trainers import DITS
+from spf_plugin.network_args import read_words
 from spf_plugin.text import TextSide
 from spf_plugin.tools.check import borders, family, tokens
 from spf_plugin.tools.check.host_options import CHOICES, LISTS, OF_SCRIPT, OPTIONS, SDXL_ONLY, SWITCHES, TYPES
@@ -588,7 +589,7 @@ def stops_of_the_run(run: Run) -> list[str]:
     args.weighted_captions = False
     names = {"self": trainer, "args": args, "train_dataset_group": SimpleNamespace(datasets=[data])}
     host = KohyaHost({**names, "tokenizers": _estimating}, [])
-    return host.problems(parse(split_words(args.network_args)[0], host.folders()))
+    return host.problems(read_words(args.network_args, host.folders()).config)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from spf_plugin.config import REMOVED, SPFConfig, check_words, parse, settings_table, split_network_args
+from spf_plugin.config import REMOVED, SPFConfig, parse, settings_table
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
+from spf_plugin.network_args import check_words, split_network_args
 
 
 def test_defaults_are_valid_and_need_only_a_target() -> None:

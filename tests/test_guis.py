@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import toml
 
-from spf_plugin.config import SPFConfig, check_words, parse, split_network_args
+from spf_plugin.config import SPFConfig, parse
+from spf_plugin.network_args import check_words, split_network_args
 from spf_plugin.tools.check.host_options import OPTIONS
 from tests import guis
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spf_plugin.config import check_words, parse
+from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
+from spf_plugin.network_args import check_words
 from tests.messages import GAP, Message, all_messages
 
 ROOT = Path(__file__).parents[1]

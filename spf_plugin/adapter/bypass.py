@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
@@ -36,6 +36,17 @@ def load_module(name: str) -> ModuleType:
     if not hasattr(module, "create_network"):
         raise SPFError(f"spf_network={name} is not a network module: it has no create_network")
     return module
+
+
+@contextmanager
+def refusals(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what an inner network module raises for arguments of the user's into an `SPFError`."""
+    try:
+        yield
+    except SPFError:
+        raise
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise SPFError(f"{name} refuses its arguments {dict(arguments)}: {error}") from error
 
 
 def module_for_weights(keys: Sequence[str], default: str) -> str:

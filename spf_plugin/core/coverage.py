@@ -99,12 +99,12 @@ def problems(said: Coverage, targets: Sequence[Target], limit: int, longer: str 
         found.append(
             f"the target {wanted!r} occurs in none of the {said.captions} captions. They most often say {common}."
         )
-    elif said.cut and len(said.cut) == said.with_target:
+    if said.cut and len(said.cut) == said.with_target:
         found.append(
             f"the target lies behind token {limit} in all {len(said.cut)} captions that say it, and is cut off. Move "
             f"it to the front of the captions{longer}."
         )
-    elif said.bare and len(said.bare) == said.with_target:
+    if said.bare and len(said.bare) == said.with_target:
         found.append(
             f"all {len(said.bare)} captions that say the target say nothing else, so nothing says what to preserve. "
             "Describe what else the images show: background, clothes, pose."

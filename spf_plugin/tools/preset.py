@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spf_plugin.config import SPFConfig, check_words, parse, split_words
+from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import read_toml
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES
 from spf_plugin.hosts.kohya.scripts import MODELS
+from spf_plugin.network_args import read_words
 from spf_plugin.tools.check import family
 from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY
 from spf_plugin.tools.check.source import DEFAULTS, unfolded
@@ -69,12 +70,9 @@ def _spf(settings: Mapping[str, Any], folder: Path, problems: list[str]) -> SPFC
     if not isinstance(words, list) or any(not isinstance(word, str) for word in words):
         problems.append('network_args: must be a list of texts, such as ["spf_target=blonde hair"]')
         return SPFConfig()
-    problems += check_words(words)
-    try:
-        return parse(split_words(words)[0], (Path(), folder))
-    except SPFError as error:
-        problems += error.problems
-        return SPFConfig()
+    found = read_words(words, (Path(), folder))
+    problems += found.problems
+    return found.config
 
 
 def _optimizer(settings: Mapping[str, Any], problems: list[str]) -> str:

@@ -55,7 +55,7 @@ def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, s
         try:
             cropped = load_image(picture.path, resolution)
         except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, DecompressionBombError ...
-            broken.append(f"{picture.path}: {str(error).split(' <')[0] or type(error).__name__}")
+            broken.append(_reason(picture, error))
             continue
         if not broken:
             latents.append(model.to_latents(cropped.pixels, random))
@@ -64,8 +64,7 @@ def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, s
                 text[picture.caption] = map_text(lambda part: part.cpu(), model.encode([picture.caption]))
         progress("encoding images", i, len(pictures), {})
     if broken:
-        shown = "\n  ".join(broken[:10])
-        raise SPFError(f"{len(broken)} of {len(pictures)} images cannot be read; replace or remove them:\n  {shown}")
+        raise SPFError(_said(broken, pictures))
     return Cached(
         [p.caption for p in pictures],
         [p.repeats for p in pictures],
@@ -73,3 +72,23 @@ def cache_data(pictures: Sequence[Picture], model: BaseModel, resolution: int, s
         torch.tensor(sizes),
         text,
     )
+
+
+def unreadable(pictures: Sequence[Picture], resolution: int) -> list[str]:
+    """What `cache_data` would say of images, for a run that will not start."""
+    broken = []
+    for picture in pictures:
+        try:
+            load_image(picture.path, resolution)
+        except Exception as error:  # as above
+            broken.append(_reason(picture, error))
+    return [_said(broken, pictures)] if broken else []
+
+
+def _reason(picture: Picture, error: Exception) -> str:
+    return f"{picture.path}: {str(error).split(' <')[0] or type(error).__name__}"
+
+
+def _said(broken: Sequence[str], pictures: Sequence[Picture]) -> str:
+    shown = "\n  ".join(broken[:10])
+    return f"{len(broken)} of {len(pictures)} images cannot be read; replace or remove them:\n  {shown}"

@@ -85,28 +85,24 @@ def check_targets(
     captions: Sequence[str],
     tokenize: Callable[[str], Sequence[int]] | None = None,
     limit: int = 0,
-) -> list[str]:
-    """What is learned of fewer images than it may seem, in the words of a run in sd-scripts.
+) -> tuple[list[str], list[str]]:
+    """Why nothing would be learned or preserved, and what is learned of fewer images than it may seem: in the words of
+    a run in sd-scripts.
 
     Args:
         targets: the run's.
         captions: of every image.
         tokenize: text -> token ids without begin, end and padding; None before the model is loaded.
         limit: tokens of text that the text encoder takes.
-
-    Raises:
-        SPFError: there is no target, or nothing would be learned or preserved.
     """
     if not targets:
-        raise SPFError(
+        problems = [
             'no target. Say what the LoRA shall learn, as the captions say it: --target "blonde hair" '
             "(or --plain for a plain LoRA)."
-        )
+        ]
+        return problems, []
     said = coverage.coverage([((caption,), None) for caption in captions], targets, tokenize, limit)
-    problems = coverage.problems(said, targets, limit)
-    if problems:
-        raise SPFError(problems)
-    return coverage.warnings(said, limit)
+    return coverage.problems(said, targets, limit), coverage.warnings(said, limit)
 
 
 @dataclass(frozen=True)

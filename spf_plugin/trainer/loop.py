@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from spf_plugin import lora, terminal
 from spf_plugin.adapter import bypass as adapter
 from spf_plugin.adapter import quantised
-from spf_plugin.errors import SPFError
+from spf_plugin.errors import SPFError, collected
+from spf_plugin.families import known as families
 from spf_plugin.families.base import unwrapped
+from spf_plugin.files import expanded
 from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.lorafile import writer
 from spf_plugin.lorafile.record import KEY, Run
 from spf_plugin.trainer import output
-from spf_plugin.trainer.cache import Cached, Progress, cache_data
-from spf_plugin.trainer.data import check_targets, endless_batches, read_folder
+from spf_plugin.trainer.cache import Cached, Progress, cache_data, unreadable
+from spf_plugin.trainer.data import Picture, check_targets, endless_batches, read_folder
 from spf_plugin.trainer.models import BaseModel, load
 from spf_plugin.trainer.settings import DEFAULT_NETWORK, DTYPES, PLAIN_LORA, Result, Settings
 
@@ -161,6 +163,8 @@ def train(
     progress: Progress = _silent,
     warn: Callable[[str], None] = logger.warning,
     attach: Attach | None = None,
+    faults: Sequence[str] = (),
+    wrong: Collection[str] = (),
 ) -> Result:
     """Train a LoRA and save it.
 
@@ -171,55 +175,81 @@ def train(
         progress: called while images are encoded and after every step.
         warn: receives what the user should know and nothing stops for.
         attach: another objective, at the same seam; with `settings.spf` too, around SPF's.
+        faults: what is known to be wrong already. Then nothing is trained, and everything else that is wrong is looked
+            for.
+        wrong: SPF's settings whose value is not known (`config.Read`).
 
     Raises:
-        SPFError: bad input, found before training where it can be; existing files are left alone.
+        SPFError: with every mistake found, before training where it can be; existing files are left alone.
     """
-    if settings.save_precision not in DTYPES or settings.mixed_precision not in DTYPES:
-        raise SPFError("the precision must be no, fp16 or bf16 (and fp16, bf16 or fp32 for the file).")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional kernel, aloud
-    inner = network_module(settings.network)
+    problems = list(faults)
+    if settings.save_precision not in DTYPES or settings.mixed_precision not in DTYPES:
+        problems.append("the precision must be no, fp16 or bf16 (and fp16, bf16 or fp32 for the file).")
+    inner = accelerator = model = cache = network = trainer = None
+    pictures: list[Picture] = []
+    if "network" not in wrong:
+        with collected(problems):
+            inner = network_module(settings.network)
     logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it announces every network it makes
-    output.check_output(settings.out)
-    pictures = read_folder(settings.data)
-    if settings.spf is not None:
-        captions = [picture.caption for picture in pictures]
-        check_targets(settings.spf.target, captions)  # what needs no tokenizer, before the model is loaded
-    accelerator = _accelerator(settings)
-    if settings.spf is not None:
-        base = settings.spf.base
-        problems = quantised.problems(base, settings.network, settings.full_network_args)
-        problems += quantised.device_problems(base, accelerator.device)
-        if problems:
-            raise SPFError(problems)
-    progress("loading the model", 0, 1, {})
-    model = load(settings.model, DTYPES[settings.mixed_precision])
-    if settings.spf is not None:
-        for warning in check_targets(settings.spf.target, captions, model.tokenize, model.text_limit):
-            warn(warning)
-    resolution = settings.resolution or model.resolution
-    if resolution < model.multiple or resolution % model.multiple:
-        raise SPFError(f"--resolution {resolution}: must be a multiple of {model.multiple}.")
-    if model.most is not None and resolution > model.most:
-        raise SPFError(f"--resolution {resolution}: must be at most {model.most}; this model has no more positions.")
-    if resolution <= model.least:
-        raise SPFError(
-            f"--resolution {resolution}: must be more than {model.least}, which this UNet shrinks to a point."
-        )
-    if settings.spf is not None and settings.spf.enhances and model.family == "sd3":
-        raise SPFError("spf_response reads pictures of SD1.x, SD2.x and SDXL only. Leave it off.")
-    if settings.min_snr_gamma:
-        model.process.min_snr(torch.ones(1, dtype=torch.long), settings.min_snr_gamma)  # a flow has none, and says so
-    for part in (model.vae, *model.text_encoders):
-        part.to(accelerator.device)
-    progress("loading the model", 1, 1, {})
-    cache = cache_data(pictures, model, resolution, settings.seed, progress)
-    model.vae.cpu()
+    with collected(problems):
+        output.check_output(settings.out)
+    with collected(problems):
+        pictures = read_folder(settings.data)
+    with collected(problems):
+        accelerator = _accelerator(settings)
+    spf = settings.spf
+    captions = [picture.caption for picture in pictures]
+    told: list[str] = []
+    if spf is not None:
+        if pictures and "target" not in wrong:
+            told, _ = check_targets(spf.target, captions)  # what needs no tokenizer, before the model is loaded
+        if inner is not None:
+            problems += quantised.problems(spf.base, settings.network, settings.full_network_args)
+        if accelerator is not None:
+            problems += quantised.device_problems(spf.base, accelerator.device)
+        problems += [] if "stage2_start" in wrong else spf.never_aligned(settings.steps)
+    # Where the run will not start, a model is not downloaded for it.
+    if not (problems or told) or os.path.exists(expanded(settings.model)):
+        progress("loading the model", 0, 1, {})
+        with collected(problems):
+            model = load(settings.model, DTYPES.get(settings.mixed_precision, torch.float32))
+    problems += told
+    if model is not None:
+        resolution = settings.resolution or model.resolution
+        unfit = _resolution_problems(resolution, model)
+        problems += unfit
+        with collected(problems):
+            if settings.min_snr_gamma:
+                model.process.min_snr(torch.ones(1, dtype=torch.long), settings.min_snr_gamma)  # a flow has none
+        if spf is not None and spf.enhances and model.family == "sd3":
+            problems.append("spf_response reads pictures of SD1.x, SD2.x and SDXL only. Leave it off.")
+        if spf is not None and pictures and "target" not in wrong:
+            more, warnings = check_targets(spf.target, captions, model.tokenize, model.text_limit)
+            problems += [problem for problem in more if problem not in told]
+            for warning in warnings:
+                warn(warning)
+        if not problems and accelerator is not None:
+            for part in (model.vae, *model.text_encoders):
+                part.to(accelerator.device)
+            progress("loading the model", 1, 1, {})
+            with collected(problems):
+                cache = cache_data(pictures, model, resolution, settings.seed, progress)
+            model.vae.cpu()
+        elif not unfit:
+            problems += unreadable(pictures, resolution)
 
-    torch.manual_seed(settings.seed)  # the network's initial weights, and its dropout
-    network = _network(inner, settings, model)
-    paths = output.named(model.denoiser, network) if model.family == "sd3" else None
-    trainer = Trainer(settings, model, accelerator)
+        torch.manual_seed(settings.seed)  # the network's initial weights, and its dropout
+        if inner is not None:
+            with collected(problems):
+                network = _network(inner, settings, model)
+                paths = output.named(model.denoiser, network) if model.family == "sd3" else None
+        trainer = Trainer(settings, model, accelerator)
+        if problems and spf is not None and accelerator is not None:
+            with collected(problems):
+                lora.fit(network, ReferenceHost(trainer), spf, wrong, families.find(model.denoiser))  # type: ignore[arg-type]
+    if problems or model is None or accelerator is None or cache is None or network is None or trainer is None:
+        raise SPFError(problems)
     attached = contextlib.ExitStack()
     try:
         if settings.spf is not None:
@@ -264,6 +294,17 @@ def train(
     finally:
         attached.close()
     return Result(path, steps, history, notes, ran())
+
+
+def _resolution_problems(resolution: int, model: BaseModel) -> list[str]:
+    found: list[str] = []
+    if resolution < model.multiple or resolution % model.multiple:
+        found.append(f"--resolution {resolution}: must be a multiple of {model.multiple}.")
+    elif model.most is not None and resolution > model.most:
+        found.append(f"--resolution {resolution}: must be at most {model.most}; this model has no more positions.")
+    elif resolution <= model.least:
+        found.append(f"--resolution {resolution}: must be more than {model.least}, which this UNet shrinks to a point.")
+    return found
 
 
 def network_module(name: str) -> Any:
@@ -315,10 +356,8 @@ def _network(inner: Any, settings: Settings, model: BaseModel) -> nn.Module:
     arguments = settings.full_network_args
     if settings.network == DEFAULT_NETWORK:
         arguments = {**arguments, "warn_on_unmatched": False}  # type: ignore[dict-item]
-    try:
-        network = inner.create_network(1.0, settings.rank, alpha, model.vae, [], model.denoiser, **arguments)
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
-        raise SPFError(f"{settings.network} refuses its arguments {settings.full_network_args}: {error}") from error
+    with adapter.refusals(settings.network, settings.full_network_args):
+        network: nn.Module = inner.create_network(1.0, settings.rank, alpha, model.vae, [], model.denoiser, **arguments)
     if settings.full_network_args.get("preset") == PLAIN_LORA["preset"] and settings.network == DEFAULT_NETWORK:
         adapter.select(network, model.adapted)  # the preset also names layers of the time, networks.lora does not
     return network

@@ -8,7 +8,7 @@ Supported loops: the monolithic one (v0.8.7 to v0.9.1), whose steps pass `traine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,12 @@ def default_network() -> str:
     frame = training_frame()
     dit = None if frame is None else dit_of(local_variables(frame, "self")["self"])
     return dit.network if dit else DEFAULT_NETWORK
+
+
+def calling_folders() -> list[Path]:
+    """Where a relative `spf_config` is looked for in the run that is calling now."""
+    frame = training_frame()
+    return [Path()] if frame is None else rules.folders(local_variables(frame, "args")["args"])
 
 
 class KohyaHost:
@@ -137,14 +143,20 @@ class KohyaHost:
                     ),
                 )
 
-    def problems(self, config: SPFConfig | None) -> list[str]:
-        """What would make this run wrong. Warns about what only might."""
+    def problems(self, config: SPFConfig, wrong: Collection[str] = ()) -> list[str]:
+        """What would make this run wrong. Warns about what only might.
+
+        Args:
+            config: SPF's settings.
+            wrong: those of them whose value is not known (`config.Read`).
+        """
         device = None if self.accelerator is None else self.accelerator.device
         images, problems = own_targets.readable([image for _, image in self._entries()])
         found = rules.look(
             self.args,
             images,
             config,
+            {*wrong, "target"} if problems else wrong,
             sdxl=self.is_sdxl,
             dit=self.dit,
             device=device,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from spf_plugin.config import read_targets
-from spf_plugin.core.prompt import Target
+from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.files import shown
 from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image
 
@@ -23,13 +23,18 @@ def of_attributes(attributes: Any) -> tuple[Target, ...] | None:
 
 
 def readable(images: Sequence[Image]) -> tuple[list[Image], list[str]]:
-    """The images without targets that are neither a text nor a list of texts, and what is wrong with those."""
+    """The images without the targets that cannot be read, and what is wrong with those."""
     problems: list[str] = []
     kept = []
     for image in images:
         own: Any = image.target
         if isinstance(own, str) or (isinstance(own, list | tuple) and all(isinstance(item, str) for item in own)):
-            kept.append(image)
+            try:
+                parse_targets(own or "any")
+            except ValueError as error:
+                problems.append(f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}")
+                own = None
+            kept.append(replace(image, target=own))
             continue
         if own is not None:
             problems.append(

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spf_plugin.config import SPFConfig, split_words
+from spf_plugin.config import SPFConfig
 from spf_plugin.core import coverage
 from spf_plugin.core.coverage import Coverage
 from spf_plugin.core.prompt import Target, parse_targets, split
 from spf_plugin.hosts.kohya import cached_text
-from spf_plugin.hosts.kohya.images import CUSTOM_TARGET, Image, dropped_targets
+from spf_plugin.hosts.kohya.images import Image, dropped_targets
 from spf_plugin.hosts.kohya.trainers import Dit, dit_of
+from spf_plugin.network_args import split_words
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,8 @@ def folders(args: Any) -> list[Path]:
 def look(
     args: Any,
     images: Sequence[Image],
-    config: SPFConfig | None,
+    config: SPFConfig,
+    wrong: Collection[str] = (),
     *,
     sdxl: bool,
     dit: Dit | None = None,
@@ -120,8 +122,11 @@ def look(
 
     Args:
         args: the host's arguments.
-        images: the whole data set; may be empty where it is known only when training has begun.
-        config: SPF's settings, or None where they are wrong.
+        images: the whole data set, with targets of their own that can be read (`own_targets.readable`); may be empty
+            where it is known only when training has begun.
+        config: SPF's settings.
+        wrong: those of them whose value is not known, because it is wrong (`config.Read`): what depends on them is
+            left out.
         sdxl: the script is sdxl_train_network.py.
         dit: of the trainer, where its model is no UNet.
         device: what would be trained on; None where the run may be on another machine.
@@ -159,7 +164,7 @@ def look(
     errors += cached_text.problems(args, images, sdxl=sdxl, ending=dit.text_cache if dit else None, stale=stale)
     errors += cached_text.kept_captions(images)
     if dit is not None:
-        errors += _dit_problems(args, config, dit)
+        errors += _dit_problems(args, config, wrong, dit)
         warnings += _noisy_text(args, dit)
     dropped = dropped_targets(args)
     if dropped:
@@ -167,23 +172,23 @@ def look(
             f"the subset's own spf_target {dropped[0]!r} is lost: with conditioning_data_dir sd-scripts drops a "
             "subset's custom_attributes. Name the target in --network_args, or train without masks."
         )
-    if config is not None:
-        errors += _base_problems(args, config, device, dit)
-    if config is not None and not dropped:
+    errors += _base_problems(args, config, wrong, device, dit)
+    steps = getattr(args, "max_train_steps", None)
+    # Of epochs the host makes steps later, and what is resumed may be aligned already.
+    later = getattr(args, "max_train_epochs", None) or getattr(args, "resume", None)
+    if steps and not later and "stage2_start" not in wrong:
+        errors += config.never_aligned(steps)
+    errors += _dropout_problems(images)
+    if "target" not in wrong and not dropped:
         limit = limit or getattr(args, "max_token_length", None) or ONE_CHUNK
-        try:
-            said = coverage.coverage(list(_captions(images)), config.target, tokenize, limit)
-        except ValueError as error:
-            errors.append(f"custom_attributes.{CUSTOM_TARGET} in the dataset TOML {error}")
-        else:
-            errors += _target_problems(images, config, said, limit)
-            errors += _dropout_problems(images)
-            warnings += coverage.warnings(said, limit)
-            warnings += _taken_warnings(images, config)
+        said = coverage.coverage(list(_captions(images)), config.target, tokenize, limit)
+        errors += _target_problems(images, config, said, limit)
+        warnings += coverage.warnings(said, limit)
+        warnings += _taken_warnings(images, config)
     return Found(errors, warnings)
 
 
-def _dit_problems(args: Any, config: SPFConfig | None, dit: Dit) -> list[str]:
+def _dit_problems(args: Any, config: SPFConfig, wrong: Collection[str], dit: Dit) -> list[str]:
     """What SPF cannot do with a diffusion transformer."""
     found: list[str] = []
     if getattr(args, "compile", False):  # from v0.11 on
@@ -213,14 +218,13 @@ def _dit_problems(args: Any, config: SPFConfig | None, dit: Dit) -> list[str]:
             f"--gemma2_max_token_length={longest}: sd-scripts cuts captions there, but pads them to a multiple of "
             f"{GEMMA_STEP}, and SPF could not tell what is cut off. Use {-(-longest // GEMMA_STEP) * GEMMA_STEP}."
         )
-    if config is None:
-        return found
     if config.enhances:
         found.append(
             f"spf_response={config.response} needs pixels of latents, and SPF has decoders for those of SD and SDXL "
             "only. Leave it out."
         )
-    if getattr(args, "unsloth_offload_checkpointing", False) and config.compares_attention:
+    unknown = {"text_consistent_multiplier", "fine_grained_multiplier"}.intersection(wrong)
+    if getattr(args, "unsloth_offload_checkpointing", False) and config.compares_attention and not unknown:
         found.append(
             "--unsloth_offload_checkpointing computes the blocks without a graph, so the losses on attention and "
             "queries would train nothing. Use --gradient_checkpointing alone, or set spf_text_consistent_multiplier=0 "
@@ -245,7 +249,9 @@ def _noisy_text(args: Any, dit: Dit) -> list[str]:
     return found
 
 
-def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, dit: Dit | None) -> list[str]:
+def _base_problems(
+    args: Any, config: SPFConfig, wrong: Collection[str], device: torch.device | None, dit: Dit | None
+) -> list[str]:
     """Why `spf_base` would not work here."""
     if config.base == "off":
         return []
@@ -253,7 +259,7 @@ def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, di
 
     _, theirs = split_words(args.network_args or [])
     default = dit.network if dit else DEFAULT_NETWORK
-    found = quantised.problems(config.base, config.network or default, theirs)
+    found = [] if "network" in wrong else quantised.problems(config.base, config.network or default, theirs)
     fp8 = [name for name in (*FP8_BASES, FP8_SCALED) if getattr(args, name, False)]
     if fp8:
         found.append(
@@ -266,11 +272,7 @@ def _base_problems(args: Any, config: SPFConfig, device: torch.device | None, di
 
 
 def _captions(images: Sequence[Image]) -> Iterator[tuple[tuple[str, ...], tuple[Target, ...] | None]]:
-    """Every training image's caption as all that it may become, with the targets of its subset or None.
-
-    Raises:
-        ValueError: a subset's targets cannot be read.
-    """
+    """Every training image's caption as all that it may become, with the targets of its subset or None."""
     for image in images:
         targets = parse_targets(image.target) if image.target else None
         if not image.is_reg:
@@ -321,10 +323,6 @@ def _taken_warnings(images: Sequence[Image], config: SPFConfig) -> list[str]:
 
 
 def may_lose_target(image: Image, targets: Sequence[Target]) -> bool:
-    """Whether tag dropout or token warm-up may take the target out of a caption that says it.
-
-    Raises:
-        ValueError: the subset's own targets cannot be read.
-    """
+    """Whether tag dropout or token warm-up may take the target out of a caption that says it."""
     own = parse_targets(image.target) if image.target else targets
     return any(split(text, own).has_target and not split(left, own).has_target for text, left in image.taken)

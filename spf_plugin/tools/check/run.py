@@ -165,7 +165,8 @@ def check(
     of_gui = presets.of_gui(content)
     args, findings = source.read(None if only_data else path, words, of_gui)
     data = entries.read_data(args, loose_images=folder, whole=not only_data)
-    config, targets, problems = settings.parse_settings(args, target, rules.folders(args))
+    spf, problems = settings.parse_settings(args, target, rules.folders(args))
+    targets = spf.config.target
     model = family.find(args.given, None if only_data else path, script)
     data.findings += limits.steps(data, model)
     read = heard.MODEL
@@ -182,7 +183,7 @@ def check(
     findings += [
         *problems,
         *data.findings,
-        *settings.look(args, config, data, model, loaded.tokenize, for_host=not only_data),
+        *settings.look(args, spf, data, model, loaded.tokenize, for_host=not only_data),
     ]
 
     limit = model.script.text_limit(args)
@@ -203,6 +204,7 @@ def check(
             )
         )
     findings += pictures.look_at(data.entries, rows, progress)
+    config = None if spf.problems else spf.config
     return Report(config, targets, data, read, rows, loaded.source, limit, ordered(findings))
 
 

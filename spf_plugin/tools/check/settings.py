@@ -6,14 +6,14 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spf_plugin.config import PREFIX, SPFConfig, check_words, parse, split_words
+from spf_plugin.config import Read
 from spf_plugin.core.prompt import Target
-from spf_plugin.errors import SPFError
 from spf_plugin.hosts.kohya import own_targets, rules
 from spf_plugin.hosts.kohya.captions import dropout, shuffled
 from spf_plugin.hosts.kohya.images import Image
 from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES
+from spf_plugin.network_args import check_words, read_words
 from spf_plugin.tools.check import trainer
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family
@@ -21,37 +21,22 @@ from spf_plugin.tools.check.findings import Finding, of
 from spf_plugin.tools.check.source import HostArgs
 
 
-def parse_settings(
-    args: HostArgs, target: str | None, folders: Sequence[Path]
-) -> tuple[SPFConfig | None, tuple[Target, ...], list[Finding]]:
-    """SPF's settings, as training would parse them from `network_args`, or None with the reasons; and the targets,
-    also where another setting is wrong.
+def parse_settings(args: HostArgs, target: str | None, folders: Sequence[Path]) -> tuple[Read, list[Finding]]:
+    """SPF's settings, as training would read them from `network_args`, and what is wrong with them.
 
     Args:
         args: the host's arguments.
         target: from `--target`; wins.
         folders: where a relative `spf_config` is looked for.
     """
-    given = args.network_args or []
-    if isinstance(given, str):
-        fix = f"Write a list: network_args = [{given!r}]"
-        return None, (), [Finding("error", "network-args", "network_args is a text, and sd-scripts takes a list", fix)]
-    words = [str(word) for word in given]
-    problems = check_words(words)
-    if problems:
-        return None, (), [Finding("error", "network-args", problem) for problem in problems]
-    ours, _ = split_words(words)
-    if target:
-        ours[PREFIX + "target"] = target
-    try:
-        config = parse(ours, folders)
-    except SPFError as error:
-        findings = [Finding("error", "setting", problem) for problem in error.problems]
-        try:
-            return None, parse({k: v for k, v in ours.items() if k == PREFIX + "target"}).target, findings
-        except SPFError:
-            return None, (), findings
-    return config, config.target, []
+    words = args.network_args or []
+    if not isinstance(words, str):
+        words = [str(word) for word in words]
+    found = read_words(words, folders, **({"target": target} if target else {}))
+    of_words = check_words(words)
+    return found, [
+        Finding("error", "network-args" if problem in of_words else "setting", problem) for problem in found.problems
+    ]
 
 
 def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Target, ...]]:
@@ -68,7 +53,7 @@ def targets_of(targets: tuple[Target, ...], data: Data) -> dict[int, tuple[Targe
 
 def look(
     args: HostArgs,
-    config: SPFConfig | None,
+    spf: Read,
     data: Data,
     model: Family,
     tokenize: Callable[[str], Sequence[int]],
@@ -79,7 +64,7 @@ def look(
 
     Args:
         args: the host's arguments.
-        config: SPF's settings, or None if they are wrong.
+        spf: SPF's settings.
         data: the data set.
         model: what kind of base model it is.
         tokenize: text -> token ids without begin, end and padding.
@@ -95,14 +80,18 @@ def look(
     images, problems = own_targets.readable(images)
     # What the run only warns about is found, with more detail, by `captions`.
     limit = script.text_limit(args)
+    wrong = {*spf.wrong, "target"} if problems else spf.wrong
     errors = rules.look(
-        args, images, config, sdxl=sdxl, dit=script.dit, trying=False, tokenize=tokenize, limit=limit
+        args, images, spf.config, wrong, sdxl=sdxl, dit=script.dit, trying=False, tokenize=tokenize, limit=limit
     ).errors
-    found = [Finding("error", "stops", problem) for problem in (*name_problems(args), *problems, *errors)]
+    never = spf.config.never_aligned(args.max_train_steps)
+    found = [
+        Finding("error", "never-aligned" if problem in never else "stops", problem)
+        for problem in (*name_problems(args), *problems, *errors)
+    ]
     if for_host:
         found += [*_module(args), *trainer.look(args, data, model), *_options(args, data, is_dit=script.is_dit)]
-    if config is not None:
-        found += _together(args, config, data)
+    found += _together(args, spf, data)
     for subset in data.subsets:
         rate = dropout(subset)
         if rate >= MUCH_DROPOUT:
@@ -193,22 +182,23 @@ def _length(args: HostArgs, data: Data) -> tuple[int, int]:
     return args.max_train_epochs * -(-batches // accumulated), args.max_train_epochs * -(-most // accumulated)
 
 
-def _together(args: HostArgs, config: SPFConfig, data: Data) -> list[Finding]:
+def _together(args: HostArgs, spf: Read, data: Data) -> list[Finding]:
     """SPF's settings beside the host's."""
     found = []
+    config, wrong = spf.config, spf.wrong
     likely, most = _length(args, data)
-    if likely and config.active:
-        start = config.stage2_step(likely)
-        if start >= likely:
-            about = "about " if args.max_train_epochs else ""
-            found.append(
-                Finding(
-                    "error" if config.stage2_step(most) >= most else "warning",
-                    "never-aligned",
-                    f"alignment would start at step {start}, and the run ends at {about}step {likely}: a plain LoRA",
-                    "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step.",
-                )
+    later = args.max_train_epochs or args.resume  # else the host's rules say it
+    if likely and later and "stage2_start" not in wrong and config.never_aligned(likely):
+        about = "about " if args.max_train_epochs else ""
+        found.append(
+            Finding(
+                "error" if config.never_aligned(most) and not args.resume else "warning",
+                "never-aligned",
+                f"alignment would start at step {config.stage2_step(likely)}, and the run ends at {about}step "
+                f"{likely}: a plain LoRA" + (", unless what is resumed is aligned already" if args.resume else ""),
+                "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step.",
             )
+        )
     if not config.active:
         found.append(Finding("note", "measures-only", "all weights are 0: the LoRA will be plain, SPF only measures"))
     package = config.network.split(".")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from spf_plugin.config import PREFIX, SPFConfig, parse
-from spf_plugin.errors import SPFError
+from spf_plugin.config import PREFIX, Read, read
+from spf_plugin.errors import SPFError, collected
 from spf_plugin.files import expanded
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.lacking import lacking
@@ -54,20 +55,18 @@ def key_values(words: list[str], option: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def spf_settings(target: str | None, words: list[str], plain: bool, network: str, data: Path) -> SPFConfig | None:
-    """SPF's settings from the command line, or None for a plain LoRA.
-
-    Raises:
-        SPFError: with every mistake found.
-    """
-    given = {
-        (key if key.startswith(PREFIX) else PREFIX + key): value for key, value in key_values(words, "--spf").items()
-    }
-    if plain:
-        return None
+def spf_settings(target: str | None, words: list[str], network: str, data: Path) -> Read:
+    """SPF's settings from the command line."""
+    problems: list[str] = []
+    given: dict[str, str] = {}
+    for word in words:
+        with collected(problems):
+            given |= key_values([word], "--spf")
+    given = {key if key.startswith(PREFIX) else PREFIX + key: value for key, value in given.items()}
     if target:
         given[PREFIX + "target"] = target
-    return parse({PREFIX + "network": network, **given}, (Path(), data))
+    found = read({PREFIX + "network": network, **given}, (Path(), data))
+    return replace(found, problems=(*problems, *found.problems))
 
 
 def train(
@@ -115,8 +114,12 @@ def train(
     """
     console = Console(stderr=True, soft_wrap=True)
     try:
-        config = spf_settings(target, spf or [], plain, network, data)
-        arguments = key_values(network_arg or [], "--network-arg")
+        found = spf_settings(target, [] if plain else spf or [], network, data)
+        faults = list(found.problems)
+        arguments: dict[str, str] = {}
+        for word in network_arg or []:
+            with collected(faults):
+                arguments |= key_values([word], "--network-arg")
         with console.status("starting"):
             from spf_plugin.trainer.loop import train as run
             from spf_plugin.trainer.settings import Settings
@@ -124,7 +127,7 @@ def train(
             model=model,
             data=expanded(data),
             out=expanded(out),
-            spf=config,
+            spf=None if plain else found.config,
             steps=steps,
             rank=rank,
             alpha=alpha,
@@ -136,14 +139,20 @@ def train(
             save_precision=save_precision.value,
             gradient_checkpointing=gradient_checkpointing,
             min_snr_gamma=min_snr_gamma,
-            network=config.network if config else network,
+            network=network if plain else found.config.network,
             network_args=arguments,
             save_every=save_every,
             log_dir=log_dir,
             device=device.value if device else None,
         )
         with progress_bars(console) as progress:
-            result = run(settings, progress, lambda text: console.print(f"note: {escape(text)}", highlight=False))
+            result = run(
+                settings,
+                progress,
+                lambda text: console.print(f"note: {escape(text)}", highlight=False),
+                faults=faults,
+                wrong=found.wrong,
+            )
     except ImportError as error:
         console.print(escape(lacking("spf train", error, "train")), style="red", highlight=False)
         raise typer.Exit(2) from None
