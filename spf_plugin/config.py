@@ -44,6 +44,7 @@ REMOVED: Mapping[str, str] = {
     ),
     "clip_offload": "the CLIP model stays where the UNet is. Remove it.",
 }
+SURELY = 0.7  # so like a name is a misspelling of it
 LONGEST_SHOWN = 200  # characters of a path in a message
 
 
@@ -338,9 +339,10 @@ def read(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -
             problems.append(f"{key} is no longer a setting: {REMOVED[key.removeprefix(PREFIX)]}")
             continue
         if key not in fields:
-            known = [*fields, PREFIX + "config"]
-            problems.append(f"unknown setting {key!r}{nearest(key, known) or ' (see the README)'}")
-            meant = [other.removeprefix(PREFIX) for other in closest(key, known)]
+            problems.append(
+                f"unknown setting {key!r}{nearest(key, [*fields, PREFIX + 'config']) or ' (see the README)'}"
+            )
+            meant = closest(key.removeprefix(PREFIX), [*sorted(NAMES), "config"], cutoff=SURELY)
             wrong |= NAMES if "config" in meant else set(meant)
             continue
         try:

@@ -36,9 +36,9 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def closest(name: str, choices: Iterable[str], n: int = 1) -> list[str]:
-    """Those of `choices` that are most like `name`, if any is."""
-    return difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
+def closest(name: str, choices: Iterable[str], n: int = 1, cutoff: float = 0.5) -> list[str]:
+    """Those of `choices` that are most like `name`, by at least `cutoff` (1: equal)."""
+    return difflib.get_close_matches(name, list(choices), n=n, cutoff=cutoff)
 
 
 def nearest(name: str, choices: Iterable[str], n: int = 1) -> str:

@@ -38,11 +38,15 @@ def _faults(words: Sequence[str]) -> list[tuple[str, str]]:
     for i, word in enumerate(words):
         if "=" not in word:
             before = f" It follows {words[i - 1]!r}." if i else ""
-            problem = (
-                f"--network_args has a stray word {word!r}: every item must be key=value.{before} Quote the whole item "
-                '("spf_target=blonde hair"), or use _ for the space (spf_target=blonde_hair) where a GUI drops quotes.'
+            about = _name(words[i - 1]) if i else ""
+            found.append(
+                (
+                    about,
+                    f"--network_args has a stray word {word!r}: every item must be key=value.{before} Quote the whole "
+                    'item ("spf_target=blonde hair"), or use _ for the space (spf_target=blonde_hair) where a GUI '
+                    "drops quotes.",
+                )
             )
-            found.append((_name(words[i - 1]) if i else "", problem))
         elif word.startswith(PREFIX) and word.count("=") > 1:
             found.append((_name(word), f"--network_args item {word!r} has more than one '='; no SPF value needs one."))
     # The inner network would drop without a word what nearly is a name of ours, and a dictionary all but one of two.
@@ -54,8 +58,9 @@ def _faults(words: Sequence[str]) -> list[tuple[str, str]]:
         if key != meant:
             found.append((meant, f"--network_args item {word!r}: the name is written {meant!r}"))
         elif meant in seen:
-            twice = f"--network_args has {meant} twice: {seen[meant]!r} and {word!r}. Leave one of them out."
-            found.append((meant, twice))
+            found.append(
+                (meant, f"--network_args has {meant} twice: {seen[meant]!r} and {word!r}. Leave one of them out.")
+            )
         seen[meant] = word
     return found
 

@@ -14,6 +14,7 @@ GAP = "\0"
 #: Where a message is made and raised later: `module: functions` (all of them where empty).
 MADE = {
     "config.py": set(),
+    "network_args.py": set(),
     "core/prompt.py": {"parse_targets"},
     "core/coverage.py": {"problems"},
     "hosts/kohya/rules.py": {
@@ -30,6 +31,8 @@ MADE = {
     "hosts/kohya/names.py": set(),
     "adapter/quantised.py": {"problems", "device_problems"},
     "lorafile/record.py": {"problem"},
+    "trainer/cache.py": {"_said"},
+    "trainer/loop.py": {"train", "_resolution_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }
@@ -41,6 +44,8 @@ RETURNED = {
     "_read_file",
     "parse",
     "key_values",
+    "check_words",
+    "check_targets",
     "by_time",
     "by_encoding",
 }

@@ -82,13 +82,15 @@ def unreadable(pictures: Sequence[Picture], resolution: int) -> list[str]:
             load_image(picture.path, resolution)
         except Exception as error:  # as above
             broken.append(_reason(picture, error))
-    return [_said(broken, pictures)] if broken else []
+    return _said(broken, pictures)
 
 
 def _reason(picture: Picture, error: Exception) -> str:
     return f"{picture.path}: {str(error).split(' <')[0] or type(error).__name__}"
 
 
-def _said(broken: Sequence[str], pictures: Sequence[Picture]) -> str:
-    shown = "\n  ".join(broken[:10])
-    return f"{len(broken)} of {len(pictures)} images cannot be read; replace or remove them:\n  {shown}"
+def _said(broken: Sequence[str], pictures: Sequence[Picture]) -> list[str]:
+    shown, found = "\n  ".join(broken[:10]), []
+    if broken:
+        found.append(f"{len(broken)} of {len(pictures)} images cannot be read; replace or remove them:\n  {shown}")
+    return found

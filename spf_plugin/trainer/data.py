@@ -96,11 +96,10 @@ def check_targets(
         limit: tokens of text that the text encoder takes.
     """
     if not targets:
-        problems = [
+        return [
             'no target. Say what the LoRA shall learn, as the captions say it: --target "blonde hair" '
             "(or --plain for a plain LoRA)."
-        ]
-        return problems, []
+        ], []
     said = coverage.coverage([((caption,), None) for caption in captions], targets, tokenize, limit)
     return coverage.problems(said, targets, limit), coverage.warnings(said, limit)
 

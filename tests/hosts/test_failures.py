@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import toml
 
+from spf_plugin.tools.check.run import check
 from tests import tiny
 from tests.hosts.conftest import Host
 
@@ -39,12 +40,66 @@ def test_several_mistakes_in_one_message(host: Host) -> None:
     message = stops(
         host, "spf_target=green hair", "spf_map=sofft", "spf_log_every=0", "spf_every=2", "spf_network=networks.lorra"
     )
-    assert "SPF: 4 problems" in message
+    assert "SPF: 5 problems" in message
+    assert "the target 'green hair' occurs in none of the 4 captions" in message
     assert "spf_map='sofft': must be one of soft, paper" in message
     assert "did you mean soft" in message
     assert "spf_log_every='0': must be 1 or more" in message
     assert "spf_every is no longer a setting" in message
     assert "spf_network=networks.lorra: there is no such module" in message
+
+
+SEVERAL = (
+    "spf_foo=1",
+    "spf_log_every=x",
+    "spf_layers=attn7",
+    "spf_train=attn8",
+    "spf_base=int8",
+    "spf_stage2_start=900",
+)
+
+
+def every_mistake(message: str, target: bool = True) -> None:
+    """What `SEVERAL` and `--save_model_as ckpt` must bring into one message."""
+    wanted = ["unknown setting 'spf_foo'", "spf_log_every='x': must be a number", "safetensors only"]
+    wanted += ["spf_layers='attn7' matches none", "spf_train='attn8' matches none", "a plain LoRA"]
+    assert [text for text in wanted if text not in message] == []
+    assert ("no target. Say what" in message) == target
+
+
+@pytest.mark.parametrize("stray", [(), ("word",)], ids=["settings", "words"])
+@contract
+def test_no_mistake_waits_for_another_one_to_be_mended(host: Host, stray: tuple[str, ...]) -> None:
+    """An unknown setting, a wrong type, no target, combinations, and what only the made network shows; the host would
+    stop at a stray word before it asks for a network."""
+    message = stops(host, "spf_map=soft", *stray, *SEVERAL, save_model_as="ckpt", max_train_steps=2)
+    every_mistake(message)
+    assert ("stray word" in message) == bool(stray)
+    assert f"SPF: {7 + len(stray)} problems" in message
+
+
+@one_host
+def test_the_check_says_the_same_set(host: Host, tmp_path: Path) -> None:
+    words = ["spf_foo=1", "word", "spf_log_every=x", "spf_stage2_start=900"]
+    data = tiny.images(tmp_path / "data")
+    message = stops(host, *words, save_model_as="ckpt", max_train_steps=2, train_data_dir=data)
+    config = tmp_path / "run.toml"
+    given = {"train_data_dir": str(data), "network_args": words, "save_model_as": "ckpt", "max_train_steps": 2}
+    given |= {"caption_extension": ".txt", "network_module": "spf_plugin.lora", "output_dir": str(tmp_path)}
+    config.write_text(toml.dumps(given), encoding="utf-8")
+    said = {finding.message for finding in check(config, {}).findings if finding.level == "error"}
+    of_settings = {text for text in said if text in message}
+    assert len(of_settings) == 6
+    assert f"SPF: {len(of_settings)} problems" in message
+
+
+@one_host
+def test_nothing_is_said_of_what_is_not_known(host: Host) -> None:
+    """A target that is misspelled, cut off or in a file that is not there is no missing target."""
+    for words in (["spf_targte=hat"], ["SPF_target=hat"], ["spf_config=nowhere.toml"], ["spf_target=blonde", "hair"]):
+        message = stops(host, *words, "spf_map=sofft")
+        assert "SPF: 2 problems" in message
+        assert "no target" not in message
 
 
 @contract
