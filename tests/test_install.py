@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import site
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,101 @@ def test_not_sd_scripts(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "train_network.py is missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
+    """A package that holds one empty module, and asks for others as the real one of this version does."""
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files = {
+        f"{name}/__init__.py": "",
+        f"{info}/METADATA": metadata + "".join(f"Requires-Dist: {text}\n" for text in requires),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        for path, text in files.items():
+            file.writestr(path, text)
+
+
+#: As their own metadata say.
+WHEELS = [
+    ("click", "8.1.7"), ("click", "8.5.1"), ("rich", "12.6.0"), ("rich", "13.7.0"), ("rich", "15.0.0"),
+    ("shellingham", "1.5.4"), ("pydantic", "1.10.27"), ("pydantic", "2.14.4"),
+    ("typer", "0.12.5", "click>=8.0.0", "shellingham", "rich>=10.11.0"),
+    ("typer", "0.15.4", "click<8.2,>=8.0.0", "shellingham", "rich>=10.11.0"),
+    ("typer", "0.24.2", "click>=8.2.1", "shellingham", "rich>=12.3.0"),
+    ("typer", "0.28.0", "shellingham", "rich>=13.8.0"),
+    ("typer", "0.29.2", "pydantic>=2.5.3", "shellingham", "rich>=13.8.0"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Python and packages' folder of an environment with pip, what the installer asks for by name, and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = "import site; print(site.getsitepackages()[0])"
+    place = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    for name in ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml"):
+        (place / f"{name}.py").touch()
+    (place / "source.pth").write_text(str(ROOT), encoding="utf-8")  # SPF itself is there already
+    return python, place
+
+
+@pytest.mark.parametrize(
+    ("here", "typer"),
+    [
+        (["click-8.1.7", "rich-13.7.0", "pydantic-1.10.27"], "0.15.4"),  # lora-scripts
+        (["rich-13.7.0", "typer-0.12.5"], None),  # too old
+    ],
+    ids=["lacks", "old"],
+)
+def test_the_command_line_moves_nothing(
+    bare: tuple[Path, Path],
+    host: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    here: list[str],
+    typer: str | None,
+) -> None:
+    (python, place), wheels = bare, tmp_path / "wheels"
+    wheels.mkdir()
+    for words in [*WHEELS, ("later", "1.0", "shellingham")]:
+        wheel(wheels, *words)
+
+    def put(name: str) -> None:
+        with zipfile.ZipFile(wheels / f"{name}-py3-none-any.whl") as file:
+            file.extractall(place)
+
+    def installed() -> set[str]:
+        return {path.name for path in place.glob("*.dist-info")}
+
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    for name in here:
+        put(name)
+    before = installed()
+    offered = run(python, "--sd-scripts", host)
+    assert offered.returncode == 0, offered.stderr
+    assert ("--cli" in offered.stdout) == bool(typer)
+    assert ("would run" in run(python, "--sd-scripts", host, "--cli", "--dry-run").stdout) == bool(typer)
+    assert installed() == before
+    done = run(python, "--sd-scripts", host, "--cli")
+    assert (done.returncode == 0) == bool(typer), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if typer is None:
+        assert "too old for the spf command: typer 0.12.5 (0.15.4 or newer)" in done.stderr
+        assert installed() == before
+        return
+    assert installed() == before | {f"typer-{typer}.dist-info", "shellingham-1.5.4.dist-info"}
+    put("later-1.0")  # what comes meanwhile keeps what it needs
+    assert run(python, "--sd-scripts", host, "--uninstall").returncode == 0
+    assert installed() == before | {"later-1.0.dist-info", "shellingham-1.5.4.dist-info"}
+    for path in place.iterdir():
+        if path.name.startswith(("click", "rich", "pydantic", "later", "shellingham")):
+            shutil.rmtree(path)

@@ -7,11 +7,13 @@ from importlib import import_module
 from pathlib import Path
 
 try:
+    import rich  # noqa: F401
     import typer
-except ImportError:
+except ImportError as error:
     raise SystemExit(
-        "The spf command needs typer and rich. Beside a trainer, whose packages stay: pip install --no-deps "
-        'typer==0.15.4 shellingham rich. Elsewhere: pip install "spf-plugin[cli]"'
+        f"The spf command lacks {error.name}. In sd-scripts' environment: python path/to/spf-plugin/install.py "
+        "--sd-scripts DIR --cli, which moves none of its packages. Elsewhere: "
+        'pip install "path/to/spf-plugin[cli]"'
     ) from None
 
 from spf_plugin.tools.cli.decoder import decoder
