@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from spf_plugin.config import REMOVED, SPFConfig, parse, settings_table
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
-from spf_plugin.network_args import check_words, split_network_args
+from spf_plugin.network_args import check_words, read_words, split_network_args
 
 
 def test_defaults_are_valid_and_need_only_a_target() -> None:
@@ -191,3 +191,21 @@ def test_values_of_the_wrong_kind_in_a_file(tmp_path: Path, line: str, says: str
     with pytest.raises(SPFError) as caught:
         parse({"spf_config": "spf.toml"}, (tmp_path,))
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["spf_targte=hat"],
+        ["SPF_target=hat"],
+        ["spf_config=nowhere.toml"],
+        ["spf_target=blonde", "hair"],
+        ["spf_target="],
+    ],
+)
+def test_what_is_wrong_is_not_taken_for_missing(words: list[str]) -> None:
+    """Of a target that is misspelled, cut off or in a file that is not there, the rules say nothing more."""
+    found = read_words([*words, "spf_map=sofft"], [Path()])
+    assert len(found.problems) == 2
+    assert {"target", "map"} <= found.wrong
+    assert read_words(["spf_foo=1", "spf_map=soft"], [Path()]).wrong == frozenset()

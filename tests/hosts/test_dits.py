@@ -402,12 +402,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]] = {
 def test_what_cannot_work_is_one_message_before_the_first_step(dit: Dit) -> None:
     own, flags, said = MISTAKES[dit.name]
     base = "spf_base=int8" if dit.name != "lumina" else "spf_base=off"
-    settings = ("spf_target=green hair", "spf_response=anchor", "spf_layers=joint_block", base, *own)
+    settings = ("spf_target=green hair", "spf_foo=1", "spf_response=anchor", "spf_layers=nowhere", base, *own)
     swap = {} if base.endswith("off") or dit.name == "anima" else {"blocks_to_swap": 1}
     result = dit.train(*settings, gradient_checkpointing=True, **swap, **flags)
     assert result.returncode != 0
     assert "running training" not in result.log
     shared = ["the target 'green hair' occurs in none of the", "spf_response=anchor needs pixels of latents"]
+    shared += ["unknown setting 'spf_foo'", "spf_layers='nowhere' matches none of the"]
     shared += ["spf_base=int8 and --blocks_to_swap cannot go together"] if swap else []
     count = len(shared) + len([words for words in said if words[0] == "-" or "spf_" in words])
     assert f"SPF: {count} problems" in result.message, result.log[-3000:]
