@@ -160,6 +160,7 @@ def test_python(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(install.subprocess, "run", lambda command, **_: run.append(command) or _Done())
         for name in ("install", "uninstall"):
             monkeypatch.setattr(install, name, lambda folder, dry, name=name: run.append([name, folder]))
+        monkeypatch.setattr(install, "add_command_line", lambda dry: None)
         assert install.main(words[1:]) == 0
         (started,) = run
         if words[1] == "demo":
