@@ -14,6 +14,9 @@ from typing import Any
 import toml
 
 Arrived = tuple[str, list[str]]
+MEMORY_SAVERS = (
+    "gradient_checkpointing", "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "no_half_vae",
+)  # fmt: skip
 
 
 def _host(config: str, argv: list[str]) -> argparse.Namespace:
@@ -62,6 +65,21 @@ def lora_easy_window(preset: dict[str, Any]) -> dict[str, Any]:
         "sdpa": general.get("args", {}).get("sdpa", False),
         "no_half_vae": general.get("args", {}).get("no_half_vae", False),
     }  # fmt: skip
+
+
+def memory_savers(gui: str, preset: dict[str, Any]) -> dict[str, bool]:
+    """What the host is told of them after the file was loaded and Start pressed."""
+    if gui == "kohya_ss":
+        names = {"sdxl_no_half_vae": "no_half_vae", "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs"}
+        sent = {names.get(key, key): value for key, value in preset.items()}
+    elif gui == "lora-scripts":
+        sent = {"cache_latents": True, "cache_latents_to_disk": True, **preset["data"]}  # the form's own
+    else:
+        # The window loads Flux after Network: that takes the box for cached text back, whatever Network loaded.
+        network = {"cache_text_encoder_outputs": False}
+        extra = preset.get("extra_args", {}).get("args", {})
+        sent = {**preset.get("general_args", {}).get("args", {}), **network, **extra}
+    return {name: sent.get(name, False) for name in MEMORY_SAVERS}
 
 
 def lora_easy(preset: dict[str, Any]) -> Arrived:

@@ -83,6 +83,19 @@ def test_panels_that_were_never_opened_and_windows_that_were_reset(model: str) -
     assert (data["resolution"], data["gradient_checkpointing"]) == (f"{side},{side}", True)
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_what_saves_memory_on_the_command_line_saves_it_in_every_gui(path: Path) -> None:
+    ours = toml.load(ROOT / "presets" / ("sdxl-12gb.toml" if "sdxl" in path.stem else "sd15-8gb.toml"))
+    gui = next(name for name in RULES if path.name.startswith(name))
+    sent = guis.memory_savers(gui, guis.load(path))
+    assert sent == {name: ours.get(name, False) for name in guis.MEMORY_SAVERS}
+
+
+def test_lora_easy_forgets_cached_text_that_stands_with_the_network() -> None:
+    preset = {"network_args": {"args": {"cache_text_encoder_outputs": True}}}
+    assert not guis.memory_savers("lora-easy", preset)["cache_text_encoder_outputs"]
+
+
 def test_lora_scripts_loads_no_learning_rate_that_is_a_text() -> None:
     preset = guis.load(ROOT / "presets" / "guis" / "lora-scripts-sd15.toml")
     preset["data"]["unet_lr"] = "2e-4"
