@@ -143,8 +143,9 @@ def from_folder(
         data.add(
             "note",
             "loose-images",
-            f"{len(loose)} images lie directly in {base}: spf train takes them, sd-scripts does not",
-            f"For sd-scripts put them into a subfolder named by repeats, such as {base.name}/10_name.",
+            f"{len(loose)} images lie directly in {base}: spf train takes them, sd-scripts' train_data_dir does not",
+            f"For train_data_dir put them into a subfolder named by repeats, such as {base.name}/10_name; "
+            "the image_dir of a data set configuration takes the folder as it is.",
         )
     elif loose:
         data.add(
