@@ -72,6 +72,7 @@ def test_install_twice_and_uninstall(python: Path, host: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "process_batch loop" in first.stdout
     assert "accelerate launch train_network.py" in first.stdout
+    assert "SDXL: the same with sdxl_train_network.py and sdxl-12gb.toml" in first.stdout
     assert freeze(python) == packages
     installed = tree(host)
     assert set(installed) - set(files) == {str(Path("networks") / "spf_lora.py")}
