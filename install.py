@@ -194,7 +194,7 @@ def install(folder: Path, *, dry: bool) -> None:
         f"  accelerate launch train_network.py --config_file {preset}{more}"
         f'--network_module spf_plugin.lora --network_args "spf_target=blonde hair"{more}'
         "--train_data_dir DATA --output_dir OUT --output_name NAME\n"
-        "SDXL: the same with sdxl_train_network.py and sdxl-12gb.toml. DATA holds folders named by repeats: DATA/10_name"
+        "SDXL: the same with sdxl_train_network.py and sdxl-12gb.toml. In DATA folders named by repeats: DATA/10_name"
     )
 
 
