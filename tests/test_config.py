@@ -58,6 +58,22 @@ def test_every_mistake_in_one_message() -> None:
     assert "nothing after '->'" in message
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("hat, coat", "name the parts: hat|coat"),
+        ("帽子，眼镜", "name the parts: 帽子|眼镜"),
+        ("red hat->Red_Hat", "replaces 'red hat' by itself"),
+        ("coat|hat->hat", "replaces 'hat' by itself"),
+    ],
+)
+def test_targets_of_which_nothing_could_be_learned(target: str, said: str) -> None:
+    """The one stands in no caption's part, the other leaves the base prompt as it is: the run would be wrong."""
+    with pytest.raises(SPFError, match="has a comma|by itself") as caught:
+        parse({"spf_target": target})
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_a_word_that_is_quoted_as_a_whole(quote: str) -> None:
     """kohya_ss does that to words with special characters, and sd-scripts splits at the first equals sign."""

@@ -46,7 +46,7 @@ def parse_targets(value: str | Sequence[str]) -> tuple[Target, ...]:
     """`"blonde hair|dress->T-shirt"` (or a list of such) to targets.
 
     Raises:
-        ValueError: an empty phrase or an unfinished replacement.
+        ValueError: an empty phrase, one that no caption can say, or a replacement that is none.
     """
     items = value.split("|") if isinstance(value, str) else [item for v in value for item in v.split("|")]
     targets = []
@@ -56,7 +56,13 @@ def parse_targets(value: str | Sequence[str]) -> tuple[Target, ...]:
             raise ValueError("has an empty target phrase; write for example spf_target=blonde_hair")
         if arrow and not re.search(r"[^\W_]", replacement):
             raise ValueError(f"has nothing after '->'; write for example {phrase}->T-shirt, or leave the arrow out")
-        targets.append(Target(phrase, replacement.replace("_", " ")))
+        if COMMA.search(phrase):
+            parts = "|".join(part.strip() for part in COMMA.split(phrase) if part.strip())
+            raise ValueError(f"has a comma in {phrase!r}, and captions are split at commas; name the parts: {parts}")
+        target = Target(phrase, replacement.replace("_", " "))
+        if replacement and target.pattern.fullmatch(target.replacement):
+            raise ValueError(f"replaces {phrase!r} by itself, so there is nothing to learn; leave the arrow out")
+        targets.append(target)
     return tuple(targets)
 
 

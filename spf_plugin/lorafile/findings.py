@@ -241,7 +241,7 @@ def _counts(text: str) -> bool:
         return True
     try:
         return all(int(n) >= 0 for tags in json.loads(text).values() for n in tags.values())
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # int() of an infinite number too
         return False
 
 

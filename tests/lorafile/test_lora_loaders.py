@@ -179,6 +179,8 @@ def test_output_name_read_as_json() -> None:
         ("None", True),
         ('{"10_me": {"hair": "many"}}', False),
         ('{"10_me": 3}', False),
+        ('{"10_me": {"hair": 1e400}}', False),
+        ('{"10_me": {"hair": NaN}}', False),
     ],
 )
 def test_tag_frequency(value: str, good: bool) -> None:

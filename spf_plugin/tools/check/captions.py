@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from spf_plugin.core.prompt import COMMA, Kind, Prompt, Spans, Target, split
+from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, split
 from spf_plugin.core.words import is_adjective
 from spf_plugin.hosts.kohya.captions import taken
 from spf_plugin.tools.check.dataset import Entry
@@ -115,15 +115,6 @@ def _targets_themselves(rows: Sequence[Described]) -> list[Finding]:
     found = []
     targets = list(dict.fromkeys(target for row in rows for target in row.targets))
     for target in targets:
-        if COMMA.search(target.phrase):
-            found.append(
-                Finding(
-                    "error",
-                    "comma-in-target",
-                    f"the target {target.phrase!r} has a comma, and captions are split at commas: it is never found",
-                    f"Name the parts: spf_target={'|'.join(p.strip() for p in COMMA.split(target.phrase))}",
-                )
-            )
         if _CONNECTIVE.search(target.phrase):
             found.append(
                 Finding(
@@ -133,10 +124,6 @@ def _targets_themselves(rows: Sequence[Described]) -> list[Finding]:
                     "prompt, so nothing of it is preserved",
                     "Name only what the LoRA shall learn.",
                 )
-            )
-        if target.replacement and target.pattern.fullmatch(target.replacement):
-            found.append(
-                Finding("error", "same-replacement", f"the target {target} is replaced by itself: nothing to learn")
             )
         inside = [o for o in targets if o is not target and target.pattern.search(o.phrase)]
         if inside:

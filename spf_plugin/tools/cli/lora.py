@@ -24,6 +24,7 @@ from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.names import BASE_LABEL
 from spf_plugin.lorafile.normalise import normalise
 from spf_plugin.tools.cli.console import Console, say
+from spf_plugin.tools.cli.numbers import finite
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -298,7 +299,7 @@ def sidecar(
     activation_text: Annotated[
         str | None, typer.Option(help="Text the card adds to the prompt; the target phrases by default.")
     ] = None,
-    weight: Annotated[float, typer.Option(help="Preferred weight; 0 leaves it to the WebUI.")] = 0.0,
+    weight: Annotated[float, typer.Option(callback=finite, help="Preferred weight; 0 leaves it to the WebUI.")] = 0.0,
     negative_text: Annotated[str, typer.Option(help="Text for the negative prompt.")] = "",
     description: Annotated[str, typer.Option(help="Shown on the card.")] = "",
     notes: Annotated[str, typer.Option(help="Shown in the card's editor.")] = "",

@@ -17,6 +17,7 @@ from spf_plugin.hosts.kohya.scripts import MODELS
 from spf_plugin.tools import plan as planning
 from spf_plugin.tools import preset as presets
 from spf_plugin.tools.cli.console import Console, say
+from spf_plugin.tools.cli.numbers import finite
 from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 
 DOES_NOT_FIT, MISTAKE = 1, 2
@@ -45,7 +46,10 @@ def _print(console: Console, run: Run, found: Prediction, notes: list[str]) -> N
 
 def plan(
     preset: Annotated[Path, typer.Argument(help="The run's --config_file, such as presets/sdxl-12gb.toml.")],
-    vram: Annotated[float | None, typer.Option(min=1.0, help="The card's memory in GB.", show_default="none")] = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(min=1.0, max=1e6, callback=finite, help="The card's memory in GB.", show_default="none"),
+    ] = None,
     model: Annotated[Model | None, typer.Option(help="Base model.", show_default="found or guessed")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

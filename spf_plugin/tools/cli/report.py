@@ -13,6 +13,7 @@ from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.lacking import lacking
+from spf_plugin.tools.cli.numbers import finite
 from spf_plugin.tools.cli.progress import progress_bars
 
 INTERRUPTED = 130
@@ -63,9 +64,9 @@ def report(
     target: Annotated[str | None, typer.Option(help="The target, if the file does not say it. Several with |.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the samples, with commas.")] = "0,1",
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance.")] = 7.0,
+    guidance: Annotated[float, typer.Option(min=0.0, callback=finite, help="Classifier-free guidance.")] = 7.0,
     size: Annotated[int | None, typer.Option(min=8, help="Side in pixels.", show_default="the model's")] = None,
-    weight: Annotated[float, typer.Option(help="Weight of the LoRAs.")] = 1.0,
+    weight: Annotated[float, typer.Option(callback=finite, help="Weight of the LoRAs.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
     device: Annotated[Device | None, typer.Option(help="Where.", show_default="GPU if there is one")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision.", show_default="fp16 on a GPU")] = None,
