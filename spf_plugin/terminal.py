@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 
 # Control characters but line break and tab, what turns the direction of writing or breaks a line, and lone surrogates,
@@ -30,8 +31,26 @@ class _Escaping(logging.Filter):
 _ESCAPING = _Escaping()
 
 
+class _Logger(logging.Logger):
+    """rich, which sd-scripts logs with, draws numbers for every style from Python's own generator: a line of ours would
+    change how the run shuffles captions and which it drops.
+    """
+
+    def handle(self, record: logging.LogRecord) -> None:
+        state = random.getstate()
+        try:
+            super().handle(record)
+        finally:
+            random.setstate(state)
+
+
 def logger(name: str) -> logging.Logger:
-    """The logger of a module; what it logs is escaped."""
-    found = logging.getLogger(name)
+    """The logger of a module; what it logs is escaped, and leaves Python's random state as it is."""
+    usual = logging.getLoggerClass()
+    logging.setLoggerClass(_Logger)
+    try:
+        found = logging.getLogger(name)
+    finally:
+        logging.setLoggerClass(usual)
     found.addFilter(_ESCAPING)  # the same object: added once
     return found

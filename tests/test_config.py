@@ -69,7 +69,7 @@ def test_every_mistake_in_one_message() -> None:
 )
 def test_targets_of_which_nothing_could_be_learned(target: str, said: str) -> None:
     """The one stands in no caption's part, the other leaves the base prompt as it is: the run would be wrong."""
-    with pytest.raises(SPFError, match="has a comma|by itself") as caught:
+    with pytest.raises(SPFError, match=r"has a comma|by itself") as caught:
         parse({"spf_target": target})
     assert said in str(caught.value)
 

@@ -19,6 +19,7 @@ import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.kohya import names
 from spf_plugin.hosts.kohya.captions import prompts
 from spf_plugin.hosts.kohya.frames import local_variables, raw_network_args, training_frame
 from spf_plugin.hosts.kohya.images import dropped_targets
@@ -213,6 +214,29 @@ def test_options_that_are_refused_by_name() -> None:
         )
         assert [problem.split()[0].rstrip(":") for problem in with_it] == [f"--{option}"]
         assert without == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "is empty"),
+        ("hair/", "is empty"),
+        ("gone/first", "names a folder, and sd-scripts does not make it"),
+        ("there/first", ""),
+        ("first.v2", ""),
+        ("höhe 髪", ""),
+        ("hair: blonde?", "has : ?, which Windows"),
+        (None, ""),
+    ],
+)
+def test_a_name_under_which_nothing_could_be_saved(
+    name: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(names, "_FORBIDDEN", '<>:"|?*')  # as on Windows
+    problems = names.name_problems(SimpleNamespace(output_name=name, output_dir=str(tmp_path)))
+    assert len(problems) == bool(said)
+    assert said in "".join(problems)
 
 
 def test_an_output_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:

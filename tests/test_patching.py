@@ -137,5 +137,8 @@ def test_select() -> None:
     assert len(network.text_encoder_loras) == 1
     with pytest.raises(SPFError, match="lora_unet_down_attn2_to_q"):
         select(network, "lora_unet_down_attn3_to_q")
+    with pytest.raises(SPFError, match="leaves only modules of text encoders"):
+        select(network, "lora_te")
+    assert len(network.unet_loras) == 2
     with pytest.raises(SPFError, match="does not list its modules"):
         select(nn.Linear(1, 1), "cross_attention")

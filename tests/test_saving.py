@@ -129,7 +129,9 @@ def test_with_room_for_one_file_the_networks_own_is_kept(
     assert "the disk is full" in caplog.text
     assert f"kept as {file}" in caplog.text
     before = file.read_bytes()
-    saved(tmp_path, Network(5.0))
+    with pytest.raises(SPFError, match=r"the disk is full.* kept as .*out\.rejected\.safetensors") as caught:
+        saved(tmp_path, Network(5.0))  # the run's last: what is called out.safetensors is not its LoRA
+    assert str(caught.value).count("SPF:") == 1
     assert file.read_bytes() == before
     other = load_file(tmp_path / "out.rejected.safetensors")
     assert max(float(t.max()) for t in other.values()) == 5.0
@@ -147,6 +149,11 @@ def test_whatever_ends_the_save_a_complete_file_stays(tmp_path: Path, monkeypatc
         saved(tmp_path, Network(3.0))
     assert [p.name for p in tmp_path.iterdir()] == ["out.rejected.safetensors"]
     assert len(load_file(tmp_path / "out.rejected.safetensors")) == 3
+
+
+def test_a_name_with_a_folder_is_the_last_all_the_same(tmp_path: Path) -> None:
+    assert saving.is_last(tmp_path / "hair" / "first.safetensors", {"ss_output_name": "hair/first"})
+    assert not saving.is_last(tmp_path / "hair" / "first-000002.safetensors", {"ss_output_name": "hair/first"})
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "好", "🙂"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console as RichConsole
+from rich.logging import RichHandler
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -58,6 +61,23 @@ def test_errors_logs_and_lines(caplog: pytest.LogCaptureFixture) -> None:
     Console(file=written, force_terminal=True, width=60).print(EVIL, style="red", markup=False)
     assert obeyed(re.sub(r"\x1b\[[\d;]*m", "", written.getvalue())) == []
     assert "\x1b[31m" in written.getvalue()  # our own colours are obeyed
+
+
+def test_a_line_leaves_pythons_random_state_as_it_is() -> None:
+    """rich draws from it for every style, and the host's next captions are shuffled and dropped with it."""
+    log = terminal.logger("spf_plugin.test_random")
+    handler = RichHandler(console=RichConsole(file=io.StringIO(), force_terminal=True))
+    log.addHandler(handler)
+    random.seed(5)
+    drawn = [random.random() for _ in range(3)]
+    random.seed(5)
+    try:
+        for i in range(3):
+            log.warning("SPF: step %s of /a/path with 'quotes' and 12.5 %%", i)
+            assert random.random() == drawn[i]
+    finally:
+        log.removeHandler(handler)
+    assert logging.getLoggerClass() is logging.Logger
 
 
 def test_nothing_writes_past_it() -> None:

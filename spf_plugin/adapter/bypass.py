@@ -78,6 +78,12 @@ def select(network: nn.Module, which: str, cross_attention: str = "") -> None:
     if not any(pattern.search(name) for name in names):
         hint = nearest(which, names, n=3) or f"; the first is {names[0]}" if names else ""
         raise SPFError(f"spf_train={which!r} matches none of the {len(names)} LoRA modules{hint}")
+    of_the_unet: Any = network.unet_loras
+    if not any(pattern.search(lora.lora_name) for lora in of_the_unet):  # as --network_train_text_encoder_only
+        raise SPFError(
+            f"spf_train={which!r} leaves only modules of text encoders, and SPF aligns the UNet. Let it match some of "
+            "the UNet's, lora_unet_..., too."
+        )
     for name in lists:
         setattr(network, name, [lora for lora in getattr(network, name) if pattern.search(lora.lora_name)])
 

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def save_normalised(
     What is on the disk stays there, whatever happens: hours of training are in it. A LoRA that cannot be normalised
     (not a number somewhere) is kept beside the wanted name, as `NAME.rejected.safetensors`, and logged as an error, or
     raised at the end of the run; a good earlier file is not replaced by it. Where there is no room for a second,
-    normalised file, the network's own is kept, under the wanted name if that is free.
+    normalised file, the network's own is kept, under the wanted name if that is free, else
+    beside it, which is an error as well.
 
     Args:
         network: the inner network.
@@ -115,16 +116,19 @@ def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[st
     try:
         tensors, metadata, notes = normalise(*reader.load(partial), dtype=dtype, judged=judged)
     except SPFError as error:
-        said = f"{error} It was kept as {_keep(partial, final)}; {final.name} was not written."
+        said = f"{error.problems[0]} It was kept as {_keep(partial, final)}; {final.name} was not written."
         if is_last(final, run):  # a run without its LoRA is not done
             raise SPFError(said) from error
-        logger.error(said)
+        logger.error(SPFError(said))
         return
     try:
         writer.save(final, tensors, metadata)
     except SPFError as error:
         kept = _keep(partial, final, as_wanted=not os.path.lexists(final))
-        logger.error(f"{error} The LoRA was kept as {kept}, as the network wrote it; spf lora fix does the rest.")
+        said = f"{error.problems[0]} The LoRA was kept as {kept}, as the network wrote it; spf lora fix does the rest."
+        if kept != final and is_last(final, run):
+            raise SPFError(said) from error
+        logger.error(SPFError(said))
         return
     for note in notes:
         logger.info(f"SPF: {final.name}: {note}")
@@ -154,7 +158,7 @@ def is_last(file: Path, run: Mapping[str, str]) -> bool:
     name = run.get("ss_output_name")
     if name is None:
         return re.search(r"-(\d{6}|step\d{8})$", file.stem) is None
-    return file.stem == ("last" if name == "None" else name)
+    return file.stem == ("last" if name == "None" else PurePath(name).name)  # of "hair/first" the folder is no part
 
 
 def newest_sample(file: Path, run: Mapping[str, str]) -> Path | None:

@@ -23,7 +23,7 @@ def to_diffusers(
         state_dict: A plain LoRA in kohya naming with one alpha per module, e.g. from `normalise`.
         peft: ``unet.<path>.lora_A.weight`` names; else the attention-processor names of diffusers' first LoRAs,
             which ComfyUI reads too. Of transformers (but Anima) both are ``transformer.<path>.lora_A.weight``.
-        notes: Gets one line where multiplying alpha in had to round.
+        notes: Gets one line where alpha was multiplied in.
 
     Returns:
         New state dict for ``pipeline.load_lora_weights``.
@@ -49,17 +49,17 @@ def to_diffusers(
             f"Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma and Lumina 2 can be converted; {what} is not."
         )
     plain: dict[str, torch.Tensor] = {}
-    rounded = 0
+    alphas: list[bool] = []
     for group in description.groups:
         assert group.resolved is not None
         module = group.resolved.module
         prefix = names.kohya_prefix("sdxl" if module.component == "te2" else "sd1", module.component)
         name = f"{prefix}_{module.path.replace('.', '_')}"
-        down = state_dict[group.keys["lora_down.weight"]]
+        down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
         scaled, exact = _scaled(state_dict, group)
         plain[f"{name}.lora_down.weight"], plain[f"{name}.lora_up.weight"] = down, scaled
-        rounded += not exact
-    _say_rounded(rounded, notes)
+        alphas += [exact] if scaled is not up else []
+    _say_alphas(alphas, notes)
     converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(plain)
     unet = {key: t for key, t in converted.items() if key.startswith("unet.")}
     text = {key: t for key, t in converted.items() if not key.startswith("unet.")}
@@ -121,21 +121,34 @@ def to_comfyui(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _odd(description: Description) -> list[str]:
-    return [g.name for g in description.groups if g.algorithm != "LoRA" or "dora_scale" in g.keys or not g.resolved]
+    """What these formats have no place for: modules, and tensors of plain modules (`diff_b`, `dora_scale`)."""
+    plain = {"lora_down.weight", "lora_up.weight", "alpha"}
+    modules = [g.name for g in description.groups if g.algorithm != "LoRA" or not g.resolved]
+    return modules + [
+        key
+        for g in description.groups
+        if g.name not in modules
+        for suffix, key in g.keys.items()
+        if suffix not in plain
+    ]
 
 
 def _scaled(state_dict: Mapping[str, torch.Tensor], group: Group) -> tuple[torch.Tensor, bool]:
-    """The up factor times alpha / rank, in its own dtype, and whether that is exact."""
+    """The up factor times alpha / rank, in its own dtype (itself where that is 1), and whether that is exact."""
     down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
     alpha = float(state_dict[group.keys["alpha"]]) if "alpha" in group.keys else float(down.shape[0])
+    if alpha == down.shape[0]:
+        return up, True
     exact = up.double() * (alpha / down.shape[0])
     scaled = exact.to(up.dtype)
     return scaled, bool((scaled.double() == exact).all())
 
 
-def _say_rounded(rounded: int, notes: list[str] | None) -> None:
-    if rounded and notes is not None:
-        notes.append(f"alpha / rank multiplied into {rounded} modules, rounded to the file's dtype")
+def _say_alphas(exact: list[bool], notes: list[str] | None) -> None:
+    """Where alpha / rank was multiplied in: per module whether that was exact."""
+    if exact and notes is not None:
+        rounded = "" if all(exact) else f", in {exact.count(False)} of them rounded to the file's dtype"
+        notes.append(f"alpha / rank multiplied into {len(exact)} modules{rounded}")
 
 
 def _anima(
@@ -146,13 +159,13 @@ def _anima(
     if odd:
         raise SPFError(f"diffusers loads plain LoRA of Anima's transformer only; {some(odd)} is not.")
     out: dict[str, torch.Tensor] = {}
-    rounded = 0
+    alphas: list[bool] = []
     for group in description.groups:
         assert group.resolved is not None
         module = group.resolved.module
         name = f"diffusion_model.{module.sgm}" if peft else dit_names.diffusers_name("anima", module)
         scaled, exact = _scaled(state_dict, group)
         out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = state_dict[group.keys["lora_down.weight"]], scaled
-        rounded += not exact
-    _say_rounded(rounded, notes)
+        alphas += [exact] if scaled is not state_dict[group.keys["lora_up.weight"]] else []
+    _say_alphas(alphas, notes)
     return out

@@ -40,7 +40,7 @@ def _finite_lokr_alphas(modules: Modules, notes: list[str]) -> None:
     """An alpha that nobody reads (`names.whole_lokr`) shall at least be a number."""
     done = 0
     for parts in modules.values():
-        if {"lokr_w1", "lokr_w2", ALPHA} <= set(parts) and not bool(parts[ALPHA].isfinite().all()):
+        if {"lokr_w1", "lokr_w2", ALPHA} <= set(parts) and not bool(parts[ALPHA].double().isfinite().all()):
             parts[ALPHA] = torch.ones((), dtype=parts[ALPHA].dtype)
             done += 1
     if done:

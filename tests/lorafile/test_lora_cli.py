@@ -169,6 +169,27 @@ def test_convert_refuses_other_algorithms(tmp_path: Path) -> None:
     assert "Only plain LoRA" in result.output
 
 
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_convert_leaves_nothing_out(tmp_path: Path, to: str) -> None:
+    """A trained bias has no place in these formats."""
+    path, out = tmp_path / "bias.safetensors", tmp_path / "out.safetensors"
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 768), f"{name}.lora_up.weight": torch.ones(320, 4)}
+    writer.save(path, {**tensors, f"{name}.diff_b": torch.ones(320)}, {})
+    result = run("convert", path, out, "--to", to, status=2)
+    assert f"{name}.diff_b is not" in " ".join(result.output.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("alpha", "said"), [(4.0, "only names changed"), (1.0, "alpha / rank multiplied into 1 mod")])
+def test_convert_says_what_became_of_alpha(tmp_path: Path, alpha: float, said: str) -> None:
+    path = tmp_path / "lora.safetensors"
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 768), f"{name}.lora_up.weight": torch.ones(320, 4)}
+    writer.save(path, {**tensors, f"{name}.alpha": torch.tensor(alpha)}, {})
+    assert said in run("convert", path, tmp_path / "out.safetensors", "--to", "peft").output
+
+
 # ---- sidecars -------------------------------------------------------------------------------------------------------
 
 

@@ -160,3 +160,13 @@ def test_the_largest_that_there_are_still_load(tmp_path: Path) -> None:
     path = tmp_path / "many.safetensors"
     save_file({f"t{i}": torch.zeros(1) for i in range(9000)}, path, {f"k{i}": "x" * 500 for i in range(2000)})
     assert len(reader.read_header(path).tensors) == 9000
+
+
+def test_a_lokr_whose_alpha_is_in_a_dtype_that_torch_hardly_computes_with() -> None:
+    tensors = {
+        f"{MODULE}.lokr_w1": torch.ones(4, 4),
+        f"{MODULE}.lokr_w2": torch.ones(80, 80),
+        ALPHA: torch.tensor(float("nan")).to(torch.float8_e4m3fn),
+    }
+    fixed, _, _ = normalise(tensors, {})
+    assert float(fixed[ALPHA]) == 1

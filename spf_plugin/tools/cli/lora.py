@@ -213,7 +213,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _said(out: Path, notes: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    for note in notes or ["nothing needed mending"]:
+    for note in notes:
         console.print(f"[dim]-[/dim] {escape(note)}")
     console.print(f"wrote [bold]{escape(str(out))}[/bold]")
 
@@ -255,7 +255,7 @@ def fix(
         writer.save(out, fixed, strings)
     except SPFError as error:
         raise _fail(error) from None
-    _said(out, notes)
+    _said(out, notes or ["nothing needed mending"])
     raise typer.Exit(int(bool(refused)))
 
 
@@ -287,7 +287,7 @@ def convert(
         writer.save(out, converted, strings)
     except SPFError as error:
         raise _fail(error) from None
-    _said(out, notes)
+    _said(out, notes or ["only names changed"])
 
 
 # ---- sidecar --------------------------------------------------------------------------------------------------------

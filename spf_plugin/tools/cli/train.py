@@ -81,7 +81,9 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
-    alpha: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="LoRA alpha.", show_default="the rank")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(min=0.0, callback=finite, help="LoRA alpha.", show_default="the rank")
+    ] = None,
     lr: Annotated[float, typer.Option(min=0.0, callback=finite, help="Learning rate (AdamW, cosine to 0).")] = 1e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 1,
     resolution: Annotated[
@@ -94,7 +96,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
     ] = False,
-    min_snr_gamma: Annotated[float, typer.Option(min=0.0, callback=finite, help="Min-SNR loss weighting, usually 5; 0 is off.")] = 0.0,
+    min_snr_gamma: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Min-SNR loss weighting, usually 5; 0 is off.")
+    ] = 0.0,
     network: Annotated[str, typer.Option(help="Inner network module with kohya's create_network.")] = "lycoris.kohya",
     network_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the inner network; repeatable.")
