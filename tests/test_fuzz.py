@@ -222,13 +222,16 @@ SHAPES: Sequence[Sequence[int]] = (
 VALUES = (0.0, 1e-38, 3e38, 1e-45, 65504.0, 1.0, -1.0, float("nan"), float("inf"))
 SUFFIXES = (
     "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "hada_w1_a", "hada_w1_b",
-    "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2_a", "oft_blocks", "diff", "diff_b", "", "lora_A.weight",
+    "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2", "lokr_w2_a", "oft_blocks", "diff", "diff_b", "", "lora_A.weight",
     "lora_B.weight",
 )  # fmt: skip
 METADATA = (
     "", "{", "{}", "[]", "null", "{a}", '{"a": {"b": -1}}', "[" * 5000, "NaN", "9" * 5000, "\x1b[2J", "1e999",
-    '{"spf_target": 3}', "好",
+    '{"spf_target": 3}', "好", '{"a": {"b": 1e400}}',
 )  # fmt: skip
+
+
+ALPHA_DTYPES = (None, torch.float32, torch.float8_e4m3fn)  # None: the factors'
 
 
 def a_lora(rng: random.Random) -> dict[str, torch.Tensor]:
@@ -239,7 +242,7 @@ def a_lora(rng: random.Random) -> dict[str, torch.Tensor]:
         out[f"{name}.lora_down.weight"] = torch.randn(2, width).to(dtype)
         out[f"{name}.lora_up.weight"] = torch.randn(width, 2).to(dtype)
         if rng.random() < 0.8:
-            out[f"{name}.alpha"] = torch.tensor(rng.choice(VALUES[:6])).to(rng.choice([dtype, torch.float32]))
+            out[f"{name}.alpha"] = torch.tensor(rng.choice(VALUES[:6])).to(rng.choice(ALPHA_DTYPES) or dtype)
     for _ in range(rng.randint(0, 3)):
         name = rng.choice([MODULE, TEXT, MODULE.replace("attn1", "attn2"), "emb_params", "unet.a", "x", ""])
         key = f"{name}.{rng.choice(SUFFIXES)}"

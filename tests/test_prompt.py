@@ -64,6 +64,15 @@ def test_captions_as_people_write_them(caption: str, targets: str, base: str) ->
     assert prompt.has_target == (base != caption)
 
 
+def test_no_phrase_is_empty() -> None:
+    """Two spaces before the first connective of a long part."""
+    caption = "There is snow,  on the ground and on the roofs of all the houses"
+    for targets in ("snow->sand", "roofs"):
+        prompt = split(caption, parse_targets(targets))
+        assert all(prompt.phrases), prompt.phrases
+        assert prompt.full == caption
+
+
 def test_the_table_is_long_and_of_many_kinds() -> None:
     assert len(BASE_PROMPTS) >= 120
     assert len({caption for caption, *_ in BASE_PROMPTS}) >= 110

@@ -23,6 +23,8 @@ _SURE = 32  # tokens beyond the limit; what follows in the same word merges with
 COMMA = re.compile("[,\uff0c\u3001]")  # also full-width, and Chinese and Japanese lists'
 _LONG_SPLIT = re.compile(r"(?=\s(?:with|wearing|in|and|on|at|by|standing|sitting|looking)\s)", re.IGNORECASE)
 _WEIGHT_SYNTAX = re.compile(r"\\([()\[\]\\])|:[+-]?[.\d]+\)|[()\[\]]")
+_WORD = re.compile(r"\w+")
+_AND = frozenset(("and", "und", "et", "и", "а"))  # that can be nothing else: "plus size", "E cup"
 _JOINING = AND | {"with", "wearing", "wears", "has", "having", "in"}
 
 
@@ -157,6 +159,10 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
             kinds[i] = Kind.DROPPED
     for first, last, _ in hits:
         kinds[first:last] = [Kind.TARGET] * (last - first)
+    if hits and not any(target.replacement for _, _, target in hits):
+        left = next((word for word in _WORD.finditer(caption) if kinds[word.start()] is Kind.BASE), None)
+        if left and left.group().lower() in _AND and Kind.DROPPED in kinds[: left.start()]:
+            kinds[left.start() : left.end()] = [Kind.DROPPED] * len(left.group())  # "[Her hat is red, and] she smiles"
     if hits:
         gone = [kind in (Kind.TARGET, Kind.DROPPED) for kind in kinds]
         for i in tidying.leftovers(caption, gone, {last for _, last, target in hits if target.replacement}):
@@ -273,6 +279,9 @@ def _number_phrases(pieces: list[Piece]) -> list[Piece]:
             if len(piece.text.split()) > LONG_PHRASE_WORDS:
                 chunks = [chunk for chunk in _LONG_SPLIT.split(piece.text) if chunk]
             for chunk in chunks:
+                if not chunk.strip():  # the first of two spaces
+                    out.append(Piece(chunk, Kind.SEPARATOR))
+                    continue
                 if fresh or len(chunks) > 1:
                     phrase += 1
                 out.append(Piece(chunk, Kind.BASE, phrase))

@@ -131,10 +131,27 @@ def _describes(clause: Clause, i: int, target: int) -> bool:
     return (w.is_adjective(word) and word not in w.VERBS) or (i + 1 < target and word in w.ADVERBS)
 
 
-def _lead(clause: Clause, target: int) -> _Lead:
+def _noun_phrase(clause: Clause, described: int, target: int, behind: int) -> int:
+    """Where the words begin that stand between an article that something introduces and the target, and so describe it,
+    also those that are in no list: "plays an [acoustic] guitar"; `described` if it is none of that.
+    """
+    i = described
+    while target - i < _LONG and not _begins_own(clause, i - 1) and not _is_participle(clause.word(i - 1)):
+        if clause.word(i - 1) in w.DETERMINERS | w.OF | w.PERSONS:
+            break
+        i -= 1
+    article = clause.word(i - 1)
+    if i == described or article not in w.DETERMINERS or _opener(clause, i - 1)[1] not in ("verb", "prep"):
+        return described
+    run_on = article in ("a", "an") and _PLURAL.fullmatch(clause.word(behind - 1))  # "holding a cat sunglasses"
+    return described if run_on else i
+
+
+def _lead(clause: Clause, target: int, behind: int) -> _Lead:
     described = target
     while _describes(clause, described - 1, target):
         described -= 1
+    described = _noun_phrase(clause, described, target, behind)
     phrase = described
     while clause.word(phrase - 1) in w.DETERMINERS:
         phrase -= 1
@@ -240,7 +257,7 @@ def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
 def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     """The range of characters that goes with the target at `start` to `end`, which is a part of it."""
     first, behind = bisect_left(clause.starts, start), bisect_left(clause.starts, end)
-    lead = _lead(clause, first)
+    lead = _lead(clause, first, behind)
     last = _belongings(clause, behind)
     alone = lead.phrase == 0 or not clause.word(lead.phrase - 1)
     if clause.word(behind) in w.OF and clause.word(behind + 1) in w.DETERMINERS:  # what it is "of" is somebody else
