@@ -384,8 +384,9 @@ class Attachment:
     def _end_training(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         self._final = self._state()
-        if self._started and self.host.accelerator.is_main_process:
+        if self.host.accelerator.is_main_process:
             run = self.numbers.run()
-            (logger.warning if run.problem else logger.info)(f"SPF: {run.problem or run}")
+            problem = run.problem if self._started else "the run ended before its first step: no LoRA was trained in it"
+            (logger.warning if problem else logger.info)(f"SPF: {problem or run}")
         self.close()
         return result

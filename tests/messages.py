@@ -25,6 +25,8 @@ MADE = {
         "_dit_problems",
         "_dropout_problems",
         "_noisy_text",
+        "_skipped_warnings",
+        "repeated",
     },
     "hosts/kohya/cached_text.py": set(),
     "hosts/kohya/own_targets.py": {"readable"},
@@ -48,6 +50,8 @@ RETURNED = {
     "check_targets",
     "by_time",
     "by_encoding",
+    "_skipped_warnings",
+    "repeated",
 }
 #: ValueErrors of the mathematics, which no setting leads to.
 INTERNAL = {"core/sfcm.py", "core/losses.py"}

@@ -144,7 +144,7 @@ def test_spans_are_those_of_training(run: Run) -> None:
             assert loaded.decode([ids[t] for t in phrase["tokens"]]).strip() == phrase["text"]
 
 
-@pytest.mark.parametrize(("length", "cut"), [(None, 75), (150, 150), (225, 225)])
+@pytest.mark.parametrize(("length", "cut"), [(None, 75), (75, 75), (150, 150), (225, 225), (255, 225)])
 def test_the_limits_of_the_text_encoder(run: Run, length: int | None, cut: int) -> None:
     run.caption(0, "a woman" + ", a tree" * ((cut - 6) // 3) + ", blonde hair")
     assert "caption-cut" not in codes(check(run.config, {"max_token_length": length}, tokenizer=TOKENIZER))

@@ -19,12 +19,12 @@ import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
-from spf_plugin.hosts.kohya import names
 from spf_plugin.hosts.kohya.captions import prompts
 from spf_plugin.hosts.kohya.frames import local_variables, raw_network_args, training_frame
 from spf_plugin.hosts.kohya.images import dropped_targets
 from spf_plugin.hosts.kohya.loop import KohyaHost
-from spf_plugin.hosts.kohya.rules import trainer_problem, unwritable
+from spf_plugin.hosts.kohya.names import name_problems
+from spf_plugin.hosts.kohya.rules import repeated, trainer_problem, unwritable
 from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.lora import create_network
 from spf_plugin.pairs import State
@@ -216,29 +216,6 @@ def test_options_that_are_refused_by_name() -> None:
         assert without == []
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("", "is empty"),
-        ("hair/", "is empty"),
-        ("gone/first", "names a folder, and sd-scripts does not make it"),
-        ("there/first", ""),
-        ("first.v2", ""),
-        ("höhe 髪", ""),
-        ("hair: blonde?", "has : ?, which Windows"),
-        (None, ""),
-    ],
-)
-def test_a_name_under_which_nothing_could_be_saved(
-    name: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "there").mkdir()
-    monkeypatch.setattr(names, "_FORBIDDEN", '<>:"|?*')  # as on Windows
-    problems = names.name_problems(SimpleNamespace(output_name=name, output_dir=str(tmp_path)))
-    assert len(problems) == bool(said)
-    assert said in "".join(problems)
-
-
 def test_an_output_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     os.symlink(tmp_path / "gone", tmp_path / "link")
@@ -252,6 +229,41 @@ def test_an_output_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
     for folder, reason in folders.items():
         assert unwritable(tmp_path / folder, trying=False) == reason or folder.startswith("new/"), folder
     assert everything(tmp_path) == before_looking
+
+
+@pytest.mark.parametrize(
+    ("words", "times"),
+    [
+        (["--network_args", "spf_target=hat", "--network_args", "conv_dim=4"], 2),
+        (["--network_args=spf_target=hat", "--seed", "1", "--network_arg", "conv_dim=4"], 2),  # the host takes both
+        (["--network_args", "spf_target=hat", "conv_dim=4", "--network_alpha", "4"], 0),
+        (["--network_alpha", "4", "--network_alpha", "8"], 0),
+    ],
+)
+def test_network_args_that_the_host_does_not_read(words: list[str], times: int) -> None:
+    assert [re.findall(r"given (\d+) times", problem) for problem in repeated(words)] == [[str(times)]] * bool(times)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows", "reason"),
+    [
+        ("", False, "is empty"),
+        ("hair/", False, "is empty"),
+        ("höhe 髪", False, None),
+        ("portraits/hair", False, "is in a folder 'portraits' that is not there"),
+        ("there/hair", False, None),
+        ("ha\0ir", False, "no file can have '\\x00' in its name"),
+        ("hair: first\n", False, None),
+        ("hair: first", True, "no file can have ':' in its name"),
+        ("hair\n", True, "no file can have '\\n' in its name"),
+        ("hair v1.2 (new)", True, None),
+    ],
+)
+def test_names_under_which_nothing_could_be_saved(tmp_path: Path, name: str, windows: bool, reason: str | None) -> None:
+    (tmp_path / "there").mkdir()
+    problems = name_problems(SimpleNamespace(output_dir=str(tmp_path), output_name=name), windows=windows)
+    assert bool(problems) == bool(reason)
+    assert reason is None or reason in problems[0]
 
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,8 @@ def test_the_card_is_what_the_webuis_read(tmp_path: Path) -> None:
         ("out", "out", True),
         ("out-000002", "out", False),
         ("out-step00000100", "out", False),
+        ("out", "portraits/out", True),  # in a folder of the output folder
+        ("out-000002", "portraits/out", False),
         ("last", "None", True),
         ("epoch-000002", "None", False),
         ("hair-202511", "hair-202511", True),  # a date of the user's own

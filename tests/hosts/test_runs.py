@@ -69,6 +69,21 @@ def test_resume_in_the_middle_of_stage_2(host: Host) -> None:
 
 
 @contract
+def test_a_resumed_run_whose_steps_are_all_skipped_says_so(host: Host) -> None:
+    """The host takes the steps of its state times the accumulated batches for steps, and skips every epoch."""
+    flags: dict[str, Any] = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    settings = (TARGET, "spf_preview_every=0")
+    first = host.train(*settings, **flags, max_train_steps=3, save_state=True, save_every_n_steps=2)
+    state = first.folder / "out-step00000002-state"
+    again = host.train(*settings, **flags, max_train_steps=4, resume=state, skip_until_initial_step=True)
+    assert again.returncode == 0, again.log[-3000:]
+    assert "skips 2 times as many epochs as it should" in again.said
+    kept = load_file(state / "model.safetensors")
+    if all(torch.equal(tensor, again.tensors()[name]) for name, tensor in kept.items()):
+        assert "the run ended before its first step" in again.said
+
+
+@contract
 def test_resume_between_the_two_steps_of_a_pair(host: Host) -> None:
     """The second step follows first, on what the first one showed: step 3 of 0 to 6 preserves."""
     first, second = stop_and_resume(host, TARGET, "spf_log_every=1", module="tests.hosts.spy", stop=3, end=7)

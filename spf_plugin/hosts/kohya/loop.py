@@ -8,6 +8,7 @@ Supported loops: the monolithic one (v0.8.7 to v0.9.1), whose steps pass `traine
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -164,9 +165,9 @@ class KohyaHost:
             stale=self._stale,
             tokenize=self.tokenize if self.dit is None and self._text.can_tokenize else None,
         )
-        for warning in found.warnings:
+        for warning in (*found.warnings, *found.of_captions):
             logger.warning(f"SPF: {warning}")
-        return [*name_problems(self.args), *problems, *found.errors]
+        return [*rules.repeated(sys.argv[1:]), *name_problems(self.args), *problems, *found.errors]
 
     def _stale(self, images: Sequence[Image]) -> str | None:
         """Whether cached text is not the captions': by encoding, as the text encoders are here."""

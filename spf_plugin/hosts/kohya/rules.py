@@ -19,6 +19,7 @@ from spf_plugin.core.coverage import Coverage
 from spf_plugin.core.prompt import Target, parse_targets, split
 from spf_plugin.hosts.kohya import cached_text
 from spf_plugin.hosts.kohya.images import Image, dropped_targets
+from spf_plugin.hosts.kohya.scripts import LENGTHS, text_tokens
 from spf_plugin.hosts.kohya.trainers import Dit, dit_of
 from spf_plugin.network_args import split_words
 
@@ -31,7 +32,6 @@ FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 FP8_SCALED = "fp8_scaled"  # HunyuanImage's, whose layers hold a scale beside each weight
 MUCH_DROPOUT = 0.3  # of the captions
 GEMMA_STEP = 8  # Lumina's text is padded to a multiple of it
-ONE_CHUNK, LONGEST_TEXT = 75, 225  # tokens of text: by default, and at most
 SUPPORTED = (
     "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_, sd3_, flux_, lumina_ and "
     "hunyuan_image_train_network.py"
@@ -92,10 +92,28 @@ def trainer_problem(trainer: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Found:
-    """What is wrong with a run: `errors` stop it, `warnings` may be as the user wants it."""
+    """What is wrong with a run: `errors` stop it; `warnings` of its options and `of_captions` may be wanted."""
 
     errors: list[str]
     warnings: list[str]
+    of_captions: list[str]
+
+
+def repeated(words: Sequence[str]) -> list[str]:
+    """Why words of the user would be lost: of an option that is given twice, the host keeps the last.
+
+    Args:
+        words: of the command line.
+    """
+    names = [word.partition("=")[0] for word in words]
+    # The host takes short forms of it, too.
+    given = [name for name in names if name.startswith("--network_ar") and "--network_args".startswith(name)]
+    if len(given) < 2:
+        return []
+    return [
+        f"--network_args is given {len(given)} times, and sd-scripts reads only the last. Write all items behind one: "
+        '--network_args "spf_target=blonde hair" "conv_dim=4"'
+    ]
 
 
 def folders(args: Any) -> list[Path]:
@@ -137,6 +155,7 @@ def look(
     """
     errors: list[str] = []
     warnings: list[str] = []
+    of_captions: list[str] = []
     if args.network_train_text_encoder_only:
         errors.append(
             "--network_train_text_encoder_only trains no UNet module, and SPF aligns the UNet. Remove the option."
@@ -163,6 +182,7 @@ def look(
             errors.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
     errors += cached_text.problems(args, images, sdxl=sdxl, ending=dit.text_cache if dit else None, stale=stale)
     errors += cached_text.kept_captions(images)
+    warnings += _skipped_warnings(args)
     if dit is not None:
         errors += _dit_problems(args, config, wrong, dit)
         warnings += _noisy_text(args, dit)
@@ -180,12 +200,24 @@ def look(
         errors += config.never_aligned(steps)
     errors += _dropout_problems(images)
     if "target" not in wrong and not dropped:
-        limit = limit or getattr(args, "max_token_length", None) or ONE_CHUNK
+        limit = limit or text_tokens(getattr(args, "max_token_length", None))
         said = coverage.coverage(list(_captions(images)), config.target, tokenize, limit)
         errors += _target_problems(images, config, said, limit)
-        warnings += coverage.warnings(said, limit)
-        warnings += _taken_warnings(images, config)
-    return Found(errors, warnings)
+        of_captions += coverage.warnings(said, limit)
+        of_captions += _taken_warnings(images, config)
+    return Found(errors, warnings, of_captions)
+
+
+def _skipped_warnings(args: Any) -> list[str]:
+    """Where the host leaves more out at the start than it was asked to."""
+    accumulated = getattr(args, "gradient_accumulation_steps", None) or 1
+    if not getattr(args, "skip_until_initial_step", False) or accumulated < 2:
+        return []
+    return [
+        f"--skip_until_initial_step: with gradient_accumulation_steps={accumulated} sd-scripts up to v0.11.x skips "
+        f"{accumulated} times as many epochs as it should, and may end without a step. Without it, a run resumes at "
+        "the beginning of its epoch"
+    ]
 
 
 def _dit_problems(args: Any, config: SPFConfig, wrong: Collection[str], dit: Dit) -> list[str]:
@@ -287,7 +319,7 @@ def _target_problems(images: Sequence[Image], config: SPFConfig, said: Coverage,
             'no target. Say what the LoRA shall learn, as the captions say it: --network_args "spf_target=blonde hair"'
         )
         return found
-    longer = "" if limit >= LONGEST_TEXT else f", or set --max_token_length {150 if limit < 150 else LONGEST_TEXT}"
+    longer = next((f", or set --max_token_length {length}" for length in LENGTHS if length > limit), "")
     return found + coverage.problems(said, config.target, limit, longer)
 
 

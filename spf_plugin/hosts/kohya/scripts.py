@@ -10,7 +10,13 @@ from typing import Any
 
 from spf_plugin.hosts.kohya.trainers import DITS, Dit
 
-LENGTHS = (150, 225)  # of --max_token_length, in tokens of text
+LENGTHS = (150, 225)  # of --max_token_length, in tokens of text, as the command line takes it
+CHUNK = 75  # tokens of text that CLIP reads at once
+
+
+def text_tokens(length: int | None) -> int:
+    """Tokens of text that CLIP reads with a `max_token_length`: whole chunks. A file may say any, and GUIs write 75."""
+    return max(CHUNK, (length or 0) // CHUNK * CHUNK)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Script:
     models: dict[str, str]
     bucket_steps: int
     parts: tuple[str, ...] = ()
-    text: tuple[str, int] = ("max_token_length", 75)
+    text: tuple[str, int] = ("max_token_length", CHUNK)
     special: int = 0
     drops_cached: bool = False
     trains_cached: bool = False
@@ -61,9 +67,9 @@ class Script:
         """The most tokens of a caption that are read; what the host does not take for a length counts as left out."""
         option, default = self.text
         value = getattr(args, option, None) if option else None
-        if not isinstance(value, int) or not (value > self.special if self.is_dit else value in LENGTHS):
+        if not isinstance(value, int) or value <= self.special:
             value = default
-        return value - self.special
+        return value - self.special if self.is_dit else text_tokens(value)
 
 
 SCRIPTS = (

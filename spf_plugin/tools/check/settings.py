@@ -78,17 +78,18 @@ def look(
         for entry in data.entries
     ]
     images, problems = own_targets.readable(images)
-    # What the run only warns about is found, with more detail, by `captions`.
     limit = script.text_limit(args)
     wrong = {*spf.wrong, "target"} if problems else spf.wrong
-    errors = rules.look(
+    said = rules.look(
         args, images, spf.config, wrong, sdxl=sdxl, dit=script.dit, trying=False, tokenize=tokenize, limit=limit
-    ).errors
+    )
     never = spf.config.never_aligned(args.max_train_steps)
     found = [
         Finding("error", "never-aligned" if problem in never else "stops", problem)
-        for problem in (*name_problems(args), *problems, *errors)
+        for problem in (*name_problems(args), *problems, *said.errors)
     ]
+    # What is of captions, `captions` says with more detail.
+    found += [Finding("warning", "warns", warning) for warning in said.warnings]
     if for_host:
         found += [*_module(args), *trainer.look(args, data, model), *_options(args, data, is_dit=script.is_dit)]
     found += _together(args, spf, data)

@@ -11,7 +11,7 @@ from spf_plugin.tools.check import dit_options
 from spf_plugin.tools.check.dataset import Data
 from spf_plugin.tools.check.family import Family, of_model
 from spf_plugin.tools.check.findings import Finding
-from spf_plugin.tools.check.host_options import CHOICES, OF_SCRIPT, having
+from spf_plugin.tools.check.host_options import OF_SCRIPT, having
 from spf_plugin.tools.check.source import HostArgs
 
 _CHANGES_TEXT = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
@@ -27,10 +27,12 @@ def look(args: HostArgs, data: Data, model: Family) -> list[Finding]:
     """
     script = model.script
     found = [*_models(args, model), *_others(args, model)]
-    length = args.max_token_length
-    if not script.is_dit and length is not None and length not in CHOICES["max_token_length"]:
-        fix = "It must be 150 or 225, or left out."
-        found.append(Finding("error", "max-token-length", f"max_token_length is {length}", fix))
+    length, read = args.max_token_length, script.text_limit(args)
+    if not script.is_dit and length is not None and length != read:
+        level = "error" if length < read else "warning"
+        what = "sd-scripts fails at its first caption" if length < read else f"sd-scripts reads {read} tokens"
+        fix = "Write 150 or 225, or leave it out."
+        found.append(Finding(level, "max-token-length", f"max_token_length is {length}: {what}", fix))
     # What would be wrong with SDXL is worth saying of a guess too.
     caches = script.is_dit or model.certain in ("", "sdxl")
     if caches and any(args.given.get(name) for name in TEXT_CACHES):
