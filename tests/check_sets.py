@@ -328,6 +328,8 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ),
     ("stops", "error", lambda r: r.set(save_model_as="ckpt")),
     ("stops", "error", lambda r: r.set(output_name="好" * 82)),
+    ("stops", "error", lambda r: r.set(output_name="portraits/hair")),
+    ("stops", "error", lambda r: r.set(output_dir=" /data/model")),
     ("stops", "error", lambda r: r.set(output_name="好" * 80, save_every_n_steps=100)),
     ("stops", "error", lambda r: r.set(network_train_text_encoder_only=True)),
 ]

@@ -422,6 +422,7 @@ def test_spf_config_is_found_beside_the_data(run: Run) -> None:
         (["run.toml", "--seed"], "argument --seed: expected one argument"),
         (["run.toml", "--seed", "x", "--max_train_steps"], "2 problems"),
         (["run.toml", "--sdpa", "true"], "stray word 'true'"),
+        (["run.toml", "--network_args", "spf_map=soft", "--network_args", "conv_dim=4"], "network_args is given 2 times"),
         (["run.toml", "--seed", "x"], "--seed takes a whole number, not 'x'"),
         (["run.toml", "--mixed_precision", "fp8"], "--mixed_precision takes one of no, fp16, bf16, not 'fp8'"),
         (["bad.toml"], "bad.toml is not valid TOML"),
@@ -512,6 +513,8 @@ FAULTS: dict[str, Callable[[Run], object]] = {
     "compiled": lambda r: r.set(torch_compile=True),
     "inpainting": lambda r: r.set(train_inpainting=True),
     "no output": lambda r: r.set(output_dir="run.toml/loras"),
+    "output elsewhere": lambda r: r.set(output_dir=" /data/model"),
+    "no folder for the name": lambda r: r.set(output_name="portraits/hair"),
     "prefix not cached": lambda r: (r.dataset(_own_subset(caption_prefix="a photo of")), _xl(r)),
     "old cache": _changed_caption,
     "network on a base": lambda r: r.args("spf_target=blonde hair", "spf_base=int8", "spf_network=networks.dylora"),
@@ -612,8 +615,10 @@ def test_every_rule_has_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "trainer_problem",
         "_dit_problems",
         "_noisy_text",
+        "_skipped_warnings",
         "by_encoding",
-    )  # of the run alone, as what the device says
+        "repeated",
+    )  # of the run alone, as what the device says; warnings; and the command line's
     rules = [
         m
         for m in all_messages()

@@ -176,7 +176,10 @@ def look(
         errors.append(
             "--train_inpainting gives the UNet nine channels, and SPF knows four: the noisy latents. Remove the option."
         )
-    if getattr(args, "output_dir", None):
+    into = getattr(args, "output_dir", None)
+    if into and into != into.strip():  # of "/data" it makes another, relative path, and nobody sees it
+        errors.append(f"--output_dir {into!r} begins or ends with a space: the files would lie elsewhere. Take it away.")
+    elif into:
         reason = unwritable(Path(args.output_dir), trying=trying)
         if reason:  # the host would find out when it saves, after hours
             errors.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")

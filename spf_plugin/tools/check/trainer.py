@@ -30,7 +30,7 @@ def look(args: HostArgs, data: Data, model: Family) -> list[Finding]:
     length, read = args.max_token_length, script.text_limit(args)
     if not script.is_dit and length is not None and length != read:
         level = "error" if length < read else "warning"
-        what = "sd-scripts fails at its first caption" if length < read else f"sd-scripts reads {read} tokens"
+        what = "sd-scripts from v0.10 on fails at its first caption" if length < read else f"sd-scripts reads {read} tokens"
         fix = "Write 150 or 225, or leave it out."
         found.append(Finding(level, "max-token-length", f"max_token_length is {length}: {what}", fix))
     # What would be wrong with SDXL is worth saying of a guess too.
