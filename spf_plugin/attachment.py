@@ -249,8 +249,9 @@ class Attachment:
         ]
         if self.config.compares_attention and not any(query.requires_grad for query in queries):
             raise SPFError(
-                "the cross-attention queries carry no gradient (reentrant gradient checkpointing?), so the alignment "
-                "losses would train nothing. Run without --gradient_checkpointing, or report this host."
+                f"the queries of {self.layers[-1].name} and before carry no gradient, so the losses on attention and "
+                "queries would train nothing. Are all trained modules behind it? Then compare later layers: spf_layers="
+                f"{self.family.layers('all')[-1].name}. Else run without --gradient_checkpointing, or report the host."
             )
         self._checked = True
 

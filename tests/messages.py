@@ -24,6 +24,7 @@ MADE = {
         "_target_problems",
         "_dit_problems",
         "_dropout_problems",
+        "_early_layers",
         "_noisy_text",
         "_skipped_warnings",
         "repeated",

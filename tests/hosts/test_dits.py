@@ -239,6 +239,18 @@ def test_the_reference_with_blocks_whose_graph_is_offloaded(dit: Dit) -> None:
 
 
 @pytest.mark.kinds("flux")
+def test_a_lora_of_single_blocks_alone_needs_other_layers(dit: Dit) -> None:
+    """Those of `last` lie before it. What is compared is then itself trained."""
+    words = ("train_double_block_indices=none", "train_single_block_indices=0")
+    refused = dit.train(*EVERY_STEP, *words)
+    assert "train_double_block_indices=none: only single blocks are trained" in refused.message
+    assert "running training" not in refused.log
+    behind = dit.train(*EVERY_STEP, *words, "spf_layers=single_blocks", max_train_steps=2)
+    assert behind.tensors().keys() == dit.plain(*words, max_train_steps=2).tensors().keys()
+    assert "drift=" in behind.log
+
+
+@pytest.mark.kinds("flux")
 def test_nothing_is_drawn_in_the_reference(dit: Dit) -> None:
     """`networks.lora_flux` draws noise for GGPO in each of its modules, and adds it to their output."""
     drawing = ("ggpo_beta=0.01", "ggpo_sigma=0.03", "rank_dropout=0.1", "module_dropout=0.1")

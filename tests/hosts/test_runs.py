@@ -78,8 +78,8 @@ def test_a_resumed_run_whose_steps_are_all_skipped_says_so(host: Host) -> None:
     again = host.train(*settings, **flags, max_train_steps=4, resume=state, skip_until_initial_step=True)
     assert again.returncode == 0, again.log[-3000:]
     assert "skips 2 times as many epochs as it should" in again.said
-    kept = load_file(state / "model.safetensors")
-    if all(torch.equal(tensor, again.tensors()[name]) for name, tensor in kept.items()):
+    before, after = load_file(state / "model.safetensors"), again.tensors()
+    if all(torch.equal(tensor, after[name]) for name, tensor in before.items()):
         assert "the run ended before its first step" in again.said
 
 

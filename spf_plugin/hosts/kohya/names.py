@@ -39,8 +39,8 @@ def name_problems(args: Any, *, windows: bool = os.name == "nt") -> list[str]:
         found.append(f"--output_name {name!r}: no file can have {refused[0]!r} in its name. Leave it out.")
     elif folder and not Path(getattr(args, "output_dir", None) or "", folder).is_dir():
         found.append(
-            f"--output_name {name!r} is in a folder {folder!r} that is not there, and sd-scripts makes none for it: the "
-            "first save would fail. Make it, or put it into --output_dir."
+            f"--output_name {name!r} is in a folder {folder!r} that is not there, and sd-scripts makes none for it: "
+            "the first save would fail. Make it, or put it into --output_dir."
         )
     endings = [ending for option, ending in _ENDINGS.items() if not option or getattr(args, option, None)]
     longest = len(own.encode(errors="replace")) + max(map(len, endings))

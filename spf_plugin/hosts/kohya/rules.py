@@ -31,6 +31,8 @@ DEFAULT_NETWORK = "networks.lora"
 FP8_BASES = ("fp8_base", "fp8_base_unet")  # either shrinks the frozen UNet
 FP8_SCALED = "fp8_scaled"  # HunyuanImage's, whose layers hold a scale beside each weight
 MUCH_DROPOUT = 0.3  # of the captions
+#: Words of FLUX's network with which it has no module in a double block.
+NO_DOUBLE_BLOCKS = (("train_blocks", "single"), ("train_double_block_indices", "none"))
 GEMMA_STEP = 8  # Lumina's text is padded to a multiple of it
 SUPPORTED = (
     "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_, sd3_, flux_, lumina_ and "
@@ -178,7 +180,7 @@ def look(
         )
     into = getattr(args, "output_dir", None)
     if into and into != into.strip():  # of "/data" it makes another, relative path, and nobody sees it
-        errors.append(f"--output_dir {into!r} begins or ends with a space: the files would lie elsewhere. Take it away.")
+        errors.append(f"--output_dir {into!r} begins or ends with a space: files would lie elsewhere. Take it away.")
     elif into:
         reason = unwritable(Path(args.output_dir), trying=trying)
         if reason:  # the host would find out when it saves, after hours
@@ -265,10 +267,26 @@ def _dit_problems(args: Any, config: SPFConfig, wrong: Collection[str], dit: Dit
             "queries would train nothing. Use --gradient_checkpointing alone, or set spf_text_consistent_multiplier=0 "
             "and spf_fine_grained_multiplier=0."
         )
+    found += _early_layers(args, config, dit)
     if config.base != "off" and getattr(args, "blocks_to_swap", None):
         found.append(
             f"spf_base={config.base} and --blocks_to_swap cannot go together: the host moves weights that are no "
             "longer there. Leave one of them out."
+        )
+    return found
+
+
+def _early_layers(args: Any, config: SPFConfig, dit: Dit) -> list[str]:
+    """Where all layers that are compared lie before the first module that is trained."""
+    found: list[str] = []
+    _, theirs = split_words(args.network_args or [])
+    said = [f"{name}={theirs[name]}" for name, value in NO_DOUBLE_BLOCKS if theirs.get(name) == value]
+    if dit.network == "networks.lora_flux" and said and config.layers == "last" and config.compares_attention:
+        found.append(
+            f"{said[0]}: only single blocks are trained, and spf_layers=last compares double blocks, which lie before "
+            "them, so the losses on attention and queries would train nothing. Compare single blocks behind the first "
+            "trained one, such as spf_layers=single_blocks.(28|32|37), or set spf_text_consistent_multiplier=0 and "
+            "spf_fine_grained_multiplier=0."
         )
     return found
 

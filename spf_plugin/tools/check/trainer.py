@@ -29,10 +29,11 @@ def look(args: HostArgs, data: Data, model: Family) -> list[Finding]:
     found = [*_models(args, model), *_others(args, model)]
     length, read = args.max_token_length, script.text_limit(args)
     if not script.is_dit and length is not None and length != read:
-        level = "error" if length < read else "warning"
-        what = "sd-scripts from v0.10 on fails at its first caption" if length < read else f"sd-scripts reads {read} tokens"
+        short = length < read
+        what = "from v0.10 on fails at its first caption" if short else f"reads {read} tokens"
+        message = f"max_token_length is {length}: sd-scripts {what}"
         fix = "Write 150 or 225, or leave it out."
-        found.append(Finding(level, "max-token-length", f"max_token_length is {length}: {what}", fix))
+        found.append(Finding("error" if short else "warning", "max-token-length", message, fix))
     # What would be wrong with SDXL is worth saying of a guess too.
     caches = script.is_dit or model.certain in ("", "sdxl")
     if caches and any(args.given.get(name) for name in TEXT_CACHES):
