@@ -83,8 +83,10 @@ def _start(found: Read, theirs: dict[str, Any], text_encoder: Any, vae: Any, une
             with collected(problems), adapters.refusals(name, theirs):
                 network = inner.create_network(1.0, *sizes, vae, text_encoder, unet, **theirs)
         if family is not None:
+            # The response term is refused for a transformer, and its model would be downloaded for nothing.
+            unknown = wrong if host.dit is None else {*wrong, "clip"}
             with collected(problems):
-                fit(network, host, config, wrong, family)
+                fit(network, host, config, unknown, family)
     raise SPFError(problems)
 
 

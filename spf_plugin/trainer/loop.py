@@ -224,6 +224,7 @@ def train(
                 model.process.min_snr(torch.ones(1, dtype=torch.long), settings.min_snr_gamma)  # a flow has none
         if spf is not None and spf.enhances and model.family == "sd3":
             problems.append("spf_response reads pictures of SD1.x, SD2.x and SDXL only. Leave it off.")
+            wrong = {*wrong, "clip"}  # is not loaded for nothing
         if spf is not None and pictures and "target" not in wrong:
             more, warnings = check_targets(spf.target, captions, model.tokenize, model.text_limit)
             problems += [problem for problem in more if problem not in told]

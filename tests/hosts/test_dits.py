@@ -397,7 +397,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]] = {
         ("--pos_emb_random_crop_rate=0.5 puts the image somewhere else in every pass",),
     ),
     "flux": ((), {"fp8_base": True}, ("spf_base=int8 and --fp8_base both shrink",)),
-    "chroma": (("spf_network=networks.oft_flux",), {}, ("spf_base=int8 works with spf_network=networks.lora, ",)),
+    "chroma": ((), {"fp8_base": True}, ("spf_base=int8 and --fp8_base both shrink",)),
     "lumina": (
         (),
         {"weighted_captions": True, "gemma2_max_token_length": 44},
