@@ -30,8 +30,8 @@ from spf_plugin.hosts.reference import ReferenceHost
 from spf_plugin.pairs import Partner
 from spf_plugin.seam import Call
 from spf_plugin.text import map_text
-from spf_plugin.trainer.loop import Trainer
 from spf_plugin.trainer.settings import Settings
+from spf_plugin.trainer.steps import Trainer
 
 CAPTION = "a woman in a brown jacket, curtain background, smiling, blonde hair"
 TARGET = "blonde hair"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from spf_plugin.adapter import bypass as adapter
-from spf_plugin.trainer.loop import network_module
 from spf_plugin.trainer.processes import Diffusion
 from spf_plugin.trainer.settings import DEFAULT_NETWORK, PLAIN_LORA
+from spf_plugin.trainer.start import network_module
 from spf_plugin.trainer.unets import UNetModel
 
 _SD = {

@@ -35,7 +35,7 @@ MADE = {
     "adapter/quantised.py": {"problems", "device_problems"},
     "lorafile/record.py": {"problem"},
     "trainer/cache.py": {"_said"},
-    "trainer/loop.py": {"train", "_resolution_problems"},
+    "trainer/start.py": {"ready", "_resolution_problems"},
     "tools/cli/train.py": {"key_values"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }

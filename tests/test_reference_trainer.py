@@ -32,6 +32,8 @@ from spf_plugin.trainer import loop, models
 from spf_plugin.trainer.loop import train
 from spf_plugin.trainer.processes import Diffusion
 from spf_plugin.trainer.settings import Settings
+from spf_plugin.trainer.start import network_module
+from spf_plugin.trainer.steps import Trainer
 from tests import tiny
 
 HAIR = (Target("blonde hair"),)
@@ -150,13 +152,13 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(run: Any, trained
 
 def test_nothing_of_spf_is_left_on_the_trainer(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    original = loop.Trainer.__init__
+    original = Trainer.__init__
 
     def remember(self: Any, *args: Any) -> None:
         original(self, *args)
         seen.append((self, set(vars(self)), set(vars(self.accelerator))))
 
-    monkeypatch.setattr(loop.Trainer, "__init__", remember)
+    monkeypatch.setattr(Trainer, "__init__", remember)
     run("clean", SPF, steps=1)
     trainer, before, accelerator_before = seen[0]
     assert "generate_step_logs" not in vars(trainer)
@@ -202,7 +204,7 @@ def test_min_snr_weights_are_those_of_the_paper() -> None:
             target = noise[b] if kind == "epsilon" else a**0.5 * noise[b] - (1 - a) ** 0.5 * latents[b]
             weight = min(snr, 5.0) / (snr if kind == "epsilon" else snr + 1)
             expected += weight * float(((prediction[b] - target) ** 2).mean()) / 3
-        loss = loop.Trainer.loss(trainer, prediction, latents, noise, torch.arange(3))
+        loss = Trainer.loss(trainer, prediction, latents, noise, torch.arange(3))
         assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -437,7 +439,7 @@ def test_an_interrupted_run_does_not_replace_an_older_file(run: Any, monkeypatch
     older = run("older", steps=2)
     content = older.path.read_bytes()
 
-    original = loop.Trainer.loss
+    original = Trainer.loss
     calls: list[int] = []
 
     def loss(self: Any, *args: Any) -> torch.Tensor:
@@ -446,7 +448,7 @@ def test_an_interrupted_run_does_not_replace_an_older_file(run: Any, monkeypatch
             signal.raise_signal(signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(loop.Trainer, "loss", loss)
+    monkeypatch.setattr(Trainer, "loss", loss)
     before = signal.getsignal(signal.SIGINT)  # a program started in the background may have been told to ignore it
     result = run("older", steps=9)
     assert result.steps == 3
@@ -475,9 +477,9 @@ def test_lycoris_runs_eagerly_on_a_gpu_unless_it_is_told_otherwise(monkeypatch: 
 
     gpu = torch.device("cuda:0")
     monkeypatch.delenv("LYCORIS_KERNEL_BACKEND", raising=False)
-    loop.network_module(loop.DEFAULT_NETWORK)
+    network_module(loop.DEFAULT_NETWORK)
     assert dispatch.resolve_backend(None, gpu) == "torch"
 
     monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "compile")
-    loop.network_module(loop.DEFAULT_NETWORK)
+    network_module(loop.DEFAULT_NETWORK)
     assert os.environ["LYCORIS_KERNEL_BACKEND"] == "compile"

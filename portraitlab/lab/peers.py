@@ -43,8 +43,9 @@ from spf_plugin.families import known
 from spf_plugin.families.base import Family, Text
 from spf_plugin.seam import Call, intercepted
 from spf_plugin.text import map_text
-from spf_plugin.trainer.loop import Attach, Trainer
+from spf_plugin.trainer.loop import Attach
 from spf_plugin.trainer.models import from_pipeline
+from spf_plugin.trainer.steps import Trainer
 
 CLASS_IMAGES = 48
 

@@ -29,8 +29,9 @@ from spf_plugin import patching
 from spf_plugin.attachment import Attachment
 from spf_plugin.pairs import Partner
 from spf_plugin.text import map_text
-from spf_plugin.trainer.loop import Attach, Trainer
+from spf_plugin.trainer.loop import Attach
 from spf_plugin.trainer.settings import Settings
+from spf_plugin.trainer.steps import Trainer
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

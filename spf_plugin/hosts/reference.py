@@ -15,7 +15,7 @@ from spf_plugin.core.schedule import Discrete
 from spf_plugin.families.base import Text
 
 if TYPE_CHECKING:
-    from spf_plugin.trainer.loop import Trainer
+    from spf_plugin.trainer.steps import Trainer
 
 
 class ReferenceHost:
