@@ -51,6 +51,7 @@ OnlyTarget = Annotated[str | None, typer.Option(help="Only this target.", show_d
 OnlyData = Annotated[str | None, typer.Option(help="Only these training pictures.", show_default="all")]
 OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons.", show_default="all")]
 OnlyEvaluationSeed = Annotated[int | None, typer.Option(help="Only with these persons.", show_default="all")]
+OfBase = Annotated[str, typer.Option(help=f"Of this embedded model: {', '.join(results.BASES)}.")]
 RUNS = Path("runs/lab")
 PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md")]
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
@@ -77,6 +78,12 @@ def _check(rows: list[str], targets: list[str], data: str) -> None:
         problems.append(f"--data {data!r}: choose one of {', '.join(DATA)}")
     if problems:
         raise SPFError(problems)
+
+
+def _read(out: Path | None, base: str) -> list[results.Result]:
+    """What was measured on one of the embedded models."""
+    known = results.read(None if out is None else out / "results").values()
+    return [result for result in known if result.base == base]
 
 
 def _rows(text: str) -> list[str]:
@@ -161,7 +168,7 @@ def sequence(
         for seed in _numbers(seeds, "--seeds", int):
             for row in _rows(rows):
                 bench.run_sequence(task, names, Point(row, learning_rate, seed))
-    found = list(results.read(out / "results").values())
+    found = _read(out, results.base_of(model))
     console.print(tables.terminal(*tables.sequences(found, tuple(names)), "drift x 1000", console.width))
 
 
@@ -223,6 +230,7 @@ def table(
     data: OnlyData = None,
     prompts: OnlyPrompts = None,
     evaluation_seed: OnlyEvaluationSeed = None,
+    base: OfBase = "unet",
     rows: Annotated[str | None, typer.Option(help="Only these rows.", show_default="all")] = None,
     columns: Annotated[str | None, typer.Option(help=f"Only these of {', '.join(tables.COLUMNS)}.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown, for the documentation.")] = False,
@@ -233,7 +241,7 @@ def table(
     console = Console(soft_wrap=True)
     measures = list(tables.COLUMNS) if columns is None else columns.split(",")
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
-    known = list(results.read(None if published or compare else out / "results").values())
+    known = _read(None if published or compare else out, base)
     names = {*ROWS, *(result.row for result in known)}  # earlier ones, which nobody can train any more, have results
     for option, name in (("--beside", beside), ("--relative", relative)):
         if name is not None and name not in names:
@@ -244,6 +252,8 @@ def table(
             "--at, --sequences, --compare, --across, --together, --beside and --relative are different tables: ask "
             "for one at a time"
         )
+    if base not in results.BASES:
+        unknown.append(f"--base {base!r}: choose one of {', '.join(results.BASES)}")
     if compare is not None and not compare.exists():
         unknown.append(f"--compare: there is no file or folder {compare}")
     if unknown:
@@ -253,7 +263,7 @@ def table(
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     if compare is not None:
-        others = [r for r in results.stored(compare).values() if chosen is None or r.row in chosen]
+        others = [r for r in results.stored(compare).values() if r.base == base and (chosen is None or r.row in chosen)]
         shown = _compared(found, others, measures, only)
     elif across or together or beside is not None or relative is not None:
         shown = _across(found, together, beside, relative, measures, only)
@@ -368,6 +378,7 @@ def plot(
     data: OnlyData = None,
     prompts: OnlyPrompts = None,
     evaluation_seed: OnlyEvaluationSeed = None,
+    base: OfBase = "unet",
     rows: Annotated[
         str | None, typer.Option(help="Only these rows.", show_default="the methods, without their variants")
     ] = None,
@@ -375,18 +386,19 @@ def plot(
     out: Out = RUNS,
 ) -> None:
     """Draw response against drift, a curve a method, for every task with a sweep."""
-    found = list(results.read(out / "results").values())
+    found = _read(out, base)
     methods = [name for name in ROWS if name in METHODS or not name.startswith(VARIANTS)]
     shown = methods if rows is None else _rows(rows)
     only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     into.mkdir(parents=True, exist_ok=True)
+    prefix = "" if base == "unet" else f"{base}-"
     for task in results.tasks(found):
         if not _chosen(task, only):
             continue
         group = [r for r in found if r.about(task) and r.row in (*shown, "base")]
         drawing = plots.response_against_drift(group, task.goal.phrase)
         if drawing is not None:
-            path = into / f"{task.target}-{task.data}-{task.steps}-{task.prompts}-{task.evaluation_seed}.png"
+            path = into / f"{prefix}{task.target}-{task.data}-{task.steps}-{task.prompts}-{task.evaluation_seed}.png"
             path.write_bytes(drawing)
             print(path)
 

@@ -16,6 +16,7 @@ from portraitlab.lab.rows import Row
 from portraitlab.lab.tasks import Task
 from portraitlab.lab.training import MIN_SNR_GAMMA, RANK
 from portraitlab.model_files import MODEL_FOLDER
+from spf_plugin.errors import SPFError
 
 #: What was measured for docs/lab.md.
 PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
@@ -23,9 +24,13 @@ PUBLISHED = Path(__file__).parents[2] / "docs" / "lab.jsonl"
 PLAIN_FACTS = ("spf_target", "spf_train", "spf_base")
 
 
+#: The embedded models: the folder of the denoiser in each.
+BASES: Mapping[str, str] = {"unet": "unet", "dit": "transformer"}
+
+
 @dataclass(frozen=True)
 class Result:
-    """One measured LoRA (or, as row `base`, the untuned model)."""
+    """One measured LoRA (or, as row `base`, the untuned model), of one of `BASES`."""
 
     key: str
     row: str
@@ -33,15 +38,28 @@ class Result:
     seed: int
     task: Mapping[str, Any]
     scores: Mapping[str, float]
+    base: str = "unet"
 
     def about(self, task: Task) -> bool:
         """Whether it belongs to a task."""
         return Task.of(self.task) == task
 
 
+def base_of(model: Path) -> str:
+    """Which of `BASES` a folder has.
+
+    Raises:
+        SPFError: none.
+    """
+    for base, part in BASES.items():
+        if any((model / part).glob("*.safetensors")):
+            return base
+    raise SPFError(f"--model {model} is no embedded model: it has neither {' nor '.join(BASES.values())}.")
+
+
 @lru_cache
 def _fingerprint(model: Path) -> str:
-    (weights,) = (path for part in ("unet", "transformer") for path in (model / part).glob("*.safetensors"))
+    (weights,) = (model / BASES[base_of(model)]).glob("*.safetensors")
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
@@ -65,8 +83,15 @@ def write(folder: Path, result: Result) -> None:
     """Keep a result in a file of its own, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{result.key}.part"
-    aside.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+    aside.write_text(_line(result), encoding="utf-8")
     os.replace(aside, folder / f"{result.key}.json")
+
+
+def _line(result: Result) -> str:
+    facts = asdict(result)
+    if result.base == "unet":  # most results, and all from before there was another
+        del facts["base"]
+    return json.dumps(facts) + "\n"
 
 
 def read(folder: Path | None, published: Path | None = None) -> dict[str, Result]:
@@ -86,9 +111,12 @@ def stored(place: Path) -> dict[str, Result]:
 def publish(results: Iterable[Result], path: Path | None = None) -> None:
     """Write results as one file, a line each, in a stable order."""
     path = path or PUBLISHED
-    rows = sorted(results, key=lambda r: (json.dumps(r.task, sort_keys=True), r.row, r.learning_rate, r.seed, r.key))
+    rows = sorted(
+        results,
+        key=lambda r: (r.base != "unet", json.dumps(r.task, sort_keys=True), r.row, r.learning_rate, r.seed, r.key),
+    )
     aside = path.with_suffix(".part")
-    aside.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    aside.write_text("".join(map(_line, rows)), encoding="utf-8")
     os.replace(aside, path)
 
 

@@ -121,7 +121,8 @@ class Bench:
         pictures, bare = evaluator.draw(pipeline, label)
         self._picture(key, pictures)
         scores = evaluator.scores(pictures, bare, pipeline) | {"step_seconds": round(seconds, 4)}
-        found = Result(key, point.row, point.learning_rate, point.seed, task.facts, scores)
+        base = results.base_of(self.model)
+        found = Result(key, point.row, point.learning_rate, point.seed, task.facts, scores, base)
         results.write(self.out / "results", found)
 
     def _untuned(self, evaluator: Evaluator) -> None:
@@ -134,7 +135,7 @@ class Bench:
         self._picture(key, pictures)
         self._picture(f"{key}-without", evaluator.base)
         scores = evaluator.scores(pictures, bare, pipeline)
-        results.write(self.out / "results", Result(key, "base", 0, 0, task.facts, scores))
+        results.write(self.out / "results", Result(key, "base", 0, 0, task.facts, scores, results.base_of(self.model)))
 
     def picture(self, key: str) -> Path:
         """Where the pictures of a result are shown."""

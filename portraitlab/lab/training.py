@@ -16,6 +16,11 @@ from spf_plugin.trainer.settings import Settings
 RANK, MIN_SNR_GAMMA = 8, 5.0
 
 
+def is_flow(model: Path) -> bool:
+    """Whether a folder's model predicts a flow, whose errors min-SNR does not weigh."""
+    return (model / "transformer").is_dir()
+
+
 def train_row(
     task: Task, row: Row, learning_rate: float, seed: int, model: Path, out: Path, device: str, label: str, show: Show
 ) -> float:
@@ -35,7 +40,7 @@ def train_row(
         learning_rate=learning_rate,
         batch_size=task.batch,
         seed=seed,
-        min_snr_gamma=MIN_SNR_GAMMA,
+        min_snr_gamma=0 if is_flow(model) else MIN_SNR_GAMMA,
         device=device,
     )
     attach, batches = None, 1  # of an optimiser step

@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from portraitlab.autoencoder import build_autoencoder
 from portraitlab.captions import DROP, caption, phrases
 from portraitlab.export_base import export
+from portraitlab.lab import app, measuring, peers, results
 from portraitlab.model_card import card
 from portraitlab.model_files import load_pipeline, sample
 from portraitlab.portraits import BALANCED_RATES, BASE_RATES, sample_person
@@ -100,6 +102,36 @@ def test_the_exported_folder_is_a_stable_diffusion_3_pipeline(tmp_path, random_e
     assert "| hat |" in page
     assert "(hat, scarf, earrings) were never shown" in page
     assert page.count("\\\n") == 1  # of the command in two lines
+
+
+def test_the_lab_trains_and_measures_on_it_and_keeps_it_apart(tmp_path, random_encoders, monkeypatch):
+    """A plain LoRA, SPF and a peer that makes noise of its own, on an untrained transformer."""
+    work = tmp_path / "work"
+    for folder in random_encoders:
+        shutil.copytree(folder, work / folder.name)
+    recipe = FlowMatching(*load_encoders(random_encoders), seed=0, device="cpu")
+    trainer = Trainer(recipe, images=4, batch=2, lr=1e-3, seed=0, device="cpu")
+    persons = [sample_person(np.random.default_rng(0), BASE_RATES) for _ in range(4)]
+    trainer.train_step(torch.randn(4, 4, 16, 16).half(), persons)
+    trainer.save(work / "base.pt")
+    build_autoencoder().save_pretrained(work / "vae")
+    folder, _ = export(work, tmp_path / "model")
+    monkeypatch.setattr(results, "PUBLISHED", tmp_path / "lab.jsonl")
+    monkeypatch.setattr(peers, "CLASS_IMAGES", 2)
+    monkeypatch.setattr(measuring, "SAMPLER_STEPS", 2)
+    words = ["--rows", "plain,spf,prior-preservation-1", "--seeds", "0", "--steps", "4", "--prompts", "2"]
+    done = CliRunner().invoke(app.app, ["run", *words, "--out", str(tmp_path / "lab"), "--model", str(folder)])
+    assert done.exit_code == 0, done.output
+    found = results.read(tmp_path / "lab" / "results", tmp_path / "none")
+    assert sorted(result.row for result in found.values()) == ["base", "plain", "prior-preservation-1", "spf"]
+    assert {result.base for result in found.values()} == {"dit"}
+    assert all(np.isfinite(list(result.scores.values())).all() for result in found.values())
+    results.publish(found.values())
+    assert results.stored(tmp_path / "lab.jsonl") == found
+    for base, shown in (("dit", True), ("unet", False)):
+        table = CliRunner().invoke(app.app, ["table", "--base", base, "--out", str(tmp_path / "lab")])
+        assert ("prior-preservation-1" in table.output) == shown
+    assert "choose one of unet, dit" in CliRunner().invoke(app.app, ["table", "--base", "x"]).output
 
 
 def test_what_a_phrase_claims_is_true_of_whom_captions_describe_with_it():
