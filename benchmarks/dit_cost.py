@@ -62,7 +62,7 @@ class Host(ReferenceHost):
         super().__init__(
             SimpleNamespace(
                 accelerator=Accelerator(Setup()),
-                model=SimpleNamespace(unet=model),
+                model=SimpleNamespace(denoiser=model),
                 batch={"captions": [CAPTION]},
                 settings=SimpleNamespace(steps=STEPS),
             )  # type: ignore[arg-type]

@@ -230,7 +230,7 @@ def test_the_command_line_wins_and_is_read_as_the_host_reads_it(run: Run) -> Non
         ("--base_weights A B --base_weights_multiplier 0.5 -1", {"base_weights_multiplier": [0.5, -1.0]}),
         ("--text_encoder_lr 1e-5 1e-5", {"text_encoder_lr": [1e-5, 1e-5]}),
         ("--lr_warmup_steps 10% --sdp --learning_rate -1", {"lr_warmup_steps": 0.1, "sdpa": True}),
-        ("--network_args spf_target=a --network_args", {"network_args": []}),
+        ("--network_args spf_target=a --seed 1", {"network_args": ["spf_target=a"]}),
     ],
 )
 def test_lists_numbers_and_switches_of_the_command_line(
@@ -793,7 +793,7 @@ LINES = [
     *([f"--{name}=1"] for name in ("sdpa", "seed", "network_args", "output_dir")),
     *(line.split(" ") for line in (
         "--optimizer_args weight_decay=0.1 betas=0.9,0.99 --seed 1", "--base_weights a.safetensors b.safetensors",
-        "--text_encoder_lr 1e-5", "--network_args spf_target=hair conv_dim=4 --sdpa --network_args conv_dim=8",
+        "--text_encoder_lr 1e-5", "--optimizer_args a=1 b=2 --sdpa --optimizer_args c=3",
         "--max-train-steps 7", "--max_train_s 7", "--save 7", "--resolution 512,512", "--learning_rate -1e-4",
         "--lr_warmup_steps 10%", "--lr_warmup_steps 0.1", "--lr_warmup_steps 1.5", "--lr_warmup_steps 5",
         "--learning_rate 1e-4 1e-5", "stray --sdpa", "--sdpa stray", "--seed 1 stray", "--nothing 1", "-x 1",
