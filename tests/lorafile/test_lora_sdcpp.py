@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from spf_plugin.lorafile import inspect, loaders, names, writer
 from tests.lorafile import helpers as h
+from tests.lorafile import kinds
 from tests.lorafile.conftest import interpreter
 
 SCRIPT = """
@@ -211,3 +212,40 @@ def test_verdicts_are_what_it_does(model: Model, kind: str) -> None:
     assert run.total > 0
     assert (run.used == run.total) == (verdict.status == "loads"), run.log[-3000:]
     assert (verdict.status == "loads") == (kind == "lokr")
+
+
+#: What it does with more kinds of file: LoKr whose second factor is whole, and Tucker kernels, are taken for something
+#: else; one of them stops it; alphas of any type are read.
+KINDS = {
+    "lokr": "right", "loha": "right", "int64 alpha": "right", "float64 alpha": "right",
+    "lokr, whole": "wrong", "locon, tucker": "wrong", "loha, tucker": "wrong", "lokr, tucker": "stops",
+}  # fmt: skip
+SAID = {"right": "loads", "wrong": "differs", "stops": "fails"}
+
+
+@pytest.mark.parametrize("model", ["sd1"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_is_the_merged_models_exactly_where_our_verdict_says_so(model: Model, kind: str) -> None:
+    parts = modules_without_weights("sd1")["unet"].named_modules()
+    layers = {f"unet/{path}": layer for path, layer in parts if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)}
+    built = kinds.build(
+        kind, "sd1", {path: torch.zeros(layer.weight.shape) for path, layer in layers.items()}, scale=0.3
+    )
+    path = model.folder / f"{kind}.safetensors"
+    save_file({key: value.contiguous().clone() for key, value in built.tensors.items()}, path, built.metadata)
+    contents = inspect.from_file(path)
+    (verdict,) = (v for v in loaders.verdicts(contents, inspect.describe(contents)) if v.loader == "sd.cpp")
+    assert verdict.status == SAID[KINDS[kind]]
+    model.write()
+    plain = model.run()
+    if KINDS[kind] == "stops":
+        with pytest.raises(AssertionError):
+            model.run(path)
+        return
+    applied = model.run(path)
+    model.write({tuple(name.partition("/")[::2]): delta for name, delta in built.meant.items()})  # type: ignore[misc]
+    merged = model.run()
+    changed, apart = (np.abs(applied.image - other.image).mean() for other in (plain, merged))
+    print(f"{kind}: {applied.used} of {applied.total} tensors; LoRA - base {changed:.2f}, - merged {apart:.2f}")
+    assert changed > 2
+    assert (apart < 0.05 * changed) == (KINDS[kind] == "right")
