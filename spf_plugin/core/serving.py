@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from spf_plugin.core import words as w
@@ -32,7 +33,8 @@ _OTHERS = w.WHILE | w.INTRANSITIVE  # behind these, a clause tells of somebody e
 _BEFORE_NOUN = w.PREPOSITIONS | w.DETERMINERS
 # Where a word of these begins, the language is not one whose nouns stand side by side ("a hat box").
 _NO_COMPOUNDS = re.compile(
-    r"[\u0400-\u04ff].*|avec|sans|aux?|à|en|dans|portant|tenant|porte|qui|coiffée?|vêtue?|con|sin|senza|com|sem|lleva|indossa"
+    r"[\u0400-\u04ff].*|avec|sans|aux?|à|en|dans|portant|tenant|porte|qui|coiffée?|vêtue?|de|con|sin|senza|com|sem|lleva|indossa|"
+    "mit|ohne|trägt|hält|eine?[nmr]?"
 )
 _PLURAL = re.compile(r"\w{2,}[^siu\W]s")  # or a verb: "jumps", but not "glass", "this", "cactus"
 
@@ -47,9 +49,12 @@ class Clause:
     signs: list[int]  # which of them are
 
     @classmethod
-    def read(cls, text: str) -> Clause:
+    def read(cls, text: str, unread: Collection[int] = ()) -> Clause:
+        """`unread`: characters that are no sign here."""
         words, starts, ends = [], [], []
         for match in _TOKEN.finditer(text):
+            if match.start() in unread:
+                continue
             word = unicodedata.normalize("NFC", match.group().lower().replace("’", "'"))
             words.append(word if word[0].isalnum() or word in w.AND | w.AUXILIARIES else "")
             starts.append(match.start())
@@ -100,8 +105,15 @@ class _Lead:
     kind: str
 
 
+def _has(clause: Clause, i: int) -> bool:
+    language = w.HAS.get(clause.word(i))
+    return bool(language and language.fullmatch(clause.word(i + 1)))
+
+
 def _opener(clause: Clause, phrase: int) -> tuple[int, str]:
     last = clause.word(phrase - 1)
+    if _has(clause, phrase - 1):
+        return phrase - 1, "verb"
     if last == "whose":
         return phrase - 1, "whose"
     if (begin := _unit_before(clause, phrase, w.VERB_UNITS)) < phrase:
@@ -151,17 +163,23 @@ def _lead(clause: Clause, target: int, behind: int) -> _Lead:
     described = target
     while _describes(clause, described - 1, target):
         described -= 1
+        if clause.word(described - 1) in w.AND and _describes(clause, described - 2, target):
+            described -= 1  # "a black and white dress"
     described = _noun_phrase(clause, described, target, behind)
     phrase = described
-    while clause.word(phrase - 1) in w.DETERMINERS:
+    if clause.word(phrase - 1) in ("de", "d'") and _has(clause, phrase - 2):
+        phrase -= 1  # "elle a de longs cheveux"
+    while clause.word(phrase - 1) in w.DETERMINERS and not _has(clause, phrase - 1):
         phrase -= 1
     if clause.word(phrase - 1) in w.OF and clause.word(phrase - 2) in w.MEASURES:  # "a pair of sunglasses"
         phrase -= 2
         while clause.word(phrase - 1) in w.DETERMINERS:
             phrase -= 1
     opener, kind = _opener(clause, phrase)
-    if not kind and phrase == described:  # "long blonde hair" alone: "long" is not ours to take
-        return _Lead(target, target, target, target, "")
+    if not kind and phrase == described:
+        if w.is_adjective(clause.word(behind - 1)):  # "long blonde and curly hair": all of it is of the hair
+            described = target
+        return _Lead(described, described, described, described, "")
     if (
         clause.word(opener) in ("with", "by")
         and len(clause.word(opener - 1)) > 4
@@ -173,9 +191,12 @@ def _lead(clause: Clause, target: int, behind: int) -> _Lead:
         while clause.word(predicate - 1) in w.AUXILIARIES | w.ADVERBS:
             predicate -= 1
     everything = predicate
-    whose = next((i for i in range(opener - 1, max(opener - _LONG, 0) - 1, -1) if clause.word(i) == "whose"), None)
-    if kind == "is" and whose is not None:  # "whose hair is blonde"
+    whose = next((i for i in range(predicate - 1, max(predicate - _LONG, 0) - 1, -1) if clause.word(i) == "whose"), None)
+    owned = clause.word(predicate - 1) in w.BODY and clause.word(predicate - 2) in w.POSSESSIVES
+    if kind in ("verb", "is") and whose is not None:  # "whose hair is blonde"
         everything = whose
+    elif kind in ("verb", "is") and owned and not clause.word(predicate - 3):
+        everything = predicate - 2  # "a child, her cheeks decorated with face paint"
     elif (kind in ("verb", "is") and clause.word(everything - 1) in w.RELATIVES) or (
         kind in ("verb", "is", "prep") and clause.word(everything - 1) in w.AND | w.WHILE
     ):
@@ -267,9 +288,14 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
             last = behind  # "a portrait [in the cyberpunk style] of a nun"
     begin, stop = first, last
     following = clause.word(last)
-    if lead.kind == "whose" or (not lead.kind and alone and following in w.AUXILIARIES | {"has", "have", "had"}):
+    about = following in w.AUXILIARIES | {"has", "have", "had"}
+    about = about or (clause.word(lead.phrase) in w.POSSESSIVES and _is_participle(following))
+    if lead.kind == "whose" or (not lead.kind and alone and about):
         begin = lead.opener  # "her blonde hair is tied back": all of the clause is about the target
-        stop = clause.end_from(stop)
+        acting = clause.word(last + 1) in w.INTRANSITIVE and clause.word(last + 2) in w.WHERE
+        stop = last + 2 if acting else clause.end_from(stop)  # "[a dog is lying] on a couch"
+    elif not lead.kind and not clause.word(last + 1) and (relative := _relative(clause, lead.phrase, following)) >= 0:
+        begin, stop = relative, last + 1
     elif following in w.AND and clause.word(last + 1):
         begin, stop = _before_and(clause, lead, first, last)
     elif lead.kind == "is" and clause.word(lead.predicate - 1) == "there":
@@ -283,6 +309,9 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
         begin = lead.phrase if says else lead.opener  # "a photo of [her] smiling": no photo smiles; `spf check` says so
     elif lead.kind == "prep":
         begin = lead.everything
+        finite = following in w.AUXILIARIES or (_PLURAL.fullmatch(following) and not following.endswith("doors"))
+        if finite and clause.word(begin - 1) in w.INTRANSITIVE:
+            begin -= 1  # "a woman [sitting in a wheelchair] feeds pigeons"
         if not clause.word(last):  # "a man who is in a car": nothing is left that he is
             while clause.word(begin - 1) in w.AUXILIARIES | w.RELATIVES:
                 begin -= 1
@@ -292,6 +321,15 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
         begin = lead.everything
     left = clause.starts[begin] if begin < first else start
     return left, clause.ends[stop - 1] if stop > behind else end
+
+
+def _relative(clause: Clause, phrase: int, verb: str) -> int:
+    """Where a German clause with its verb at the end begins, "die einen Hut trägt"; -1 if there is none."""
+    if verb in w.VERBS or verb == "hat":
+        for i in (phrase - 1, phrase):
+            if clause.word(i) in ("die", "der", "das") and not clause.word(i - 1):
+                return i
+    return -1
 
 
 def acts(clause: Clause, i: int) -> bool:

@@ -22,6 +22,7 @@ DETERMINERS = _set(
     "une le la les l' du des son sa ses leur leurs deux trois ein eine einen einem einer der das dem seine seinem "
     "seiner ihre ihrem ihrer el los las una unos unas su sus il lo gli uno um uma seu sua een het zijn haar"
 )
+POSSESSIVES = _set("her his their its my your our")
 MEASURES = _set("pair pairs set sets piece pieces couple bunch lot lots kind type paire")
 OF = _set("of de d' di von")
 STYLES = _set("style aesthetic manner")
@@ -47,14 +48,15 @@ PREPOSITION_UNITS = _units(
 VERBS = _set(
     "wears wear wore has have had holds hold held carries carry carried sports rides plays reads eats drinks uses "
     "shows features includes porte portant tient tenant ayant arborant держит держащий держащая носит носящая имеет "
-    "надел надела несёт несет trägt hält lleva llevando sostiene indossa indossando usando vestindo segurando draagt"
+    "надел надела несёт несет trägt hält lleva llevando tiene tienen sostiene indossa indossando usando vestindo segurando draagt"
 )
 VERB_UNITS = _units(
     "dressed in|dressed as|disguised as|clad in|dressed up in|covered in|covered with|covered by|filled with|full of|"
     "made of|surrounded by|"
     "adorned with|decorated with|equipped with|armed with|coiffé de|coiffé d'|coiffée de|coiffée d'|vêtu de|vêtu d'|"
     "vêtue de|vêtue d'|vêtu en|vêtue en|habillé en|habillée en|"
-    "держит в руках|держит в руке|одетый в|одетая в|одет в|одета в"
+    "lleva puesta|lleva puesto|lleva puestas|lleva puestos|"
+    "держит в руках|держит в руке|держит на руках|одетый в|одетая в|одет в|одета в"
 )
 INTRANSITIVE = _set(
     "smiling laughing standing sitting walking running looking posing sleeping dancing crying jumping talking lying "
@@ -78,14 +80,16 @@ WHILE = _set("while as when where because but then if although comme tandis по
 BEGINS = _set(
     "stands sits stood sat seated standing walks walking looks smiles laughs poses lies lay lays leans rests runs "
     "sleeps waits kneels plays outdoors indoors alone together there here today up down away assis assise debout "
-    "souriant souriante стоит сидит идёт идет лежит смотрит"
+    "souriant souriante marche sourit regarde court joue dort стоит сидит идёт идет лежит смотрит "
+    "sitzt steht geht läuft liegt lacht lächelt schaut blickt schläft tanzt springt lehnt posiert trinkt liest spielt "
+    "sonríe ríe mira camina corre juega baila duerme espera sorride ride cammina guarda legge"
 )
 PRONOUNS = _set("i you he she it we they there il elle ils elles on он она оно они")
 PERSONS = _set(
     "man woman men women boy girl boys girls person people lady ladies guy child children kid kids couple homme femme"
 )
 #: Words that alone say nothing, where all else of a clause went with the target.
-FILLERS = DETERMINERS | AND | AUXILIARIES | ADVERBS | RELATIVES | WHILE | PRONOUNS - {"on"}
+FILLERS = DETERMINERS | AND | AUXILIARIES | ADVERBS | RELATIVES | WHILE | PRONOUNS - {"on"} | {"one", "of", "them"}
 
 # What describes a thing and stands before it. Only between a target and the words that introduce it.
 ADJECTIVES = _set(
@@ -99,6 +103,8 @@ ADJECTIVES = _set(
     "square single matching full heavy grand grande petit petite long longue beau belle joli jolie vieux vieille"
 )
 _ADJECTIVE = re.compile(
+    r"(?:lang|kurz|blond|rot|blau|grün|schwarz|weiß|braun|grau|gelb|groß|klein|dick|dünn|jung|neu|schön|bunt)e[nmrs]?|"
+    r"(?:long|court|grand|petit|beau|belle|vieille|joli|jolie|longue|courte|grande|petite)s|"
     r"\w+-\w+|\w+ish|\w{3,}(?:ful|ed)|[а-яё]{3,}(?:ый|ий|ой|ая|яя|ое|ее|ые|ие|ую|юю|ым|им|ых|их|ыми|ими|ом)"
 )
 #: What describes a thing and stands behind it.
@@ -108,13 +114,19 @@ OF_THINGS = _set(
     "made worn tied draped pulled styled braided parted swept flowing blowing cascading falling hanging framing "
     "covering crossed reaching loose fastened perched wrapped slung strapped hung dangling tucked pinned clipped"
 )
-PLACES = _set("around on over in across behind under above between down")
+PLACES = _set("around on over in across behind under above between down en")
 BODY = _set(
     "head neck face shoulder shoulders waist wrist wrists hair ear ears hand hands arm arms lap back eyes nose "
     "chest mouth finger fingers forehead leg legs foot feet hips body "
+    "brazo mano cabeza cuello cara kopf hals tête cou main "
     "teeth cheek cheeks eye eyebrow eyebrows lip lips brow chin thigh thighs knee knees ankle ankles throat"
 )
-SIDES = _set("left right upper lower")
+SIDES = _set("left right upper lower izquierdo izquierda derecho derecha gauche droite")
+#: What means "has" only before a word of its language.
+HAS = {
+    "hat": re.compile(r"eine?[nmr]?|(?:lang|kurz|blond|rot|blau|grün|schwarz|weiß|braun|grau|groß|klein|dunkl)e[nmrs]?"),
+    "a": re.compile("une?|des?|d'|les?"),
+}
 #: What a participle of a thing takes with it: "pulled low".
 DIRECTIONS = _set("low high back up down tight off open apart")
 
@@ -142,7 +154,7 @@ JA_VERB = re.compile(
     "|を[\u4e00-\u9fff]{1,2}[ぁ-ん]{0,3}?(?:[てで]いる|ながら|[むるうくぐすつぶただてで])(?![ぁ-ん])"
 )
 JA_OF = re.compile("姿?の|姿")
-JA_ADJECTIVE = re.compile("(?:(?:赤|青|黒|白|黄色|茶色|長|短|大き|小さ|新し|古)[いなの])+$")
+JA_ADJECTIVE = re.compile("(?:(?:赤|青|黒|白|黄色|茶色|長|短|大き|小さ|新し|古)[いなの])*(?:[\u4e00-\u9fff]+(?:わら)?|[ァ-ヶー]+)?$")
 #: Korean: particle and verb behind the thing; and what describes it before.
 KO_VERB = re.compile(
     r"(?:을|를|이|가)?\s{0,2}(?:쓰고 있는|입고 있는|들고 있는|끼고 있는|하고 있는|착용한|착용하고|쓴|쓰고|"
