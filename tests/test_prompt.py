@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import pytest
 from transformers import CLIPTokenizer
 
+from spf_plugin.core.clause import Clause
 from spf_plugin.core.prompt import Kind, Piece, Prompt, Spans, Target, parse_targets, split, strip_weights
 from spf_plugin.core.prompt import spans as plain_spans
-from spf_plugin.core.serving import Clause
 from spf_plugin.families.clip_tokens import spans
 from spf_plugin.tools.check.reading import is_broken
 from tests import captions_table, tiny

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise, zip_longest
 
-from spf_plugin.core import matching, serving, tidying
-from spf_plugin.core.serving import Clause
+from spf_plugin.core import listing, matching, serving, tidying
+from spf_plugin.core.clause import Clause
 from spf_plugin.core.words import AND, DETERMINERS, UNSPACED_AND_BEHIND, is_adjective
 
 LONG_PHRASE_WORDS = 8
+_NEAR = 60  # characters beside a comma that are looked at
 _SURE = 32  # tokens beyond the limit; what follows in the same word merges with fewer
 COMMA = re.compile("[,\uff0c\u3001]")  # also full-width, and Chinese and Japanese lists'
 _LONG_SPLIT = re.compile(r"(?=\s(?:with|wearing|in|and|on|at|by|standing|sitting|looking)\s)", re.IGNORECASE)
@@ -142,17 +143,13 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
     kinds = [Kind.BASE] * len(caption)
     hits: list[_Hit] = []
     small: list[int] = []
-    start = 0
-    for comma in (*COMMA.finditer(caption), None):
-        end = comma.start() if comma else len(caption)
-        found = _hits(caption[start:end], targets)
-        if found:
-            _mark_part(kinds, caption[start:end], start, found)
-            small += _small_words(kinds, caption[start:end], start, found)
-            hits += [(first + start, last + start, target) for first, last, target in found]
-        if comma:
-            kinds[end] = Kind.SEPARATOR
-            start = comma.end()
+    for comma in COMMA.finditer(caption):
+        kinds[comma.start()] = Kind.SEPARATOR
+    for part in _parts(caption, targets):
+        if part.hits:
+            _mark_part(kinds, caption, part)
+            small += _small_words(kinds, caption, part)
+            hits += [(first + part.start, last + part.start, target) for first, last, target in part.hits]
     rest = set(small)
     if any(kinds[i] is Kind.BASE and caption[i].isalnum() for i in range(len(caption)) if i not in rest):
         for i in small:  # only where something else is left: "she" says more than nothing
@@ -173,6 +170,37 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
 _Hit = tuple[int, int, Target]  # first character, the one behind the last, target
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Where a part between commas lies, the targets in it, and its own commas, which are between adjectives."""
+
+    start: int
+    end: int
+    hits: list[_Hit]
+    commas: frozenset[int] = frozenset()
+
+
+def _parts(caption: str, targets: Sequence[Target]) -> list[_Part]:
+    """The parts between the commas, from right to left joined where a target is described on both sides of one."""
+    borders = [-1, *(comma.start() for comma in COMMA.finditer(caption)), len(caption)]
+    parts: list[_Part] = []
+    for comma, end in reversed(list(pairwise(borders))):
+        start = comma + 1
+        part = _Part(start, end, _hits(caption[start:end], targets))
+        behind = parts[-1] if parts else None
+        if behind and behind.hits and not part.hits:
+            first = behind.start + behind.hits[0][0]
+            between = caption[behind.start : first]
+            if len(between) <= _NEAR and listing.is_between_adjectives(caption[max(0, end - _NEAR) : end], between):
+                moved = behind.start - start
+                joined = [(first + moved, last + moved, target) for first, last, target in behind.hits]
+                own = frozenset((end - start, *(place + moved for place in behind.commas)))
+                parts[-1] = _Part(start, behind.end, joined, own)
+                continue
+        parts.append(part)
+    return parts[::-1]
+
+
 def _hits(part: str, targets: Sequence[Target]) -> list[_Hit]:
     """Where targets stand; of two that overlap, the earlier has it, or the longer."""
     found = [(match.start(), match.end(), target) for target in targets for match in target.pattern.finditer(part)]
@@ -184,14 +212,16 @@ def _hits(part: str, targets: Sequence[Target]) -> list[_Hit]:
     return hits
 
 
-def _mark_part(kinds: list[Kind], part: str, offset: int, hits: Sequence[_Hit]) -> None:
+def _mark_part(kinds: list[Kind], caption: str, place: _Part) -> None:
     """Mark as dropped what goes with the targets of one comma-separated part, and the targets themselves."""
-    clause = Clause.read(part)
+    offset, part = place.start, caption[place.start : place.end]
+    clause = Clause.read(part, place.commas)
+    rest = caption[place.end + 1 : place.end + 1 + listing.LENGTH]
 
     def drop(start: int, end: int) -> None:
         kinds[offset + start : offset + end] = [Kind.DROPPED] * (end - start)
 
-    for first, last, target in _runs(part, clause, hits):
+    for first, last, target in _runs(part, clause, place.hits):
         start, end = _with_signs(part, first, last)
         drop(start, first)
         drop(last, end)
@@ -201,14 +231,15 @@ def _mark_part(kinds: list[Kind], part: str, offset: int, hits: Sequence[_Hit]) 
         if any(map(matching.is_unspaced, beside)):
             start, end = serving.around_unspaced(part, start, end)
         else:
-            start, end = serving.around(clause, start, end)
+            start, end = serving.around(clause, start, end, rest, opens=not offset)
         drop(start, end)
 
 
-def _small_words(kinds: Sequence[Kind], part: str, offset: int, hits: Sequence[_Hit]) -> list[int]:
+def _small_words(kinds: Sequence[Kind], caption: str, part: _Part) -> list[int]:
     """The characters of clauses that had a target, and of which nothing is left but "she" or "there"."""
-    clause = Clause.read(part)
-    replaced = [first for first, _, target in hits if target.replacement]
+    offset = part.start
+    clause = Clause.read(caption[offset : part.end], part.commas)
+    replaced = [first for first, _, target in part.hits if target.replacement]
     found: list[int] = []
     begin = 0
     for i in (*clause.signs, len(clause.words)):

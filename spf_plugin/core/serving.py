@@ -11,24 +11,15 @@ target introduces what stands behind the "and", and stays, unless that has an in
 from __future__ import annotations
 
 import re
-import unicodedata
 from bisect import bisect_left
-from collections.abc import Collection
 from dataclasses import dataclass
 
+from spf_plugin.core import listing
 from spf_plugin.core import words as w
+from spf_plugin.core.clause import LONG, OWN, Clause, begins_own, is_participle, phrase_end, unit_before
 
-_TOKEN = re.compile(
-    r"(?:[ldnsjmtc]|qu)['’](?=\w)"  # French "l'"
-    r"|(?<!\w)(?:she|he|it|they|there|who)(?=['’](?:s|re)\b)|['’](?:s|re)\b|w/(?=\s)"  # "she's", but "woman's" is one
-    r"|[\w\u0300-\u036f]+(?:['’-][\w\u0300-\u036f]+)*|\S",
-    re.IGNORECASE,
-)
 _NEAR = 24  # characters beside a target that are looked at in scripts without spaces
-_LONG = 4  # words of a phrase behind "of" and the like
 _CLAUSE = 12  # words of a clause behind "that"
-_OWN = w.PREPOSITIONS | w.VERBS | w.AUXILIARIES | w.RELATIVES | w.WHILE | w.BEGINS | w.PRONOUNS | w.ADVERBS | w.AND
-_UNITS = w.PREPOSITION_UNITS | w.VERB_UNITS
 _OTHERS = w.WHILE | w.INTRANSITIVE  # behind these, a clause tells of somebody else
 _BEFORE_NOUN = w.PREPOSITIONS | w.DETERMINERS
 # Where a word of these begins, the language is not one whose nouns stand side by side ("a hat box").
@@ -37,53 +28,6 @@ _NO_COMPOUNDS = re.compile(
     "mit|ohne|trägt|hält|eine?[nmr]?"
 )
 _PLURAL = re.compile(r"\w{2,}[^siu\W]s")  # or a verb: "jumps", but not "glass", "this", "cactus"
-
-
-@dataclass(frozen=True)
-class Clause:
-    """The words of a part of a caption, with `""` for a sign, and where each lies."""
-
-    words: list[str]
-    starts: list[int]
-    ends: list[int]
-    signs: list[int]  # which of them are
-
-    @classmethod
-    def read(cls, text: str, unread: Collection[int] = ()) -> Clause:
-        """`unread`: characters that are no sign here."""
-        words, starts, ends = [], [], []
-        for match in _TOKEN.finditer(text):
-            if match.start() in unread:
-                continue
-            word = unicodedata.normalize("NFC", match.group().lower().replace("’", "'"))
-            words.append(word if word[0].isalnum() or word in w.AND | w.AUXILIARIES else "")
-            starts.append(match.start())
-            ends.append(match.end())
-        return cls(words, starts, ends, [i for i, word in enumerate(words) if not word])
-
-    def end_from(self, i: int) -> int:
-        """The next sign, or the end."""
-        found = bisect_left(self.signs, i)
-        return self.signs[found] if found < len(self.signs) else len(self.words)
-
-    def word(self, i: int) -> str:
-        return self.words[i] if 0 <= i < len(self.words) else ""
-
-
-def _unit_before(clause: Clause, end: int, units: frozenset[tuple[str, ...]]) -> int:
-    """Where a unit of several words that ends at `end` begins; `end` if there is none."""
-    for size in (4, 3, 2):
-        if end >= size and tuple(clause.words[end - size : end]) in units:
-            return end - size
-    return end
-
-
-def _unit_behind(clause: Clause, begin: int) -> bool:
-    return any(tuple(clause.words[begin : begin + n]) in _UNITS for n in (2, 3, 4))
-
-
-def _is_participle(word: str) -> bool:
-    return word.endswith("ing") and len(word) > 4 and word not in w.NO_VERBS
 
 
 @dataclass(frozen=True)
@@ -116,9 +60,9 @@ def _opener(clause: Clause, phrase: int) -> tuple[int, str]:
         return phrase - 1, "verb"
     if last == "whose":
         return phrase - 1, "whose"
-    if (begin := _unit_before(clause, phrase, w.VERB_UNITS)) < phrase:
+    if (begin := unit_before(clause, phrase, w.VERB_UNITS)) < phrase:
         return begin, "verb"
-    if (begin := _unit_before(clause, phrase, w.PREPOSITION_UNITS)) < phrase:
+    if (begin := unit_before(clause, phrase, w.PREPOSITION_UNITS)) < phrase:
         return begin, "prep"
     if last in w.VERBS:
         return phrase - 1, "verb"
@@ -130,7 +74,7 @@ def _opener(clause: Clause, phrase: int) -> tuple[int, str]:
         return phrase - 1, "and"
     if last in w.AUXILIARIES:
         return phrase - 1, "is"
-    if _is_participle(last) and last not in w.INTRANSITIVE and clause.word(phrase - 2) not in w.DETERMINERS:
+    if is_participle(last) and last not in w.INTRANSITIVE and clause.word(phrase - 2) not in w.DETERMINERS:
         return phrase - 1, "verb"
     return phrase, ""
 
@@ -138,7 +82,7 @@ def _opener(clause: Clause, phrase: int) -> tuple[int, str]:
 def _describes(clause: Clause, i: int, target: int) -> bool:
     """Whether the word before the target's phrase describes it."""
     word = clause.word(i)
-    if _is_participle(word) and word not in w.ADJECTIVES:  # "in shining armor"; but "without wearing hats"
+    if is_participle(word) and word not in w.ADJECTIVES:  # "in shining armor"; but "without wearing hats"
         return clause.word(i - 1) in _BEFORE_NOUN and word not in w.TRANSITIVE
     return (w.is_adjective(word) and word not in w.VERBS) or (i + 1 < target and word in w.ADVERBS)
 
@@ -148,7 +92,7 @@ def _noun_phrase(clause: Clause, described: int, target: int, behind: int) -> in
     also those that are in no list: "plays an [acoustic] guitar"; `described` if it is none of that.
     """
     i = described
-    while target - i < _LONG and not _begins_own(clause, i - 1) and not _is_participle(clause.word(i - 1)):
+    while target - i < LONG and not begins_own(clause, i - 1) and not is_participle(clause.word(i - 1)):
         if clause.word(i - 1) in w.DETERMINERS | w.OF | w.PERSONS:
             break
         i -= 1
@@ -191,7 +135,7 @@ def _lead(clause: Clause, target: int, behind: int) -> _Lead:
         while clause.word(predicate - 1) in w.AUXILIARIES | w.ADVERBS:
             predicate -= 1
     everything = predicate
-    whose = next((i for i in range(predicate - 1, max(predicate - _LONG, 0) - 1, -1) if clause.word(i) == "whose"), None)
+    whose = next((i for i in range(predicate - 1, max(predicate - LONG, 0) - 1, -1) if clause.word(i) == "whose"), None)
     owned = clause.word(predicate - 1) in w.BODY and clause.word(predicate - 2) in w.POSSESSIVES
     if kind in ("verb", "is") and whose is not None:  # "whose hair is blonde"
         everything = whose
@@ -204,34 +148,12 @@ def _lead(clause: Clause, target: int, behind: int) -> _Lead:
     return _Lead(phrase, opener, predicate, everything, kind)
 
 
-def _begins_own(clause: Clause, i: int) -> bool:
-    """Whether the word begins something of its own, or there is none."""
-    word = clause.word(i)
-    return (
-        not word
-        or word in _OWN
-        or (word.endswith("ed") and clause.word(i + 1) in w.PREPOSITIONS)
-        or _unit_behind(clause, i)
-    )
-
-
-def _phrase_end(clause: Clause, i: int) -> int:
-    """The end of a phrase of at most a few words that begins at `i`."""
-    while clause.word(i) in w.DETERMINERS:
-        i += 1
-    for _ in range(_LONG):
-        if _begins_own(clause, i) or _is_participle(clause.word(i)) or clause.word(i) in w.OF:
-            break
-        i += 1
-    return i
-
-
 def _belongings(clause: Clause, i: int) -> int:
     """The end of what is said of the target behind it, which begins at `i`."""
-    for _ in range(_LONG):
+    for _ in range(LONG):
         begin, word = i, clause.word(i)
         if word in w.OF:
-            i = _phrase_end(clause, i + 1)
+            i = phrase_end(clause, i + 1)
         elif word in ("that", "which"):
             stop = min(clause.end_from(i), i + _CLAUSE)
             while i < stop and clause.word(i) not in _OTHERS:
@@ -240,12 +162,12 @@ def _belongings(clause: Clause, i: int) -> int:
             i += 1
         elif word in w.OF_THINGS:
             i += 1
-            if clause.word(i) in w.DIRECTIONS and _begins_own(clause, i + 1):
+            if clause.word(i) in w.DIRECTIONS and begins_own(clause, i + 1):
                 i += 1  # "pulled low"
             if clause.word(i) in w.PREPOSITIONS | w.OF:
-                i = _phrase_end(clause, i + 1)
+                i = phrase_end(clause, i + 1)
         elif word == "on" and (
-            not clause.word(i + 1) or clause.word(i + 1) in _OWN or _is_participle(clause.word(i + 1))
+            not clause.word(i + 1) or clause.word(i + 1) in OWN or is_participle(clause.word(i + 1))
         ):
             i += 1  # "with no shirt on"
         elif word in w.PLACES or (word.endswith("ed") and clause.word(i + 1) in w.PLACES):
@@ -253,7 +175,7 @@ def _belongings(clause: Clause, i: int) -> int:
             while clause.word(j) in w.DETERMINERS | w.SIDES:
                 j += 1
             if clause.word(j) in w.BODY:
-                i = j + 1
+                i = j + 1 + (clause.word(j + 1) in w.SIDES)
         if i == begin:
             break
     return i
@@ -262,11 +184,11 @@ def _belongings(clause: Clause, i: int) -> int:
 def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
     """Whether the target's phrase ends before word `i`; else that is the noun that the target describes."""
     word = clause.word(i)
-    if _begins_own(clause, i):
+    if begins_own(clause, i):
         return True
-    if _is_participle(word):  # "with a scarf playing guitar", but "a blonde smiling woman"
+    if is_participle(word):  # "with a scarf playing guitar", but "a blonde smiling woman"
         after = i + 1
-        return bool(lead.kind) or _begins_own(clause, after) or clause.word(after) in w.DETERMINERS
+        return bool(lead.kind) or begins_own(clause, after) or clause.word(after) in w.DETERMINERS
     if clause.word(i + 1) in w.DETERMINERS:  # "opens the door": a verb that is in no list
         return True
     counted = clause.word(lead.phrase) in ("a", "an") and not w.is_adjective(clause.word(i - 1))
@@ -275,11 +197,23 @@ def _ends(clause: Clause, i: int, lead: _Lead) -> bool:
     return bool(lead.kind) and bool(_NO_COMPOUNDS.fullmatch(clause.word(lead.opener)))
 
 
-def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
-    """The range of characters that goes with the target at `start` to `end`, which is a part of it."""
+def around(clause: Clause, start: int, end: int, rest: str = "", *, opens: bool = True) -> tuple[int, int]:
+    """The range of characters that goes with the target at `start` to `end`, which is a part of it.
+
+    Args:
+        rest: what the caption says behind the comma where the clause ends. If that goes too, so does the comma, and the
+            range ends one behind the text.
+        opens: whether the clause opens the caption.
+    """
     first, behind = bisect_left(clause.starts, start), bisect_left(clause.starts, end)
     lead = _lead(clause, first, behind)
     last = _belongings(clause, behind)
+    if not opens and _is_tag(clause, lead, last):
+        return clause.starts[lead.phrase - 1], end
+    if not lead.kind and clause.word(last) in w.AUXILIARIES and _owner(clause, lead.phrase - 1):
+        return clause.ends[lead.phrase - 1] - 2, clause.ends[clause.end_from(last) - 1]  # "the woman['s hat is red]"
+    if last == len(clause.words) and listing.goes_on(clause, lead.phrase, lead.opener, lead.kind, rest):
+        return clause.starts[lead.phrase], clause.ends[last - 1] + 1  # "wearing [a crown,] a dress, and a necklace"
     alone = lead.phrase == 0 or not clause.word(lead.phrase - 1)
     if clause.word(behind) in w.OF and clause.word(behind + 1) in w.DETERMINERS:  # what it is "of" is somebody else
         if not lead.kind and alone:
@@ -289,7 +223,7 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     begin, stop = first, last
     following = clause.word(last)
     about = following in w.AUXILIARIES | {"has", "have", "had"}
-    about = about or (clause.word(lead.phrase) in w.POSSESSIVES and _is_participle(following))
+    about = about or (clause.word(lead.phrase) in w.POSSESSIVES and is_participle(following))
     if lead.kind == "whose" or (not lead.kind and alone and about):
         begin = lead.opener  # "her blonde hair is tied back": all of the clause is about the target
         acting = clause.word(last + 1) in w.INTRANSITIVE and clause.word(last + 2) in w.WHERE
@@ -305,7 +239,9 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     elif not _ends(clause, last, lead):
         return start, clause.ends[last - 1] if last > behind else end
     elif lead.kind == "of":
-        says = _is_participle(following) or following in w.BEGINS | w.VERBS | w.AUXILIARIES
+        says = is_participle(following) or following in w.BEGINS | w.VERBS | w.AUXILIARIES
+        if clause.word(lead.opener) == "de":  # "una niña [de pelo rubio] juega": it is the girl that plays
+            says = following in w.POSED
         begin = lead.phrase if says else lead.opener  # "a photo of [her] smiling": no photo smiles; `spf check` says so
     elif lead.kind == "prep":
         begin = lead.everything
@@ -323,6 +259,26 @@ def around(clause: Clause, start: int, end: int) -> tuple[int, int]:
     return left, clause.ends[stop - 1] if stop > behind else end
 
 
+def _is_tag(clause: Clause, lead: _Lead, last: int) -> bool:
+    """Whether all before the target is one word that says of which kind it is: "medical eyepatch", "sun hat"."""
+    word, i = clause.word(lead.phrase - 1), lead.phrase - 1
+    own = begins_own(clause, i) or is_participle(word) or word in w.PERSONS | w.DETERMINERS | w.OF or word[0].isdigit()
+    return not lead.kind and not clause.word(last) and not clause.word(i - 1) and not own and not word.endswith("'s")
+
+
+def _owner(clause: Clause, i: int) -> bool:
+    """Whether "the woman's" opens a clause."""
+    if not clause.word(i).endswith("'s") or len(clause.word(i)) < 4:
+        return False
+    for _ in range(LONG):
+        i -= 1
+        if not clause.word(i):
+            return True
+        if clause.word(i) not in w.DETERMINERS and not w.is_adjective(clause.word(i)):
+            return False
+    return False
+
+
 def _relative(clause: Clause, phrase: int, verb: str) -> int:
     """Where a German clause with its verb at the end begins, "die einen Hut trägt"; -1 if there is none."""
     if verb in w.VERBS or verb == "hat":
@@ -335,7 +291,7 @@ def _relative(clause: Clause, phrase: int, verb: str) -> int:
 def acts(clause: Clause, i: int) -> bool:
     """Whether a participle is a verb: "smiling at her", "holding a cup", but not "piercing blue eyes"."""
     word, after = clause.word(i), clause.word(i + 1)
-    return word in w.INTRANSITIVE or word in w.TRANSITIVE or not after or after in _OWN or after in w.DETERMINERS
+    return word in w.INTRANSITIVE or word in w.TRANSITIVE or not after or after in OWN or after in w.DETERMINERS
 
 
 def _before_and(clause: Clause, lead: _Lead, first: int, last: int) -> tuple[int, int]:
@@ -348,8 +304,8 @@ def _before_and(clause: Clause, lead: _Lead, first: int, last: int) -> tuple[int
         return first, last  # "an unlisted [hat] and a scarf"
     if (word in w.PRONOUNS and lead.kind) or (lead.kind == "is" and word in w.DETERMINERS):
         return lead.everything, last  # "a woman [with a scarf] and she smiles"
-    if (_is_participle(word) and acts(clause, last + 1)) or (
-        _begins_own(clause, last + 1) and word not in w.VERBS | w.AUXILIARIES
+    if (is_participle(word) and acts(clause, last + 1)) or (
+        begins_own(clause, last + 1) and word not in w.VERBS | w.AUXILIARIES
     ):
         return lead.opener, last + (lead.kind != "and")  # "is [wearing a scarf and] holding a cup"
     if word in w.VERBS | w.AUXILIARIES:

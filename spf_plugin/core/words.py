@@ -48,7 +48,8 @@ PREPOSITION_UNITS = _units(
 VERBS = _set(
     "wears wear wore has have had holds hold held carries carry carried sports rides plays reads eats drinks uses "
     "shows features includes porte portant tient tenant ayant arborant держит держащий держащая носит носящая имеет "
-    "надел надела несёт несет trägt hält lleva llevando tiene tienen sostiene indossa indossando usando vestindo segurando draagt"
+    "надел надела несёт несет trägt hält lleva llevando tiene tienen sostiene indossa indossando usando "
+    "vestindo segurando draagt"
 )
 VERB_UNITS = _units(
     "dressed in|dressed as|disguised as|clad in|dressed up in|covered in|covered with|covered by|filled with|full of|"
@@ -80,13 +81,15 @@ WHILE = _set("while as when where because but then if although comme tandis по
 BEGINS = _set(
     "stands sits stood sat seated standing walks walking looks smiles laughs poses lies lay lays leans rests runs "
     "sleeps waits kneels plays outdoors indoors alone together there here today up down away assis assise debout "
-    "souriant souriante marche sourit regarde court joue dort стоит сидит идёт идет лежит смотрит "
+    "souriant souriante marche sourit regarde dort стоит сидит идёт идет лежит смотрит "
     "sitzt steht geht läuft liegt lacht lächelt schaut blickt schläft tanzt springt lehnt posiert trinkt liest spielt "
-    "sonríe ríe mira camina corre juega baila duerme espera sorride ride cammina guarda legge"
+    "sonríe ríe mira camina corre juega baila duerme espera sorride cammina guarda legge"
 )
+POSED = _set("assis assise debout souriant souriante sentado sentada")
 PRONOUNS = _set("i you he she it we they there il elle ils elles on он она оно они")
 PERSONS = _set(
-    "man woman men women boy girl boys girls person people lady ladies guy child children kid kids couple homme femme"
+    "man woman men women boy girl boys girls person people lady ladies guy child children kid kids couple homme femme "
+    "bride groom"
 )
 #: Words that alone say nothing, where all else of a clause went with the target.
 FILLERS = DETERMINERS | AND | AUXILIARIES | ADVERBS | RELATIVES | WHILE | PRONOUNS - {"on"} | {"one", "of", "them"}
@@ -102,8 +105,9 @@ ADJECTIVES = _set(
     "velvet metal wooden knitted striped plaid checkered dotted floral patterned transparent open closed round "
     "square single matching full heavy grand grande petit petite long longue beau belle joli jolie vieux vieille"
 )
+_GERMAN = "(?:lang|kurz|blond|rot|blau|grün|schwarz|weiß|braun|grau|gelb|groß|klein|dick|dünn|neu|schön|bunt)e[nmrs]?"
 _ADJECTIVE = re.compile(
-    r"(?:lang|kurz|blond|rot|blau|grün|schwarz|weiß|braun|grau|gelb|groß|klein|dick|dünn|jung|neu|schön|bunt)e[nmrs]?|"
+    rf"{_GERMAN}|"
     r"(?:long|court|grand|petit|beau|belle|vieille|joli|jolie|longue|courte|grande|petite)s|"
     r"\w+-\w+|\w+ish|\w{3,}(?:ful|ed)|[а-яё]{3,}(?:ый|ий|ой|ая|яя|ое|ее|ые|ие|ую|юю|ым|им|ых|их|ыми|ими|ом)"
 )
@@ -118,13 +122,13 @@ PLACES = _set("around on over in across behind under above between down en")
 BODY = _set(
     "head neck face shoulder shoulders waist wrist wrists hair ear ears hand hands arm arms lap back eyes nose "
     "chest mouth finger fingers forehead leg legs foot feet hips body "
-    "brazo mano cabeza cuello cara kopf hals tête cou main "
+    "brazo mano cabeza cuello cara kopf hals tête cou "
     "teeth cheek cheeks eye eyebrow eyebrows lip lips brow chin thigh thighs knee knees ankle ankles throat"
 )
 SIDES = _set("left right upper lower izquierdo izquierda derecho derecha gauche droite")
 #: What means "has" only before a word of its language.
 HAS = {
-    "hat": re.compile(r"eine?[nmr]?|(?:lang|kurz|blond|rot|blau|grün|schwarz|weiß|braun|grau|groß|klein|dunkl)e[nmrs]?"),
+    "hat": re.compile(f"eine?[nmr]?|{_GERMAN}"),
     "a": re.compile("une?|des?|d'|les?"),
 }
 #: What a participle of a thing takes with it: "pulled low".
@@ -154,7 +158,9 @@ JA_VERB = re.compile(
     "|を[\u4e00-\u9fff]{1,2}[ぁ-ん]{0,3}?(?:[てで]いる|ながら|[むるうくぐすつぶただてで])(?![ぁ-ん])"
 )
 JA_OF = re.compile("姿?の|姿")
-JA_ADJECTIVE = re.compile("(?:(?:赤|青|黒|白|黄色|茶色|長|短|大き|小さ|新し|古)[いなの])*(?:[\u4e00-\u9fff]+(?:わら)?|[ァ-ヶー]+)?$")
+JA_ADJECTIVE = re.compile(
+    "(?:(?:赤|青|黒|白|黄色|茶色|長|短|大き|小さ|新し|古)[いなの])*(?:[\u4e00-\u9fff]+(?:わら)?|[ァ-ヶー]+)?$"
+)
 #: Korean: particle and verb behind the thing; and what describes it before.
 KO_VERB = re.compile(
     r"(?:을|를|이|가)?\s{0,2}(?:쓰고 있는|입고 있는|들고 있는|끼고 있는|하고 있는|착용한|착용하고|쓴|쓰고|"

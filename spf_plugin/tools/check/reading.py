@@ -7,8 +7,9 @@ import unicodedata
 from collections.abc import Iterator
 
 from spf_plugin.core import words as w
+from spf_plugin.core.clause import Clause
 from spf_plugin.core.prompt import Kind, Prompt
-from spf_plugin.core.serving import Clause, acts
+from spf_plugin.core.serving import acts
 
 _NEAR = 80  # characters beside a gap that are looked at
 _NEEDS_NOUN = w.DETERMINERS | w.PREPOSITIONS | w.OF | w.AND | w.VERBS | w.TRANSITIVE | {"whose"}
