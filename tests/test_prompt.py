@@ -108,6 +108,9 @@ LONG = {
     "more brackets": "(blonde hair ( " * 550,
     "adjectives": "red " * 1900 + "blonde hair",
     "who": "who is " * 1150 + "blonde hair",
+    "adjectives and commas": "a long, " * 1000 + "blonde hair",
+    "adjectives, commas and targets": "with a long, thick, blonde hair, " * 250,
+    "lists": "wearing blonde hair, a coat, " * 280,
     "underscores": "blonde" + "_" * 8000 + "hair",
     "Chinese": "戴着金发的女人" * 1150,
 }
@@ -132,7 +135,15 @@ def test_long_captions_are_read_a_few_times_and_not_each_prefix(caption: str, li
 
 
 @pytest.mark.parametrize(
-    "caption", ["blonde hair " * 700, "a woman with blonde hair of that. " * 240, "blonde " * 1200]
+    "caption",
+    [
+        "blonde hair " * 700,
+        "a woman with blonde hair of that. " * 240,
+        "blonde " * 1200,
+        LONG["adjectives and commas"],
+        LONG["adjectives, commas and targets"],
+        "wearing a blonde hair, a coat, " * 260,
+    ],
 )
 def test_a_target_is_looked_for_once(caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is looked at beside each of many targets is no more of the caption when there are more of them."""

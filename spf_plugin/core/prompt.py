@@ -16,7 +16,7 @@ from itertools import pairwise, zip_longest
 
 from spf_plugin.core import listing, matching, serving, tidying
 from spf_plugin.core.clause import Clause
-from spf_plugin.core.words import AND, DETERMINERS, UNSPACED_AND_BEHIND, is_adjective
+from spf_plugin.core.words import AND, AUXILIARIES, DETERMINERS, UNSPACED_AND_BEHIND, is_adjective
 
 LONG_PHRASE_WORDS = 8
 _NEAR = 60  # characters beside a comma that are looked at
@@ -145,7 +145,8 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
     small: list[int] = []
     for comma in COMMA.finditer(caption):
         kinds[comma.start()] = Kind.SEPARATOR
-    for part in _parts(caption, targets):
+    parts = _parts(caption, targets)
+    for part in parts:
         if part.hits:
             _mark_part(kinds, caption, part)
             small += _small_words(kinds, caption, part)
@@ -156,7 +157,8 @@ def split(caption: str, targets: Sequence[Target]) -> Prompt:
             kinds[i] = Kind.DROPPED
     for first, last, _ in hits:
         kinds[first:last] = [Kind.TARGET] * (last - first)
-    if hits and not any(target.replacement for _, _, target in hits):
+    _drop_commas_before_predicates(kinds, caption, parts)
+    if _Part(0, len(caption), hits).is_added:
         left = next((word for word in _WORD.finditer(caption) if kinds[word.start()] is Kind.BASE), None)
         if left and left.group().lower() in _AND and Kind.DROPPED in kinds[: left.start()]:
             kinds[left.start() : left.end()] = [Kind.DROPPED] * len(left.group())  # "[Her hat is red, and] she smiles"
@@ -178,6 +180,11 @@ class _Part:
     end: int
     hits: list[_Hit]
     commas: frozenset[int] = frozenset()
+
+    @property
+    def is_added(self) -> bool:
+        """Whether there are targets, and none of them is replaced."""
+        return bool(self.hits) and not any(target.replacement for _, _, target in self.hits)
 
 
 def _parts(caption: str, targets: Sequence[Target]) -> list[_Part]:
@@ -212,6 +219,16 @@ def _hits(part: str, targets: Sequence[Target]) -> list[_Hit]:
     return hits
 
 
+def _drop_commas_before_predicates(kinds: list[Kind], caption: str, parts: Sequence[_Part]) -> None:
+    """ "The man[, who has a beard,] is old": between who it is and what he is stands no comma."""
+    for part, following in pairwise(parts[1:]):
+        first = _WORD.search(caption, following.start, following.end)
+        if not part.is_added or not first or first.group().lower() not in AUXILIARIES:
+            continue
+        if not any(kinds[i] is Kind.BASE and caption[i].isalnum() for i in range(part.start, part.end)):
+            kinds[part.start - 1] = kinds[part.end] = Kind.DROPPED
+
+
 def _mark_part(kinds: list[Kind], caption: str, place: _Part) -> None:
     """Mark as dropped what goes with the targets of one comma-separated part, and the targets themselves."""
     offset, part = place.start, caption[place.start : place.end]
@@ -222,7 +239,7 @@ def _mark_part(kinds: list[Kind], caption: str, place: _Part) -> None:
         kinds[offset + start : offset + end] = [Kind.DROPPED] * (end - start)
 
     for first, last, target in _runs(part, clause, place.hits):
-        start, end = _with_signs(part, first, last)
+        start, end = tidying.with_signs(part, first, last)
         drop(start, first)
         drop(last, end)
         if target.replacement:
@@ -267,14 +284,6 @@ def _runs(part: str, clause: Clause, hits: Sequence[_Hit]) -> list[_Hit]:
                 continue
         runs.append((start, end, target))
     return runs
-
-
-def _with_signs(part: str, start: int, end: int) -> tuple[int, int]:
-    """The range with the brackets right around it that close each other, and their weight."""
-    while start and part[start - 1] in "([" and (closing := tidying.CLOSES.match(part, end)):
-        start -= 1 + (start > 1 and part[start - 2] == "\\" and "\\" in closing.group())
-        end = closing.end()
-    return start, end
 
 
 def _pieces(caption: str, kinds: Sequence[Kind], hits: Sequence[_Hit]) -> list[Piece]:

@@ -83,7 +83,8 @@ def _describes(clause: Clause, i: int, target: int) -> bool:
     """Whether the word before the target's phrase describes it."""
     word = clause.word(i)
     if is_participle(word) and word not in w.ADJECTIVES:  # "in shining armor"; but "without wearing hats"
-        return clause.word(i - 1) in _BEFORE_NOUN and word not in w.TRANSITIVE
+        flowing = word in w.OF_THINGS and w.is_adjective(clause.word(i - 1))  # "long, flowing hair"
+        return flowing or (clause.word(i - 1) in _BEFORE_NOUN and word not in w.TRANSITIVE)
     return (w.is_adjective(word) and word not in w.VERBS) or (i + 1 < target and word in w.ADVERBS)
 
 
@@ -277,6 +278,19 @@ def _owner(clause: Clause, i: int) -> bool:
         if clause.word(i) not in w.DETERMINERS and not w.is_adjective(clause.word(i)):
             return False
     return False
+
+
+def describing(text: str) -> str:
+    """Of words that went with a target behind them, the ones that describe it: "long" of "with long"."""
+    clause = Clause.read(text)
+    first = last = len(clause.words)
+    while first and not (
+        begins_own(clause, first - 1)
+        or is_participle(clause.word(first - 1))
+        or clause.word(first - 1) in w.DETERMINERS | w.OF | w.MEASURES
+    ):
+        first -= 1
+    return text[clause.starts[first] : clause.ends[last - 1]] if first < last else ""
 
 
 def _relative(clause: Clause, phrase: int, verb: str) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-CLOSES = re.compile(r"(?::[+-]?[.\d]+)?\\?[)\]}\uff09]")  # with an attention weight
+_CLOSES = re.compile(r"(?::[+-]?[.\d]+)?\\?[)\]}\uff09]")  # with an attention weight
 _SIGNS = (
     ("open", re.compile(r"\\?[(\[{\uff08]")),
-    ("close", CLOSES),
+    ("close", _CLOSES),
     ("separator", re.compile(r"[,\uff0c\u3001;\uff1b|]|(?<=\s)[-\u2013\u2014](?=\s)")),
     ("stop", re.compile(r"[.!?](?=\s|$|[)\]\"'])|[\u3002\uff01\uff1f]")),
 )
@@ -22,6 +22,14 @@ def _sign(text: str, i: int) -> tuple[str, int]:
         if match := pattern.match(text, i):
             return what, match.end()
     return "word", i + 1
+
+
+def with_signs(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range with the brackets right around it that close each other, and their weight."""
+    while start and text[start - 1] in "([" and (closing := _CLOSES.match(text, end)):
+        start -= 1 + (start > 1 and text[start - 2] == "\\" and "\\" in closing.group())
+        end = closing.end()
+    return start, end
 
 
 def leftovers(text: str, gone: Sequence[bool], replaced: Collection[int]) -> list[int]:

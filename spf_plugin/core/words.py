@@ -81,7 +81,7 @@ WHILE = _set("while as when where because but then if although comme tandis по
 BEGINS = _set(
     "stands sits stood sat seated standing walks walking looks smiles laughs poses lies lay lays leans rests runs "
     "sleeps waits kneels plays outdoors indoors alone together there here today up down away assis assise debout "
-    "souriant souriante marche sourit regarde dort стоит сидит идёт идет лежит смотрит "
+    "souriant souriante whose marche sourit regarde dort стоит сидит идёт идет лежит смотрит "
     "sitzt steht geht läuft liegt lacht lächelt schaut blickt schläft tanzt springt lehnt posiert trinkt liest spielt "
     "sonríe ríe mira camina corre juega baila duerme espera sorride cammina guarda legge"
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from spf_plugin.core.prompt import Kind, Prompt, Spans, Target, split
-from spf_plugin.core.words import is_adjective
+from spf_plugin.core.serving import describing
 from spf_plugin.hosts.kohya.captions import taken
 from spf_plugin.tools.check.dataset import Entry
 from spf_plugin.tools.check.findings import Finding, of, some
@@ -269,9 +269,8 @@ def _tail(text: str) -> str:
 def _described(row: Described) -> str:
     """The words of the caption that describe a target and are not in it."""
     for before, piece in pairwise(row.prompt.pieces):
-        serves = piece.kind is Kind.TARGET and before.kind is Kind.DROPPED
-        if serves and (found := [word for word in before.text.split() if is_adjective(word.lower())]):
-            return f"{' '.join(found)} {piece.text}"
+        if piece.kind is Kind.TARGET and before.kind is Kind.DROPPED and (found := describing(before.text)):
+            return f"{found} {piece.text}"
     return ""
 
 
