@@ -603,6 +603,9 @@ BESIDE: list[Row] = [
     ("eine Frau hat einen Hut und lacht", "Hut", "eine Frau lacht"),
     ("ein Kind mit roten Haaren, die Sonne scheint", "roten Haaren", "ein Kind, die Sonne scheint"),
     ("Elle a un chapeau rouge et une robe", "chapeau rouge", "Elle a une robe"),
+    ("femme, robe rouge, plage", "rouge", "femme, robe, plage"),
+    ("mujer, pelo rubio, playa", "rubio", "mujer, pelo, playa"),
+    ("una mujer con un sombrero rojo mira el mar", "sombrero", "una mujer mira el mar"),
     ("野球帽をかぶった少年、公園", "帽", "少年、公園"),
     ("公園に立つ黒縁メガネをかけた少年", "メガネ", "公園に立つ少年"),
 ]

@@ -264,7 +264,9 @@ def _is_tag(clause: Clause, lead: _Lead, last: int) -> bool:
     """Whether all before the target is one word that says of which kind it is: "medical eyepatch", "sun hat"."""
     word, i = clause.word(lead.phrase - 1), lead.phrase - 1
     own = begins_own(clause, i) or is_participle(word) or word in w.PERSONS | w.DETERMINERS | w.OF or word[0].isdigit()
-    return not lead.kind and not clause.word(last) and not clause.word(i - 1) and not own and not word.endswith("'s")
+    said = clause.word(last - 1)
+    own = own or word.endswith("'s") or w.is_adjective(said) or bool(w.BEHIND.fullmatch(said))  # "robe rouge": the robe
+    return not lead.kind and not clause.word(last) and not clause.word(i - 1) and not own
 
 
 def _owner(clause: Clause, i: int) -> bool:

@@ -112,7 +112,10 @@ _ADJECTIVE = re.compile(
     r"\w+-\w+|\w+ish|\w{3,}(?:ful|ed)|[а-яё]{3,}(?:ый|ий|ой|ая|яя|ое|ее|ые|ие|ую|юю|ым|им|ых|их|ыми|ими|ом)"
 )
 #: What describes a thing and stands behind it.
-BEHIND = re.compile(r"(?:roug|jaun)es?|(?:noir|bleu|vert|gris|brun)e?s?|blanc(?:he)?s?|(?:viol|ros|beig|long)e?u?e?s?")
+BEHIND = re.compile(
+    r"(?:roj|negr|blanc|amarill|rubi|ross|ner|bianc)[oaie]s?|azul(?:es)?|verdes?|blonds|"
+    r"(?:roug|jaun)es?|(?:noir|bleu|vert|gris|brun)e?s?|blanc(?:he)?s?|(?:viol|ros|beig|long)e?u?e?s?"
+)
 #: Participles that tell of a garment or of hair, and not of who wears it.
 OF_THINGS = _set(
     "made worn tied draped pulled styled braided parted swept flowing blowing cascading falling hanging framing "
