@@ -40,8 +40,8 @@ def save_normalised(
     What is on the disk stays there, whatever happens: hours of training are in it. A LoRA that cannot be normalised
     (not a number somewhere) is kept beside the wanted name, as `NAME.rejected.safetensors`, and logged as an error, or
     raised at the end of the run; a good earlier file is not replaced by it. Where there is no room for a second,
-    normalised file, the network's own is kept, under the wanted name if that is free, else
-    beside it, which is an error as well.
+    normalised file, the network's own is kept, under the wanted name if that is free, else beside it, which is an error
+    as well.
 
     Args:
         network: the inner network.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import dit_convert, dit_names, names
+from spf_plugin.lorafile import dit_convert, dit_names, names, plain
 from spf_plugin.lorafile.dit_rules import other_alpha
 from spf_plugin.lorafile.findings import some
-from spf_plugin.lorafile.inspect import Description, Group, describe, gather
+from spf_plugin.lorafile.inspect import Description, describe, gather
 
 
 def to_diffusers(
@@ -31,24 +31,25 @@ def to_diffusers(
     Raises:
         SPFError: diffusers or peft is missing, or the file holds more than plain LoRA, or is for another model.
     """
+    notes = [] if notes is None else notes
     description = describe(gather(state_dict.items(), {}))
     if description.base == "anima":
         return _anima(state_dict, description, peft=peft, notes=notes)
     if description.base in dit_convert.SPLIT:
-        return dit_convert.split(state_dict, description, [] if notes is None else notes)
+        return dit_convert.split(state_dict, description, notes)
     try:
         from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
         from diffusers.utils.state_dict_utils import StateDictType, convert_unet_state_dict_to_peft
     except ImportError as error:
         raise SPFError(f"This conversion needs diffusers and peft ({error}): pip install diffusers peft") from None
-    odd = _odd(description)
+    odd = plain.odd(description)
     if odd or description.base not in ("sd1", "sd2", "sdxl"):
         what = some(odd) or names.BASE_LABEL[description.base]
         raise SPFError(
             f"Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma and Lumina 2 can be converted; {what} is not."
         )
-    plain: dict[str, torch.Tensor] = {}
+    kohya: dict[str, torch.Tensor] = {}
     alphas: list[bool] = []
     for group in description.groups:
         assert group.resolved is not None
@@ -56,11 +57,11 @@ def to_diffusers(
         prefix = names.kohya_prefix("sdxl" if module.component == "te2" else "sd1", module.component)
         name = f"{prefix}_{module.path.replace('.', '_')}"
         down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
-        scaled, exact = _scaled(state_dict, group)
-        plain[f"{name}.lora_down.weight"], plain[f"{name}.lora_up.weight"] = down, scaled
+        scaled, exact = plain.times(up, plain.scale(state_dict, group))
+        kohya[f"{name}.lora_down.weight"], kohya[f"{name}.lora_up.weight"] = down, scaled
         alphas += [exact] if scaled is not up else []
-    _say_alphas(alphas, notes)
-    converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(plain)
+    plain.say_alphas(alphas, notes)
+    converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(kohya)
     unet = {key: t for key, t in converted.items() if key.startswith("unet.")}
     text = {key: t for key, t in converted.items() if not key.startswith("unet.")}
     if peft:
@@ -120,42 +121,13 @@ def to_comfyui(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return out
 
 
-def _odd(description: Description) -> list[str]:
-    """What these formats have no place for: modules, and tensors of plain modules (`diff_b`, `dora_scale`)."""
-    plain = {"lora_down.weight", "lora_up.weight", "alpha"}
-    modules = [g.name for g in description.groups if g.algorithm != "LoRA" or not g.resolved]
-    return modules + [
-        key
-        for g in description.groups
-        if g.name not in modules
-        for suffix, key in g.keys.items()
-        if suffix not in plain
-    ]
-
-
-def _scaled(state_dict: Mapping[str, torch.Tensor], group: Group) -> tuple[torch.Tensor, bool]:
-    """The up factor times alpha / rank, in its own dtype (itself where that is 1), and whether that is exact."""
-    down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
-    alpha = float(state_dict[group.keys["alpha"]]) if "alpha" in group.keys else float(down.shape[0])
-    if alpha == down.shape[0]:
-        return up, True
-    exact = up.double() * (alpha / down.shape[0])
-    scaled = exact.to(up.dtype)
-    return scaled, bool((scaled.double() == exact).all())
-
-
-def _say_alphas(exact: list[bool], notes: list[str] | None) -> None:
-    """Where alpha / rank was multiplied in: per module whether that was exact."""
-    if exact and notes is not None:
-        rounded = "" if all(exact) else f", in {exact.count(False)} of them rounded to the file's dtype"
-        notes.append(f"alpha / rank multiplied into {len(exact)} modules{rounded}")
-
-
 def _anima(
-    state_dict: Mapping[str, torch.Tensor], description: Description, *, peft: bool, notes: list[str] | None
+    state_dict: Mapping[str, torch.Tensor], description: Description, *, peft: bool, notes: list[str]
 ) -> dict[str, torch.Tensor]:
     """With `peft` the checkpoint's paths, which ComfyUI reads too, else those of diffusers' pipeline."""
-    odd = _odd(description) + [g.name for g in description.groups if g.resolved and g.resolved.module.group == "text"]
+    odd = plain.odd(description) + [
+        g.name for g in description.groups if g.resolved and g.resolved.module.group == "text"
+    ]
     if odd:
         raise SPFError(f"diffusers loads plain LoRA of Anima's transformer only; {some(odd)} is not.")
     out: dict[str, torch.Tensor] = {}
@@ -164,8 +136,9 @@ def _anima(
         assert group.resolved is not None
         module = group.resolved.module
         name = f"diffusion_model.{module.sgm}" if peft else dit_names.diffusers_name("anima", module)
-        scaled, exact = _scaled(state_dict, group)
-        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = state_dict[group.keys["lora_down.weight"]], scaled
-        alphas += [exact] if scaled is not state_dict[group.keys["lora_up.weight"]] else []
-    _say_alphas(alphas, notes)
+        down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
+        scaled, exact = plain.times(up, plain.scale(state_dict, group))
+        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = down, scaled
+        alphas += [exact] if scaled is not up else []
+    plain.say_alphas(alphas, notes)
     return out

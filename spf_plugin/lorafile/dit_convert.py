@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import dit_names, dit_parts, names
+from spf_plugin.lorafile import dit_names, dit_parts, names, plain
 from spf_plugin.lorafile.dit_parts import Part
 from spf_plugin.lorafile.findings import some
 from spf_plugin.lorafile.inspect import Description, Group
@@ -27,9 +27,8 @@ def is_split(description: Description) -> bool:
     return any(group.resolved is not None and group.resolved.style == "split" for group in description.groups)
 
 
-def _plain(description: Description) -> None:
-    odd = [g.name for g in description.groups if g.algorithm != "LoRA" or "dora_scale" in g.keys or not g.resolved]
-    odd += [g.name for g in description.groups if "lora_magnitude_vector" in g.keys and g.name not in odd]
+def _only_plain(description: Description) -> None:
+    odd = plain.odd(description)
     if odd:
         raise SPFError(f"Only plain LoRA can be split or put together; {some(odd)} is not.")
 
@@ -37,23 +36,6 @@ def _plain(description: Description) -> None:
 def _swap(up: torch.Tensor) -> torch.Tensor:
     first, second = up.chunk(2)
     return torch.cat([second, first])
-
-
-def _scale(state_dict: StateDict, group: Group) -> float:
-    alpha = group.keys.get("alpha")
-    return float(state_dict[alpha]) / state_dict[group.keys["lora_down.weight"]].shape[0] if alpha else 1.0
-
-
-def _times(up: torch.Tensor, scale: float) -> tuple[torch.Tensor, bool]:
-    """The product in the factor's own dtype, and whether that is exact."""
-    exact = up.double() * scale
-    out = exact.to(up.dtype)
-    return out, bool((out.double() == exact).all())
-
-
-def _rounded(count: int, notes: list[str]) -> None:
-    if count:
-        notes.append(f"alpha / rank multiplied into {count} modules, rounded to the file's dtype")
 
 
 def split(state_dict: StateDict, description: Description, notes: list[str]) -> dict[str, torch.Tensor]:
@@ -67,7 +49,7 @@ def split(state_dict: StateDict, description: Description, notes: list[str]) -> 
     Raises:
         SPFError: another algorithm, a text encoder, or a size that is no module's.
     """
-    _plain(description)
+    _only_plain(description)
     base: names.DitBase = description.base  # type: ignore[assignment]
     text = [g.name for g in description.groups if g.resolved and g.resolved.module.group == "text"]
     if text:
@@ -76,13 +58,14 @@ def split(state_dict: StateDict, description: Description, notes: list[str]) -> 
             "for here. Train the transformer alone for diffusers, or use the file in ComfyUI."
         )
     out: dict[str, torch.Tensor] = {}
-    rounded = padded = 0
+    alphas: list[bool] = []
+    padded = 0
     top = max(state_dict[group.keys["lora_down.weight"]].shape[0] for group in description.groups)
     for group in description.groups:
         assert group.resolved is not None
-        down, up = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
-        up, exact = _times(up, _scale(state_dict, group))
-        rounded += not exact
+        down, own = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
+        up, exact = plain.times(own, plain.scale(state_dict, group))
+        alphas += [exact] if up is not own else []
         if missing := top - down.shape[0]:
             down = torch.cat([down, down.new_zeros(missing, down.shape[1])])
             up = torch.cat([up, up.new_zeros(up.shape[0], missing)], dim=1)
@@ -96,7 +79,7 @@ def split(state_dict: StateDict, description: Description, notes: list[str]) -> 
             out[f"transformer.{part.module.path}.lora_B.weight"] = rows.contiguous()
     if padded:
         notes.append(f"{padded} modules padded with zeros to rank {top}, as diffusers 0.35 takes every rank for one")
-    _rounded(rounded, notes)
+    plain.say_alphas(alphas, notes)
     return out
 
 
@@ -123,7 +106,7 @@ def join(state_dict: StateDict, description: Description, notes: list[str]) -> d
     Raises:
         SPFError: another algorithm, or a module that kohya's networks do not have.
     """
-    _plain(description)
+    _only_plain(description)
     base: names.DitBase = description.base  # type: ignore[assignment]
     outside = [g.name for g in description.groups if g.resolved and g.resolved.module.group == "extra"]
     if outside:
@@ -137,32 +120,33 @@ def join(state_dict: StateDict, description: Description, notes: list[str]) -> d
         else:
             name = dit_names.kohya_name(base, group.resolved.module)
             out |= {f"{name}.{suffix}": state_dict[key] for suffix, key in group.keys.items()}
-    rounded = grown = 0
+    alphas: list[bool] = []
+    grown = 0
     for whole, groups in wholes.items():
-        down, up, alpha, inexact = _joined(state_dict, groups, dit_parts.siblings(base)[whole], base)
+        down, up, alpha, exact = _joined(state_dict, groups, dit_parts.siblings(base)[whole], base)
         name = f"lora_unet_{dit_names.host_path(base, whole).replace('.', '_')}"
         out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-        rounded += inexact
+        alphas += exact
         grown = max(grown, down.shape[0] if len(groups) > 1 else 0)
     count = sum(len(groups) for groups in wholes.values())
     more = f"; ranks add up, to {grown} at most" if grown else ""
     notes.append(f"{count} modules of diffusers are {len(wholes)} of kohya's{more}")
-    _rounded(rounded, notes)
+    plain.say_alphas(alphas, notes)
     return out
 
 
 def _joined(
     state_dict: StateDict, groups: Sequence[Group], siblings: tuple[Part, ...], base: names.DitBase
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """lora_down, lora_up and alpha of one module of the checkpoint, and how many factors were rounded."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[bool]]:
+    """lora_down, lora_up and alpha of one module of the checkpoint, and whether the factors that alpha was multiplied
+    into are exact."""
     downs = [state_dict[g.keys["lora_down.weight"]] for g in groups]
     ups = [state_dict[g.keys["lora_up.weight"]] for g in groups]
-    scales = [_scale(state_dict, g) for g in groups]
-    inexact = 0
+    scales = [plain.scale(state_dict, g) for g in groups]
+    exact: list[bool] = []
     if len(set(scales)) > 1:
-        for i, scale in enumerate(scales):
-            ups[i], exact = _times(ups[i], scale)
-            inexact += not exact
+        multiplied = [plain.times(up, scale) for up, scale in zip(ups, scales, strict=True)]
+        ups, exact = [up for up, _ in multiplied], [is_exact for _, is_exact in multiplied]
         scales = [1.0] * len(groups)
     same = all(downs[0].shape == down.shape and torch.equal(downs[0], down) for down in downs[1:])
     down = downs[0] if same else torch.cat(downs)
@@ -183,4 +167,4 @@ def _joined(
                 raise SPFError(f"{group.name} has {rows.shape[0]} outputs, not {wanted}. It is not put together.")
             up[start : start + rows.shape[0], column : column + rows.shape[1]] = rows
             column += 0 if same else rows.shape[1]
-    return down, up, torch.tensor(scales[0] * rank, dtype=torch.float32), inexact
+    return down, up, torch.tensor(scales[0] * rank, dtype=torch.float32), exact

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import nn
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import inspect, sidecars, writer
+from spf_plugin.lorafile import inspect, plain, sidecars, writer
 from spf_plugin.lorafile.normalise import normalise
 
 PREFIX = "lora_unet"  # of LyCORIS's names for the denoiser's modules
@@ -90,7 +90,7 @@ def renamed(tensors: Mapping[str, torch.Tensor], paths: Mapping[str, str]) -> di
         alpha = float(tensors.get(f"{module}.alpha", torch.tensor(rank)))
         name = f"transformer.{paths[module]}"
         out[f"{name}.lora_A.weight"] = down.contiguous()
-        out[f"{name}.lora_B.weight"] = (up.double() * (alpha / rank)).to(up.dtype).contiguous()
+        out[f"{name}.lora_B.weight"] = plain.times(up, alpha / rank)[0].contiguous()
     return out
 
 

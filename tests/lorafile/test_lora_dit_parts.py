@@ -403,6 +403,10 @@ def test_what_is_not_converted_is_refused_by_name() -> None:
         convert.to_diffusers(odd, peft=True)
     with pytest.raises(SPFError, match="HunyuanImage"):
         convert.to_diffusers(written("hunyuan_image"), peft=True)
+    kohya = written("flux")
+    key = f"{next(iter(kohya)).partition('.')[0]}.diff_b"
+    with pytest.raises(SPFError, match=f"{key} is not"):  # there is no place for a bias, and it must not be left out
+        convert.to_diffusers(kohya | {key: torch.ones(1)}, peft=True)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def check_lora(path: Path, family: str) -> list[str]:
 
     Args:
         path: the file.
-        family: of the model, `sd1`, `sd2` or `sdxl`.
+        family: of the model, `sd1`, `sd2`, `sdxl` or `sd3`.
 
     Raises:
         SPFError: it cannot be read, belongs to another family, or diffusers does not load it.
