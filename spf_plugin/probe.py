@@ -69,4 +69,5 @@ def pass_of(family: Family, layers: Sequence[Layer], call: Call, output: Any, se
         keys = key.shape[1]
         valid = None if mask is None else mask[:, :keys]
         attention.append(group_attention(query, key, layer.heads, groups[:, :keys], valid))
-    return Pass(eps, queries, attention, [family.grid(query.shape[1], size) for query in queries])
+    grids = [family.grid(query.shape[1], size) for query in queries]
+    return Pass(eps, queries, attention, grids, family.frames(call))

@@ -248,6 +248,24 @@ def test_every_map_is_a_constant_in_range(kind: str) -> None:
     assert float(m.max()) <= 1
 
 
+def test_a_frame_of_a_clip_does_not_reach_into_the_next() -> None:
+    """A change in the first rows of the middle one of three frames, which lie one above the other: its neighbours above
+    are those of another time. And attention is resized in each frame as it is in a picture."""
+    ref = random(1, C, 24, 8)
+    res = ref + 0.01 * random(1, C, 24, 8, seed=9)
+    res[..., 8:11, 2:5] += 1
+    nothing = {"phrase_maps": torch.zeros(1, 0, 24, 8), "target_map": torch.zeros(1, 1, 24, 8)}
+    for kind in ("soft", "difference"):
+        m = sfcm.control_map(kind, eps_res=res, eps_ref=ref, **nothing, weights=torch.zeros(1, 0), gain=3.0, frames=3)
+        assert float(m[..., 8:12, 1:6].min()) == 1
+        assert float(m[..., :8, :].max()) < 0.1
+        assert float(m[..., 16:, :].max()) < 0.1
+    attention = random(B, 3 * 4 * 5, P, seed=3)
+    clip = sfcm.mean_maps([attention], [(12, 5)], (24, 10), 3)
+    for frame, each in enumerate(attention.split(20, dim=1)):
+        assert torch.equal(clip[:, :, 8 * frame : 8 * frame + 8], sfcm.mean_maps([each], [(4, 5)], (8, 10)))
+
+
 def test_bright_map_finds_a_local_change() -> None:
     """A change in one corner: the map is full there, grown by one cell, and empty far away."""
     ref = random(1, C, 16, 16)

@@ -20,12 +20,14 @@ class Pass:
         queries: per compared layer, `[B, N_l, C_l]`.
         attention: per layer, on the groups of tokens, `[B, N_l, G]`.
         grids: per layer, its grid of `N_l` positions.
+        frames: of a clip, one above the other in `eps` and in the grids.
     """
 
     eps: Tensor
     queries: Sequence[Tensor]
     attention: Sequence[Tensor]
     grids: Sequence[tuple[int, int]]
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def dual_path(
     """
     size = (response.eps.shape[-2], response.eps.shape[-1])
     with torch.no_grad():
-        maps = sfcm.mean_maps([a.detach() for a in response.attention], response.grids, size)
+        maps = sfcm.mean_maps([a.detach() for a in response.attention], response.grids, size, response.frames)
     m = sfcm.control_map(
         target_map_kind,
         eps_res=response.eps.detach(),
@@ -91,6 +93,7 @@ def dual_path(
         target_map=maps[:, -1:],
         weights=weights,
         gain=gain,
+        frames=response.frames,
     )
     m = m * free[:, None, None, None]
     w = 1 - m

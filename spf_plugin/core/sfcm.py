@@ -6,7 +6,7 @@ two paths with weight `W = 1 - M`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +37,40 @@ def noise_difference(eps_res: Tensor, eps_ref: Tensor) -> Tensor:
     return ((d - low) / (high - low).clamp_min(_EPS)).clamp(0, 1)
 
 
-def to_image(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """A layer's attention `[B, N, G]`, on its grid of `N = grid[0] * grid[1]` positions, resized to `[B, G, h, w]`."""
+def by_frame(function: Callable[[Tensor], Tensor], x: Tensor, frames: int) -> Tensor:
+    """Apply what looks at a place's neighbours to each frame of a clip by itself: the row below the last one of a frame
+    is the first of the next, which is a neighbour in time.
+
+    Args:
+        function: `[N, C, h', w]` -> `[N, C, h'', w'']`.
+        x: `[B, C, h, w]`, the frames one above the other, so `h = frames h'`.
+        frames: how many there are.
+
+    Returns:
+        the results, one above the other.
+    """
+    each = x.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
+    return function(each).unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3)
+
+
+def to_image(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], frames: int = 1) -> Tensor:
+    """A layer's attention `[B, N, G]`, on its grid of `N = grid[0] * grid[1]` positions, resized to `[B, G, h, w]`,
+    each of its frames by itself."""
     b, _, g = attention.shape
-    return F.interpolate(
-        attention.transpose(1, 2).reshape(b, g, *grid), size=size, mode="bilinear", align_corners=False
+    of_frame = (size[0] // frames, size[1])
+    return by_frame(
+        lambda each: F.interpolate(each, size=of_frame, mode="bilinear", align_corners=False),
+        attention.transpose(1, 2).reshape(b, g, *grid),
+        frames,
     )
 
 
-def mean_maps(attentions: Sequence[Tensor], grids: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
+def mean_maps(
+    attentions: Sequence[Tensor], grids: Sequence[tuple[int, int]], size: tuple[int, int], frames: int = 1
+) -> Tensor:
     """Average the layers' group attention on the latent grid: list of `[B, N_l, G]`, each on its grid of `N_l`
-    positions, -> `[B, G, h, w]`."""
-    maps = [to_image(a, grid, size) for a, grid in zip(attentions, grids, strict=True)]
+    positions, -> `[B, G, h, w]`; of a clip, both are its frames one above the other."""
+    maps = [to_image(a, grid, size, frames) for a, grid in zip(attentions, grids, strict=True)]
     return torch.stack(maps).mean(dim=0)
 
 
@@ -84,14 +106,14 @@ def subtract_phrases(difference: Tensor, phrase_maps: Tensor, weights: Tensor) -
     return m
 
 
-def brighten(m: Tensor, gain: float) -> Tensor:
-    """Lift the high quantile to 1, multiply by `gain`, grow by one latent cell.
+def brighten(m: Tensor, gain: float, frames: int = 1) -> Tensor:
+    """Lift the high quantile to 1, multiply by `gain`, grow by one latent cell within each frame.
 
     Without it the map is about 0.2 inside the target's region, and the target is aligned away with the rest.
     """
     m = m / _quantile(m, HIGH_QUANTILE).clamp_min(_EPS)
     m = (m * gain).clamp(0, 1)
-    return F.max_pool2d(m, kernel_size=3, stride=1, padding=1)
+    return by_frame(lambda each: F.max_pool2d(each, kernel_size=3, stride=1, padding=1), m, frames)
 
 
 def gate(m: Tensor) -> Tensor:
@@ -120,8 +142,10 @@ def control_map(
     target_map: Tensor,
     weights: Tensor,
     gain: float,
+    frames: int = 1,
 ) -> Tensor:
-    """The SFCM.
+    """The SFCM. A clip has one map a frame, and one scale for all of them: a frame in which the target does not respond
+    is not stretched until something does.
 
     Args:
         kind: `soft` (the phrases' shares of the attention, brightened), `paper` (as published), or `difference` (the
@@ -132,6 +156,7 @@ def control_map(
         target_map: `[B, 1, h, w]`, attention on the target.
         weights: `[B, P]`, see `subtract_phrases`.
         gain: see `brighten`.
+        frames: of a clip, which lie one above the other in all of these.
 
     Returns:
         `[B, 1, h, w]`, float32 in [0, 1], detached.
@@ -142,12 +167,12 @@ def control_map(
     with torch.no_grad(), torch.autocast(device_type=eps_res.device.type, enabled=False):
         difference = noise_difference(eps_res, eps_ref)
         if kind == "difference":
-            return brighten(difference, gain)
+            return brighten(difference, gain, frames)
         if kind == "paper":
             return subtract_phrases(difference, stretch(phrase_maps.float()), weights)
         if kind == "soft":
             shares = share(phrase_maps.float(), target_map.float())
-            return brighten(subtract_phrases(difference, shares, weights), gain)
+            return brighten(subtract_phrases(difference, shares, weights), gain, frames)
     raise ValueError(f"unknown map {kind!r}")
 
 

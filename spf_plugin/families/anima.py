@@ -63,6 +63,9 @@ class Anima:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
+    def frames(self, call: Call) -> int:
+        return 1
+
     def noisy_latents(self, call: Call) -> Tensor:
         return call.part(0, *_NOISY).squeeze(2)  # [B, C, 1, h, w]: a video of one image
 

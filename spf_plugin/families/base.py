@@ -130,6 +130,11 @@ class Family(Protocol):
         """The grid of a layer with `positions` image positions, for predictions of `size`."""
         ...
 
+    def frames(self, call: Call) -> int:
+        """How many frames lie one above the other in `[B, C, h, w]`: 1, but for a clip, whose frames are one picture to
+        all that does not look across their borders."""
+        ...
+
     def noisy_latents(self, call: Call) -> Tensor:
         """`z_t` of a call, as `prediction` has it, `[B, C, h, w]`."""
         ...

@@ -102,6 +102,9 @@ class Flux:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
+    def frames(self, call: Call) -> int:
+        return 1
+
     def noisy_latents(self, call: Call) -> Tensor:
         return _unpacked(call.kwargs[_NOISY], call)
 

@@ -86,6 +86,9 @@ class HunyuanImage:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
+    def frames(self, call: Call) -> int:
+        return 1
+
     def noisy_latents(self, call: Call) -> Tensor:
         return call.part(0, *_NOISY)
 

@@ -82,6 +82,9 @@ class Lumina:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
+    def frames(self, call: Call) -> int:
+        return 1
+
     def noisy_latents(self, call: Call) -> Tensor:
         return call.part(0, *_NOISY)
 

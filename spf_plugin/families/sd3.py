@@ -71,6 +71,9 @@ class SD3:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
+    def frames(self, call: Call) -> int:
+        return 1
+
     def noisy_latents(self, call: Call) -> Tensor:
         return call.part(0, *_NOISY)
 

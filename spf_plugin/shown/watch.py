@@ -171,7 +171,10 @@ class Watch:
         z, m = small(step.noisy_latents), small(step.result.map)
         predicted, expected = small(step.response.eps), small(step.reference.eps)
         attention = sfcm.mean_maps(
-            [small(a) for a in step.response.attention], step.response.grids, (z.shape[-2], z.shape[-1])
+            [small(a) for a in step.response.attention],
+            step.response.grids,
+            (z.shape[-2], z.shape[-1]),
+            step.response.frames,
         )[0]
         count, groups = len(prompt.phrases), attention.shape[0]
         words = attention[[groups - 1, *range(count)]]  # between them: EOS and padding, which take most everywhere

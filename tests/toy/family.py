@@ -64,6 +64,9 @@ class Toy:
     def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:
         return size[0] // PATCH, size[1] // PATCH
 
+    def frames(self, call: Call) -> int:
+        return 1
+
     def noisy_latents(self, call: Call) -> Tensor:
         return unpack(call.kwargs["patches"], call.kwargs["grid"])
 
