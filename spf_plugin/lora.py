@@ -26,7 +26,7 @@ from spf_plugin.errors import SPFError, collected
 from spf_plugin.families import known as families
 from spf_plugin.families.base import Family
 from spf_plugin.hosts.base import Host
-from spf_plugin.hosts.kohya.frames import callers_variable, raw_network_args
+from spf_plugin.hosts.frames import callers_variable, raw_network_args
 from spf_plugin.hosts.kohya.loop import KohyaHost, calling_folders, default_network
 from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.network_args import check_words, read_words, split_network_args, split_words

@@ -22,8 +22,9 @@ LEVELS: list[set[str]] = [
     {"step", "pairs", "probe"},
     {"enhancement"},
     {"shown"},
-    {"hosts.base"},
-    {"attachment", "hosts.kohya"},
+    {"hosts.base", "hosts.frames"},
+    {"hosts.postfix", "hosts.state"},
+    {"attachment", "hosts.kohya", "hosts.musubi"},
     {"lora"},
     {"trainer", "hosts.reference"},
     {"tools"},
@@ -82,12 +83,16 @@ def test_the_method_imports_only_torch(module: str) -> None:
     assert others <= {"torch", "spf_plugin"}
 
 
-def test_only_one_package_knows_the_host() -> None:
+@pytest.mark.parametrize(
+    ("own", "theirs"), [("hosts.kohya", {"library", "train_network", "networks"}), ("hosts.musubi", {"musubi_tuner"})]
+)
+def test_only_one_package_knows_a_host(own: str, theirs: set[str]) -> None:
+    loop = f"spf_plugin.{own}.loop"
     for module in MODULES:
         modules = imports(PACKAGE / f"{module}.py")
-        if room(module) != "hosts.kohya":
-            assert not {name.split(".")[0] for name in modules} & {"library", "train_network", "networks"}, module
-            assert module == "lora" or not any(name.startswith("spf_plugin.hosts.kohya.loop") for name in modules)
+        if room(module) != own:
+            assert not {name.split(".")[0] for name in modules} & theirs, module
+            assert module == "lora" or not any(name.startswith(loop) for name in modules)
 
 
 def test_families_and_hosts_know_nothing_of_each_other() -> None:

@@ -19,8 +19,8 @@ import torch
 
 from spf_plugin.config import parse
 from spf_plugin.errors import SPFError
+from spf_plugin.hosts.frames import local_variables, raw_network_args, training_frame
 from spf_plugin.hosts.kohya.captions import prompts
-from spf_plugin.hosts.kohya.frames import local_variables, raw_network_args, training_frame
 from spf_plugin.hosts.kohya.images import dropped_targets
 from spf_plugin.hosts.kohya.loop import KohyaHost
 from spf_plugin.hosts.kohya.names import name_problems

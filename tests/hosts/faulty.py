@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from spf_plugin import lora
-from spf_plugin.hosts.kohya.frames import training_frame
+from spf_plugin.hosts.frames import training_frame
 
 
 def _killed(*_: Any) -> None:

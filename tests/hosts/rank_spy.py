@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spf_plugin import lora
-from spf_plugin.hosts.kohya.frames import training_frame
+from spf_plugin.hosts.frames import training_frame
 
 
 def create_network(*args: Any, **kwargs: Any) -> nn.Module:

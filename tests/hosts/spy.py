@@ -21,7 +21,7 @@ from spf_plugin import lora
 from spf_plugin.adapter.quantised import QuantisedBase
 from spf_plugin.families.known import find
 from spf_plugin.families.unet import SIZES, UNet
-from spf_plugin.hosts.kohya.frames import training_frame
+from spf_plugin.hosts.frames import training_frame
 from spf_plugin.seam import Call
 
 

@@ -22,14 +22,15 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Text
+from spf_plugin.hosts.frames import callers_variable, local_variables, training_frame
 from spf_plugin.hosts.kohya import cached_text, own_targets, recaching, rules
-from spf_plugin.hosts.kohya.frames import callers_variable, local_variables, training_frame
 from spf_plugin.hosts.kohya.images import TEXT_CACHE, Image, subset_of
 from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK, SUPPORTED, trainer_problem
-from spf_plugin.hosts.kohya.state import register
 from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.hosts.kohya.trainers import dit_of
+from spf_plugin.hosts.postfix import Postfix
+from spf_plugin.hosts.state import register
 from spf_plugin.pairs import State
 
 logger = terminal.logger(__name__)
@@ -66,8 +67,7 @@ class KohyaHost:
         self.args = names["args"]
         self.accelerator: Any = names.get("accelerator")
         self._dataset = names["train_dataset_group"]
-        self._progress_bar_seen = False
-        self._postfix: dict[str, float] = {}
+        self._postfix = Postfix()
         self._text = TextEncoding(
             self.trainer, self.args, self.accelerator, text_encoders, names.get("tokenizers"), names.get("weight_dtype")
         )
@@ -279,17 +279,7 @@ class KohyaHost:
         return patching.patched(module, "checkpoint", checkpoint)
 
     def report(self, values: dict[str, float]) -> None:
-        self._postfix = {name: round(value, 4) for name, value in values.items()}
-        if not self._progress_bar_seen:
-            self._progress_bar_seen = True
-            bar = callers_variable("progress_bar")
-            if bar is not None:
-                original = bar.set_postfix
-
-                def set_postfix(*args: Any, **kwargs: Any) -> None:
-                    original(*args, **{**kwargs, **self._postfix})
-
-                bar.set_postfix = set_postfix  # the bar belongs to this run and ends with it: nothing to put back
+        self._postfix.show(values)
 
     def on_save_state(self, state: Callable[[], State], load: Callable[[State], None]) -> None:
         register(self.accelerator, state, load)

@@ -1,4 +1,4 @@
-"""SPF's own state beside the training state of sd-scripts (`--save_state`, `--resume`)."""
+"""SPF's own state beside the training state of a trainer of kohya's (`--save_state`, `--resume`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spf_plugin.pairs import State
 
 STATE_FILE = "spf_state.json"
 PAIR_FILE = "spf_pair.safetensors"  # beside it, where a pair waits for its second step
-HOST_STATE_FILE = "train_state.json"
+HOST_STATE_FILE = "train_state.json"  # sd-scripts'; musubi-tuner has none, and begins to count anew
 
 
 def register(accelerator: Any, state: Callable[[], State], load: Callable[[State], None]) -> None:

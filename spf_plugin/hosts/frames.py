@@ -1,4 +1,4 @@
-"""The frames of sd-scripts that are calling: `create_network` is given neither trainer nor accelerator."""
+"""The frames of a trainer that is calling: its network module is given neither trainer nor accelerator."""
 
 from __future__ import annotations
 
