@@ -27,11 +27,10 @@ MADE = {
         "_early_layers",
         "_noisy_text",
         "_skipped_warnings",
-        "repeated",
     },
     "hosts/kohya/cached_text.py": set(),
     "hosts/kohya/own_targets.py": {"readable"},
-    "hosts/kohya/names.py": set(),
+    "hosts/looking.py": {"repeated", "folder_problems", "name_problems"},
     "adapter/quantised.py": {"problems", "device_problems"},
     "lorafile/record.py": {"problem"},
     "trainer/cache.py": {"_said"},
@@ -52,6 +51,7 @@ RETURNED = {
     "by_time",
     "by_encoding",
     "_skipped_warnings",
+    "folder_problems",
     "repeated",
 }
 #: ValueErrors of the mathematics, which no setting leads to.

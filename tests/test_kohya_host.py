@@ -23,9 +23,9 @@ from spf_plugin.hosts.frames import local_variables, raw_network_args, training_
 from spf_plugin.hosts.kohya.captions import prompts
 from spf_plugin.hosts.kohya.images import dropped_targets
 from spf_plugin.hosts.kohya.loop import KohyaHost
-from spf_plugin.hosts.kohya.names import name_problems
-from spf_plugin.hosts.kohya.rules import repeated, trainer_problem, unwritable
+from spf_plugin.hosts.kohya.rules import trainer_problem
 from spf_plugin.hosts.kohya.text import TextEncoding
+from spf_plugin.hosts.looking import name_problems, repeated, unwritable
 from spf_plugin.lora import create_network
 from spf_plugin.pairs import State
 from tests.check_sets import everything
@@ -241,7 +241,8 @@ def test_an_output_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
     ],
 )
 def test_network_args_that_the_host_does_not_read(words: list[str], times: int) -> None:
-    assert [re.findall(r"given (\d+) times", problem) for problem in repeated(words)] == [[str(times)]] * bool(times)
+    problems = repeated(words, "sd-scripts")
+    assert [re.findall(r"given (\d+) times", problem) for problem in problems] == [[str(times)]] * bool(times)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_network_args_that_the_host_does_not_read(words: list[str], times: int) 
 )
 def test_names_under_which_nothing_could_be_saved(tmp_path: Path, name: str, windows: bool, reason: str | None) -> None:
     (tmp_path / "there").mkdir()
-    problems = name_problems(SimpleNamespace(output_dir=str(tmp_path), output_name=name), windows=windows)
+    problems = name_problems(SimpleNamespace(output_dir=str(tmp_path), output_name=name), "sd-scripts", windows=windows)
     assert bool(problems) == bool(reason)
     assert reason is None or reason in problems[0]
 

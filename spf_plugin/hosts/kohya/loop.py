@@ -25,10 +25,10 @@ from spf_plugin.families.base import Text
 from spf_plugin.hosts.frames import callers_variable, local_variables, training_frame
 from spf_plugin.hosts.kohya import cached_text, own_targets, recaching, rules
 from spf_plugin.hosts.kohya.images import TEXT_CACHE, Image, subset_of
-from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import DEFAULT_NETWORK, SUPPORTED, trainer_problem
 from spf_plugin.hosts.kohya.text import TextEncoding
 from spf_plugin.hosts.kohya.trainers import dit_of
+from spf_plugin.hosts.looking import name_problems, repeated
 from spf_plugin.hosts.postfix import Postfix
 from spf_plugin.hosts.state import register
 from spf_plugin.pairs import State
@@ -167,7 +167,8 @@ class KohyaHost:
         )
         for warning in (*found.warnings, *found.of_captions):
             logger.warning(f"SPF: {warning}")
-        return [*rules.repeated(sys.argv[1:]), *name_problems(self.args), *problems, *found.errors]
+        ours = [*repeated(sys.argv[1:], "sd-scripts"), *name_problems(self.args, "sd-scripts")]
+        return [*ours, *problems, *found.errors]
 
     def _stale(self, images: Sequence[Image]) -> str | None:
         """Whether cached text is not the captions': by encoding, as the text encoders are here."""

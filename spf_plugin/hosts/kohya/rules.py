@@ -7,9 +7,7 @@ are to be quantised.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from spf_plugin.hosts.kohya import cached_text
 from spf_plugin.hosts.kohya.images import Image, dropped_targets
 from spf_plugin.hosts.kohya.scripts import LENGTHS, text_tokens
 from spf_plugin.hosts.kohya.trainers import Dit, dit_of
+from spf_plugin.hosts.looking import Found, folder_problems
 from spf_plugin.network_args import split_words
 
 if TYPE_CHECKING:
@@ -38,37 +37,6 @@ SUPPORTED = (
     "SPF supports (sdxl_)train_network.py of sd-scripts v0.8.7 to v0.11.x, and anima_, sd3_, flux_, lumina_ and "
     "hunyuan_image_train_network.py"
 )
-
-
-def unwritable(folder: Path, *, trying: bool) -> str | None:
-    """Why nothing could be written into a folder, which need not be there yet; None where it could. Leaves nothing.
-
-    Args:
-        folder: the folder.
-        trying: make what is missing of it for a moment, under another name, and a file in it. Else only look at the
-            nearest folder that is there: its permissions, and on Windows not even all of these.
-    """
-    for there in (folder.absolute(), *folder.absolute().parents):
-        try:
-            os.lstat(there)
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
-            return getattr(error, "strerror", None) or str(error)
-    if not there.is_dir():
-        return "Not a directory"
-    if not trying:
-        return None if os.access(there, os.W_OK | os.X_OK) else "Permission denied"
-    try:
-        with tempfile.TemporaryDirectory(dir=there) as inside:
-            aside = Path(inside, folder.absolute().relative_to(there))
-            os.makedirs(aside, exist_ok=True)
-            with tempfile.TemporaryFile(dir=aside):
-                pass
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def _overrides(cls: type, name: str) -> type | None:
@@ -90,32 +58,6 @@ def trainer_problem(trainer: Any) -> str | None:
     if prediction is not None and not hasattr(cls, "process_batch"):
         return f"{cls.__name__} belongs to a 2024 development branch of sd-scripts (no process_batch). {SUPPORTED}"
     return None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is wrong with a run: `errors` stop it; `warnings` of its options and `of_captions` may be wanted."""
-
-    errors: list[str]
-    warnings: list[str]
-    of_captions: list[str]
-
-
-def repeated(words: Sequence[str]) -> list[str]:
-    """Why words of the user would be lost: of an option that is given twice, the host keeps the last.
-
-    Args:
-        words: of the command line.
-    """
-    names = [word.partition("=")[0] for word in words]
-    # The host takes short forms of it, too.
-    given = [name for name in names if name.startswith("--network_ar") and "--network_args".startswith(name)]
-    if len(given) < 2:
-        return []
-    return [
-        f"--network_args is given {len(given)} times, and sd-scripts reads only the last. Write all items behind one: "
-        '--network_args "spf_target=blonde hair" "conv_dim=4"'
-    ]
 
 
 def folders(args: Any) -> list[Path]:
@@ -150,7 +92,7 @@ def look(
         sdxl: the script is sdxl_train_network.py.
         dit: of the trainer, where its model is no UNet.
         device: what would be trained on; None where the run may be on another machine.
-        trying: the output folder may be touched (`unwritable`).
+        trying: the output folder may be touched (`looking.unwritable`).
         stale: finds cached text that is not the captions'; None looks at the files' times (`cached_text`).
         tokenize: text -> token ids without begin, end and padding; None where no tokenizer is at hand.
         limit: tokens of text that are read; None: as many as CLIP reads with the host's `max_token_length`.
@@ -178,13 +120,7 @@ def look(
         errors.append(
             "--train_inpainting gives the UNet nine channels, and SPF knows four: the noisy latents. Remove the option."
         )
-    into = getattr(args, "output_dir", None)
-    if into and into != into.strip():  # of "/data" it makes another, relative path, and nobody sees it
-        errors.append(f"--output_dir {into!r} begins or ends with a space: files would lie elsewhere. Take it away.")
-    elif into:
-        reason = unwritable(Path(args.output_dir), trying=trying)
-        if reason:  # the host would find out when it saves, after hours
-            errors.append(f"--output_dir {args.output_dir}: nothing can be written there: {reason}.")
+    errors += folder_problems(getattr(args, "output_dir", None), trying=trying)
     errors += cached_text.problems(args, images, sdxl=sdxl, ending=dit.text_cache if dit else None, stale=stale)
     errors += cached_text.kept_captions(images)
     warnings += _skipped_warnings(args)

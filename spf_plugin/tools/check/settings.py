@@ -11,8 +11,8 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.hosts.kohya import own_targets, rules
 from spf_plugin.hosts.kohya.captions import dropout, shuffled
 from spf_plugin.hosts.kohya.images import Image
-from spf_plugin.hosts.kohya.names import name_problems
 from spf_plugin.hosts.kohya.rules import MUCH_DROPOUT, NETWORK_MODULES
+from spf_plugin.hosts.looking import name_problems
 from spf_plugin.network_args import check_words, read_words
 from spf_plugin.tools.check import trainer
 from spf_plugin.tools.check.dataset import Data
@@ -86,7 +86,7 @@ def look(
     never = spf.config.never_aligned(args.max_train_steps)
     found = [
         Finding("error", "never-aligned" if problem in never else "stops", problem)
-        for problem in (*name_problems(args), *problems, *said.errors)
+        for problem in (*name_problems(args, "sd-scripts"), *problems, *said.errors)
     ]
     # What is of captions, `captions` says with more detail.
     found += [Finding("warning", "warns", warning) for warning in said.warnings]

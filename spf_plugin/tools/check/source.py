@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from spf_plugin.config import PREFIX
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import SLASHES, read_toml, shown
-from spf_plugin.hosts.kohya.rules import repeated
 from spf_plugin.hosts.kohya.scripts import Script
+from spf_plugin.hosts.looking import repeated
 from spf_plugin.tools.check.findings import Finding
 from spf_plugin.tools.check.host_options import (
     CHOICES,
@@ -127,7 +127,7 @@ def parse_words(words: Sequence[str], script: Script | None = None) -> dict[str,
         options = OPTIONS
     problems: list[str] = []
     values, others = _HostParser(problems, options).parse_known_args(words)
-    problems += repeated(words)
+    problems += repeated(words, "sd-scripts")
     unknown = False
     for word in others:
         if word.startswith("-"):

@@ -1,0 +1,135 @@
+"""What any trainer's run can get wrong, whichever trainer it is: where it would write, and options given twice.
+
+Functions of plain data, without torch, that a run and `spf check` share.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAME_BYTES = 255  # the most that a file's name can have
+#: What the host puts behind the name, by the option that asks for it.
+_ENDINGS = {
+    "": ".safetensors",
+    "save_every_n_epochs": "-000001.safetensors",
+    "save_n_epoch_ratio": "-000001.safetensors",
+    "save_every_n_steps": "-step00000001.safetensors",
+}
+_NEVER = "\0"
+_NOT_ON_WINDOWS = '<>:"|?*' + "".join(map(chr, range(32)))  # behind a colon the file would be there, and hidden
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is wrong with a run: `errors` stop it; `warnings` of its options and `of_captions` may be wanted."""
+
+    errors: list[str]
+    warnings: list[str]
+    of_captions: list[str]
+
+
+def repeated(words: Sequence[str], host: str) -> list[str]:
+    """Why words of the user would be lost: of an option that is given twice, the host keeps the last.
+
+    Args:
+        words: of the command line.
+        host: how the trainer is called.
+    """
+    names = [word.partition("=")[0] for word in words]
+    # The host takes short forms of it, too.
+    given = [name for name in names if name.startswith("--network_ar") and "--network_args".startswith(name)]
+    if len(given) < 2:
+        return []
+    return [
+        f"--network_args is given {len(given)} times, and {host} reads only the last. Write all items behind one: "
+        '--network_args "spf_target=blonde hair" "conv_dim=4"'
+    ]
+
+
+def unwritable(folder: Path, *, trying: bool) -> str | None:
+    """Why nothing could be written into a folder, which need not be there yet; None where it could. Leaves nothing.
+
+    Args:
+        folder: the folder.
+        trying: make what is missing of it for a moment, under another name, and a file in it. Else only look at the
+            nearest folder that is there: its permissions, and on Windows not even all of these.
+    """
+    for there in (folder.absolute(), *folder.absolute().parents):
+        try:
+            os.lstat(there)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+            return getattr(error, "strerror", None) or str(error)
+    if not there.is_dir():
+        return "Not a directory"
+    if not trying:
+        return None if os.access(there, os.W_OK | os.X_OK) else "Permission denied"
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as inside:
+            aside = Path(inside, folder.absolute().relative_to(there))
+            os.makedirs(aside, exist_ok=True)
+            with tempfile.TemporaryFile(dir=aside):
+                pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def folder_problems(folder: str | None, *, trying: bool) -> list[str]:
+    """Why the run could not save into its folder.
+
+    Args:
+        folder: `output_dir`.
+        trying: it may be touched (`unwritable`).
+    """
+    if not folder:
+        return []
+    if folder != folder.strip():  # of "/data" it makes another, relative path, and nobody sees it
+        return [f"--output_dir {folder!r} begins or ends with a space: files would lie elsewhere. Take it away."]
+    reason = unwritable(Path(folder), trying=trying)
+    if reason is None:
+        return []
+    # The host would find out when it saves, after hours.
+    return [f"--output_dir {folder}: nothing can be written there: {reason}."]
+
+
+def name_problems(args: Any, host: str, *, windows: bool = os.name == "nt") -> list[str]:
+    """Why the run could not save under its name.
+
+    Args:
+        args: the host's arguments.
+        host: how the trainer is called.
+        windows: what holds there is asked for, too.
+    """
+    name = getattr(args, "output_name", None)
+    if not isinstance(name, str):
+        return []
+    folder, own = os.path.split(name)
+    if not own:
+        return [
+            "--output_name is empty: the file would be called '.safetensors'. Give a name, or leave the option out."
+        ]
+    found = []
+    refused = [sign for sign in own if sign in (_NOT_ON_WINDOWS if windows else _NEVER)]
+    if refused:
+        found.append(f"--output_name {name!r}: no file can have {refused[0]!r} in its name. Leave it out.")
+    elif folder and not Path(getattr(args, "output_dir", None) or "", folder).is_dir():
+        found.append(
+            f"--output_name {name!r} is in a folder {folder!r} that is not there, and {host} makes none for it: "
+            "the first save would fail. Make it, or put it into --output_dir."
+        )
+    endings = [ending for option, ending in _ENDINGS.items() if not option or getattr(args, option, None)]
+    longest = len(own.encode(errors="replace")) + max(map(len, endings))
+    if longest > NAME_BYTES:
+        found.append(
+            f"--output_name makes file names of {longest} bytes, and {NAME_BYTES} is the most (a letter beyond ASCII "
+            "has two to four). Give a shorter one."
+        )
+    return found
