@@ -125,6 +125,11 @@ def vectors(text: Text, start: int, ends: Sequence[int]) -> Tensor:
     return torch.stack([hidden[b, min(end, last)] for b, end in enumerate(ends)])
 
 
+def _compared(prompt: Prompt) -> tuple[str, ...]:
+    """The phrases whose distances a caption needs."""
+    return (*prompt.phrases, prompt.target, *ANCHORS) if prompt.has_target else ()
+
+
 @dataclass(frozen=True)
 class BatchText:
     """The text side of one batch. P is the largest number of base phrases in it; the last base group is EOS and
@@ -231,10 +236,14 @@ class TextSide:
     def _split(self, caption: str, targets: tuple[Target, ...], length: int) -> tuple[Prompt, Spans, Spans]:
         def make() -> tuple[Prompt, Spans, Spans]:
             prompt = split(caption, targets)
-            find, tokenize, framed = self.family.spans, self.host.tokenize, prompt.behind(self.host.prefix)
-            return prompt, find(framed, tokenize, length, full=False), find(framed, tokenize, length, full=True)
+            return prompt, *self._places(prompt, length)
 
         return self._splits.get_or((caption, targets, length), make)
+
+    def _places(self, prompt: Prompt, length: int) -> tuple[Spans, Spans]:
+        """Of the phrases, in the base prompt and in the full one."""
+        find, tokenize, framed = self.family.spans, self.host.tokenize, prompt.behind(self.host.prefix)
+        return find(framed, tokenize, length, full=False), find(framed, tokenize, length, full=True)
 
     @torch.no_grad()
     def base_text(self, text: BatchText, like: Text, *, text_encoder_trained: bool) -> Text:
@@ -284,9 +293,26 @@ class TextSide:
                         "frees its text encoders before training. Use fewer captions, or let it encode them in every "
                         "step."
                     )
-            if prompt.has_target:
-                for phrase in (*prompt.phrases, prompt.target, *ANCHORS):
-                    self._vector(phrase)
+            for phrase in _compared(prompt):
+                self.vector(phrase)
+
+    @torch.no_grad()
+    def rehearse(self, caption: str, *, length: int) -> dict[str, Tensor]:
+        """Ask the host all that a caption will need in any batch of a run that trains no text encoder: tokens, its base
+        prompt and phrases encoded.
+
+        Args:
+            caption: as the host encodes it.
+            length: T of a text sequence in which nothing is cut off (`Family.length`).
+
+        Returns:
+            the phrases' vectors, `[E]` each.
+        """
+        prompt = split(caption, self.targets)
+        self._places(prompt, length)
+        if prompt.base != prompt.full:
+            self._encode(prompt.base, [prompt.full])
+        return {phrase: self.vector(phrase) for phrase in _compared(prompt)}
 
     def _encode(self, base: str, beside: Sequence[str]) -> Text:
         with self.bypassed():
@@ -299,12 +325,13 @@ class TextSide:
         weights = torch.zeros(len(text.prompts), count)
         for i, prompt in enumerate(text.prompts):
             if prompt.has_target and prompt.phrases:
-                phrases = torch.stack([self._vector(p) for p in prompt.phrases])
-                anchors = torch.stack([self._vector(a) for a in ANCHORS])
-                weights[i, : len(phrases)] = sfcm.semantic_distance(phrases, self._vector(prompt.target), anchors)
+                phrases = torch.stack([self.vector(p) for p in prompt.phrases])
+                anchors = torch.stack([self.vector(a) for a in ANCHORS])
+                weights[i, : len(phrases)] = sfcm.semantic_distance(phrases, self.vector(prompt.target), anchors)
         return weights.to(text.present.device) * text.present[:, :count]
 
-    def _vector(self, phrase: str) -> Tensor:
+    @torch.no_grad()
+    def vector(self, phrase: str) -> Tensor:
         """The pooled embedding of a phrase alone, `[E]`, by the untrained text encoder; on the CPU."""
 
         def make() -> Tensor:

@@ -13,9 +13,10 @@ from spf_plugin.families.lumina import Lumina
 from spf_plugin.families.sd3 import SD3
 from spf_plugin.families.sd3_diffusers import DiffusersSD3
 from spf_plugin.families.unet import UNet
+from spf_plugin.families.zimage import ZImage
 
 # `attn2` of a UNet is the image's own attention in diffusers' SD3.5-Medium.
-FAMILIES = (DiffusersSD3, UNet, Anima, SD3, Flux, Lumina, HunyuanImage)
+FAMILIES: tuple[type[Family], ...] = (DiffusersSD3, UNet, Anima, SD3, Flux, Lumina, HunyuanImage, ZImage)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -29,5 +30,14 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, Chroma, Lumina or HunyuanImage"
+        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, Chroma, Lumina, HunyuanImage or Z-Image"
     )
+
+
+def named(name: str) -> type[Family]:
+    """The family of this name, without a model.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {family.__name__: family for family in FAMILIES}[name]

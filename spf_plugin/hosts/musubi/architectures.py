@@ -1,0 +1,99 @@
+"""musubi-tuner's architectures that SPF knows: facts of the host, by architecture.
+
+What such a model is inside is its family's (`spf_plugin.families`). No torch and no musubi-tuner: the checks read it
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spf_plugin.hosts.musubi import encoders
+from spf_plugin.hosts.musubi.encoders import Encoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spf_plugin.families.base import Text
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of the trainer's architectures.
+
+    Attributes:
+        name: of the command's `--arch`.
+        codes: the host's own (`ARCHITECTURE_...`), which stand in the names of its cache files; of one trainer there
+            may be others, whose models SPF does not know.
+        trainer: its class.
+        script: its script, without `.py`.
+        network: the host's own network module for it.
+        family: the class of its model's family.
+        caching: the module of the host's script that caches text, and the function there that adds its options.
+        required: options of that script that name models, without which it fails.
+        tensors: what that script writes for a caption, without the type in the names; so they stand in a batch, too.
+        text: these tensors of one prompt -> the family's text of one sample.
+        load: (the script's parsed options, device) -> its tokenizer and text encoder.
+        code: the script's parsed options -> which of `codes` its files are of.
+    """
+
+    name: str
+    codes: tuple[str, ...]
+    trainer: str
+    script: str
+    network: str
+    family: str
+    caching: tuple[str, str]
+    required: tuple[str, ...]
+    tensors: tuple[str, ...]
+    text: Callable[[Mapping[str, Tensor]], Text]
+    load: Callable[[Any, torch.device], Encoder]
+    code: Callable[[Any], str]
+
+
+def _states(name: str) -> Callable[[Mapping[str, Tensor]], Text]:
+    """A text of states alone, none of which is padding."""
+
+    def text(tensors: Mapping[str, Tensor]) -> Text:
+        hidden = tensors[name][None]
+        return {"hidden": hidden, "hidden_mask": hidden.new_ones(hidden.shape[:2]).bool()}
+
+    return text
+
+
+ARCHITECTURES = (
+    Architecture(
+        name="zimage",
+        codes=("zi",),
+        trainer="ZImageNetworkTrainer",
+        script="zimage_train_network",
+        network="networks.lora_zimage",
+        family="ZImage",
+        caching=("musubi_tuner.zimage_cache_text_encoder_outputs", "zimage_setup_parser"),
+        required=("text_encoder",),
+        tensors=("llm_embed",),
+        text=_states("llm_embed"),
+        load=encoders.zimage,
+        code=lambda args: "zi",
+    ),
+)
+NAMES = tuple(architecture.name for architecture in ARCHITECTURES)
+
+
+def named(name: str) -> Architecture:
+    """The one of a `--arch`.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {architecture.name: architecture for architecture in ARCHITECTURES}[name]
+
+
+def of_trainer(trainer: Any) -> Architecture | None:
+    """That of a trainer, or of one that is made from it; None where SPF does not know its model."""
+    classes = [cls.__name__ for cls in type(trainer).__mro__]
+    found = next((each for each in ARCHITECTURES if each.trainer in classes), None)
+    return found if found is not None and trainer.architecture in found.codes else None

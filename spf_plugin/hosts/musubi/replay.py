@@ -1,0 +1,173 @@
+"""Recorded prompts, played back in training; and why a run cannot take them.
+
+The caching command asks the same `fault`, so what it leaves alone a run takes, and what a run refuses it makes anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from spf_plugin.core.prompt import Target
+from spf_plugin.errors import SPFError
+from spf_plugin.families.base import Family, Text
+from spf_plugin.hosts.musubi import prompts
+from spf_plugin.hosts.musubi.architectures import Architecture
+from spf_plugin.hosts.musubi.prompts import Record
+from spf_plugin.text import TextSide
+
+LONG = 2**20  # a text sequence in which nothing is cut off
+
+
+def of_vector(vector: Tensor) -> Text:
+    """The text of a phrase of which nothing but its vector is wanted (`spf_plugin.text.vectors`): `[E]`."""
+    return {"hidden": vector[None, None], "pooled": vector[None]}
+
+
+class Fault(Enum):
+    """Why a record is not that of an item now."""
+
+    MISSING = "are missing"
+    DAMAGED = "are damaged or of another version of SPF"
+    TARGET = "are of another target"
+    CAPTION = "are of another caption than the data set has now"
+    TEXT = "are older than the cached text beside them"
+
+
+class Replay:
+    """`spf_plugin.text.TextHost` for what was recorded.
+
+    Args:
+        architecture: of the run.
+    """
+
+    def __init__(self, architecture: Architecture):
+        self.architecture, self.prefix = architecture, ""
+        self.captions: dict[str, str] = {}  # by the file with the host's cached text
+        self._tokens: dict[str, Sequence[int]] = {}
+        self._bases: dict[str, str] = {}
+        self._vectors: dict[str, Tensor] = {}
+
+    def add(self, text: str, record: Record) -> None:
+        """Play back what was recorded of an item.
+
+        Args:
+            text: the file with the host's cached text.
+            record: what the file beside it says.
+        """
+        path = prompts.beside(text)
+        self.captions[text], self.prefix = record.caption, record.prefix
+        self._tokens.update(record.tokens)
+        if record.base != record.caption:
+            self._bases.setdefault(record.base, path)
+        if any(phrase not in self._vectors for phrase in record.phrases):
+            found = prompts.phrase_vectors(path)
+            self._vectors.update(zip(record.phrases, found, strict=True))
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        if text not in self._tokens:
+            raise SPFError(f"{text!r} was not tokenized when the prompts were cached. Run spf cache-prompts again.")
+        return self._tokens[text]
+
+    def encode(self, prompts_: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        """One prompt: base prompts have another beside them, phrases have none."""
+        (prompt,) = prompts_
+        vector, path = self._vectors.get(prompt), self._bases.get(prompt)
+        if path is not None and beside:
+            return self.architecture.text(prompts.base_tensors(path))
+        if vector is not None and not beside:
+            return of_vector(vector)
+        raise SPFError(f"{prompt!r} was not encoded when the prompts were cached. Run spf cache-prompts again.")
+
+
+class _Covered:
+    """As `Replay`, for one record, without reading its tensors: whether it has all that is asked for."""
+
+    def __init__(self, record: Record):
+        self.prefix, self._record = record.prefix, record
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        return self._record.tokens[text]
+
+    def encode(self, prompts_: Sequence[str], beside: Sequence[str] = ()) -> Text:
+        if not set(prompts_) <= {self._record.base, *self._record.phrases}:
+            raise KeyError(prompts_)
+        return of_vector(torch.zeros(1))
+
+
+def fault(text: str, captions: Sequence[str], targets: Sequence[Target], family: Family) -> Fault | Record:
+    """Why the record of an item cannot be used; else the record.
+
+    Args:
+        text: the file with the host's cached text.
+        captions: what the data set has for it now; empty where it has no such item any more.
+        targets: of the run.
+        family: of the model.
+    """
+    try:
+        record = prompts.read(prompts.beside(text))
+    except FileNotFoundError:
+        return Fault.MISSING
+    except ValueError:
+        return Fault.DAMAGED
+    if record.target != tuple(map(str, targets)):
+        return Fault.TARGET
+    if captions and record.caption not in captions:
+        return Fault.CAPTION
+    if not record.text.fits(text):
+        return Fault.TEXT
+    try:
+        TextSide(_Covered(record), family, targets, nullcontext).rehearse(record.caption, length=LONG)
+    except LookupError:
+        return Fault.DAMAGED  # captions are split otherwise now
+    return record
+
+
+def problems(
+    replay: Replay,
+    items: Sequence[str],
+    captions: Mapping[str, Sequence[str]],
+    targets: Sequence[Target],
+    family: Family,
+    command: str,
+) -> tuple[list[str], list[str]]:
+    """Why a run cannot take its prompts, and what only may be wrong. What it can take is added to `replay`.
+
+    Args:
+        replay: plays back.
+        items: that are trained, by the files with the host's cached text.
+        captions: of the data set now, by the same.
+        targets: of the run.
+        family: of the model.
+        command: the one that encodes prompts, as the user should type it.
+    """
+    found: dict[Fault, list[str]] = {}
+    gone = 0
+    for text in items:
+        told = fault(text, captions.get(text, ()), targets, family)
+        if isinstance(told, Fault):
+            found.setdefault(told, []).append(prompts.beside(text))
+            continue
+        gone += text not in captions
+        replay.add(text, told)
+    errors = [
+        f"the prompts of {len(paths)} of {len(items)} trained items {kind.value}, e.g. {paths[0]}. "
+        + _before(kind, replay.architecture)
+        + f"Run: {command}"
+        for kind, paths in found.items()
+    ]
+    warnings = []
+    if gone:
+        warnings.append(
+            f"{gone} trained items are in the cache and not in the data set: their captions are those that were cached"
+        )
+    return errors, warnings
+
+
+def _before(kind: Fault, architecture: Architecture) -> str:
+    script = architecture.caching[0].rpartition(".")[2]
+    return f"Run {script}.py first, which caches the text itself. " if kind is Fault.CAPTION else ""
