@@ -180,7 +180,7 @@ def load(name: str, space: LatentSpace | None, vae: Any, own: Callable[[], VaeDe
     if path.suffix == ".safetensors":
         return load_linear(path)
     if name == "tiny":
-        if space is None:
+        if space is None or space.tiny is None:
             raise SPFError(
                 "spf_decoder=tiny knows none for this model. Name an AutoencoderTiny, or use spf_decoder=vae."
             )

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
-from spf_plugin.families import latents
-from spf_plugin.families.base import Layer, Text, at_depths, chosen, linear_layers_of
+from spf_plugin.families import latents, streams
+from spf_plugin.families.base import Layer, Text, linear_layers_of
+from spf_plugin.families.patches import packed, unpacked
+from spf_plugin.families.rotary import turned
+from spf_plugin.families.streams import DOUBLE, SINGLE
 from spf_plugin.seam import Call
 
 PATCH = 2
@@ -32,7 +35,6 @@ PATCH = 2
 # is where (ConceptAttention, arXiv 2502.04320, takes 10 to 18). At 1024 px in bf16 a layer keeps 25 MB of queries a
 # sample, these three 75 MB, all 57 would keep 1.4 GB. Not measured on FLUX's or Chroma's own weights.
 DEPTHS = (0.55, 0.75, 0.95)
-_DOUBLE, _SINGLE = "double_blocks", "single_blocks"
 _NOISY, _IDS, _TIMESTEPS, _HIDDEN, _MASK = "img", "img_ids", "timesteps", "txt", "txt_attention_mask"
 
 
@@ -66,7 +68,7 @@ class Flux:
     """
 
     latents = latents.FLUX
-    cross_attention = r"_double_blocks_\d+_(img|txt)_attn_"  # the single blocks' is in one layer with their MLP
+    cross_attention = streams.CROSS_ATTENTION
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser = denoiser
@@ -76,25 +78,23 @@ class Flux:
     @classmethod
     def fits(cls, denoiser: nn.Module) -> bool:
         """Whether a model has such double blocks, and rotary positions from ids."""
-        return hasattr(denoiser, "pe_embedder") and next(_attention(denoiser), None) is not None
+        return hasattr(denoiser, "pe_embedder") and next(streams.attention(denoiser), None) is not None
 
     # -- attention ------------------------------------------------------------------------------------------------
 
     def layers(self, which: str) -> list[Layer]:
-        layers = list(_attention(self.denoiser))
-        double = [layer for layer in layers if layer.name.startswith(_DOUBLE)]
-        return chosen(layers, which, at_depths(double, DEPTHS))
+        return streams.layers(self.denoiser, which, DEPTHS)
 
     def tokens(self, layer: Layer, query: Tensor, key: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         ids, length = call.kwargs[_IDS].detach(), call.kwargs[_HIDDEN].shape[1]
         patches = ids.shape[1]
         if self._kind.image_first:
             query = query[:, :, :patches]
-            key = key[:, :, patches:] if layer.name.startswith(_SINGLE) else key
+            key = key[:, :, patches:] if layer.name.startswith(SINGLE) else key
             key = F.pad(key, (0, 0, 0, length - key.shape[2]))  # what the model has cut off is masked here
         else:
             query, key = query[:, :, -patches:], key[:, :, :length]
-        query = _turned(query, self.denoiser.pe_embedder(ids))  # type: ignore[operator]
+        query = turned(query, self.denoiser.pe_embedder(ids))  # type: ignore[operator]
         return query.transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2)  # [B, heads, N, d]
 
     def grid(self, positions: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -106,7 +106,7 @@ class Flux:
         return 1
 
     def noisy_latents(self, call: Call) -> Tensor:
-        return _unpacked(call.kwargs[_NOISY], call)
+        return unpacked(call.kwargs[_NOISY], call.kwargs[_IDS], PATCH)
 
     def timesteps(self, call: Call) -> Tensor:
         return call.kwargs[_TIMESTEPS]
@@ -145,11 +145,10 @@ class Flux:
         return ()  # the loop says it of its captions; it drops none from cached text
 
     def prediction(self, output: Tensor, call: Call) -> Tensor:
-        return _unpacked(output, call)
+        return unpacked(output, call.kwargs[_IDS], PATCH)
 
     def output(self, like: Any, prediction: Tensor) -> Tensor:
-        patches = prediction.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h, p, w, p]
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return packed(prediction, PATCH)
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
@@ -163,35 +162,4 @@ class Flux:
 
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
-        return linear_layers_of(*(getattr(self.denoiser, stack) for stack in (_DOUBLE, _SINGLE)))
-
-
-def _attention(denoiser: nn.Module) -> Iterator[Layer]:
-    """That of every block, in the model's order. Of a norm of queries and keys each has a module of its own: a hook on
-    both would keep the image's keys, too, which are as large as its queries."""
-    for stack, image, text in ((_DOUBLE, "img_attn", "txt_attn"), (_SINGLE, "", "")):
-        for i, block in enumerate(getattr(denoiser, stack, None) or ()):
-            query = _submodule(block, image, "norm", "query_norm")
-            key = _submodule(block, text, "norm", "key_norm")
-            if query is not None and key is not None:
-                yield Layer(f"{stack}.{i}", int(block.num_heads), query, key)
-
-
-def _submodule(module: Any, *names: str) -> nn.Module | None:
-    for name in filter(None, names):
-        module = getattr(module, name, None)
-    return module
-
-
-def _turned(query: Tensor, rotation: Tensor) -> Tensor:
-    """`[B, heads, N, d]` by `[B, 1, N, d / 2, 2, 2]`, in float32, as the blocks do it."""
-    pairs = query.float().unflatten(-1, (-1, 1, 2))
-    return (rotation[..., 0] * pairs[..., 0] + rotation[..., 1] * pairs[..., 1]).flatten(-2).to(query.dtype)
-
-
-def _unpacked(patches: Tensor, call: Call) -> Tensor:
-    """`[B, N, 4 C]` -> `[B, C, h, w]`, on the grid that the ids of the call's patches span."""
-    ids = call.kwargs[_IDS]
-    h, w = (int(last) + 1 for last in ids[0, -1, 1:].tolist())  # of each: image, row, column
-    image = patches.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (h, w))  # [B, h, w, C, p, p]
-    return image.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return linear_layers_of(*(getattr(self.denoiser, stack) for stack in (DOUBLE, SINGLE)))

@@ -8,15 +8,28 @@ from spf_plugin.errors import SPFError
 from spf_plugin.families.anima import Anima
 from spf_plugin.families.base import Family
 from spf_plugin.families.flux import Flux
+from spf_plugin.families.flux2 import Flux2
 from spf_plugin.families.hunyuan_image import HunyuanImage
+from spf_plugin.families.krea2 import Krea2
 from spf_plugin.families.lumina import Lumina
 from spf_plugin.families.sd3 import SD3
 from spf_plugin.families.sd3_diffusers import DiffusersSD3
 from spf_plugin.families.unet import UNet
 from spf_plugin.families.zimage import ZImage
 
-# `attn2` of a UNet is the image's own attention in diffusers' SD3.5-Medium.
-FAMILIES: tuple[type[Family], ...] = (DiffusersSD3, UNet, Anima, SD3, Flux, Lumina, HunyuanImage, ZImage)
+# `attn2` of a UNet is the image's own attention in diffusers' SD3.5-Medium; FLUX.2 has all that FLUX.1 is known by.
+FAMILIES: tuple[type[Family], ...] = (
+    DiffusersSD3,
+    UNet,
+    Anima,
+    SD3,
+    Flux2,
+    Flux,
+    Lumina,
+    HunyuanImage,
+    ZImage,
+    Krea2,
+)
 
 
 def find(denoiser: nn.Module) -> Family:
@@ -30,7 +43,7 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, Chroma, Lumina, HunyuanImage or Z-Image"
+        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, FLUX.2, Chroma, Lumina, HunyuanImage, Z-Image or Krea 2"
     )
 
 
