@@ -12,9 +12,11 @@ from spf_plugin.families.flux2 import Flux2
 from spf_plugin.families.hunyuan_image import HunyuanImage
 from spf_plugin.families.krea2 import Krea2
 from spf_plugin.families.lumina import Lumina
+from spf_plugin.families.qwen_image import QwenImage
 from spf_plugin.families.sd3 import SD3
 from spf_plugin.families.sd3_diffusers import DiffusersSD3
 from spf_plugin.families.unet import UNet
+from spf_plugin.families.wan import Wan
 from spf_plugin.families.zimage import ZImage
 
 # `attn2` of a UNet is the image's own attention in diffusers' SD3.5-Medium; FLUX.2 has all that FLUX.1 is known by.
@@ -29,6 +31,8 @@ FAMILIES: tuple[type[Family], ...] = (
     HunyuanImage,
     ZImage,
     Krea2,
+    QwenImage,
+    Wan,
 )
 
 
@@ -43,7 +47,8 @@ def find(denoiser: nn.Module) -> Family:
             return family(denoiser)
     raise SPFError(
         f"found no cross-attention layers (attn2 with to_q and to_k) in this {type(denoiser).__name__}; SPF needs "
-        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, FLUX.2, Chroma, Lumina, HunyuanImage, Z-Image or Krea 2"
+        "SD1.x, SD2.x, SDXL, Anima, SD3, FLUX.1, FLUX.2, Chroma, Lumina, HunyuanImage, Z-Image, Krea 2, Qwen-Image or "
+        "Wan"
     )
 
 

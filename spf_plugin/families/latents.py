@@ -17,7 +17,8 @@ class LatentSpace:
             (comfy/latent_formats.py).
         bias: `[3]`.
         tiny: an `AutoencoderTiny` for them, on the hub; None where none is known here.
-        blocks: `block_out_channels` of the VAE.
+        blocks: `block_out_channels` of the VAE; none where all models of a family have the same latents, and no VAE
+            that says so is there.
         scale: the VAE's own, by which it multiplies what it encodes; None where the loop does that.
     """
 
@@ -111,3 +112,16 @@ FLUX2 = LatentSpace(
     None,
     _BLOCKS,
 )
+# Of the VAE of Wan 2.1, which Wan 2.2 A14B and Qwen-Image share, with mean and deviation of each channel taken out.
+WAN = LatentSpace(
+    16,
+    [
+        [-0.1299, -0.1692, 0.2932], [0.0671, 0.0406, 0.0442], [0.3568, 0.2548, 0.1747], [0.0372, 0.2344, 0.1420],
+        [0.0313, 0.0189, -0.0328], [0.0296, -0.0956, -0.0665], [-0.3477, -0.4059, -0.2925], [0.0166, 0.1902, 0.1975],
+        [-0.0412, 0.0267, -0.1364], [-0.1293, 0.0740, 0.1636], [0.0680, 0.3019, 0.1128], [0.0032, 0.0581, 0.0639],
+        [-0.1251, 0.0927, 0.1699], [0.0060, -0.0633, 0.0005], [0.3477, 0.2275, 0.2950], [0.1984, 0.0913, 0.1861],
+    ],
+    [-0.1835, -0.0868, -0.3360],
+    None,
+    (),
+)  # fmt: skip

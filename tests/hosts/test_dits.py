@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from spf_plugin.config import parse
-from spf_plugin.core.prompt import Kind as Piece
 from spf_plugin.core.prompt import Spans, Target, split
 from spf_plugin.hosts.kohya import rules, trainers
 from tests import tiny
 from tests.conftest import MadeOnce
 from tests.hosts.conftest import HOSTS, NEWEST, Host, Result
 from tests.hosts.dits.kinds import KINDS, VARIANTS, kind
+from tests.hosts.dits.places import PROMPTS, by_offsets
 
 TARGET = "spf_target=blonde hair"
 EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
@@ -453,17 +453,6 @@ def test_queries_and_keys_are_those_of_the_models_own_attention(dit: Dit) -> Non
     assert float(done.stdout.splitlines()[-1]) < 1e-5
 
 
-PROMPTS = {
-    "start": "blonde hair, a woman in a brown jacket, curtain background",
-    "middle": "a woman in a brown jacket, blonde hair, curtain background",
-    "end": "a woman in a brown jacket, curtain background, blonde hair",
-    "twice": "a woman with blonde hair in a jacket, smiling, blonde hair",
-    "introduced": "a woman with blonde hair and sunglasses, brown jacket",
-    "long": "blonde hair, " + "a woman in a brown jacket, curtain background, " * 10,  # for CLIP and for T5
-    "cut off": "a woman in a brown jacket, curtain background, blonde hair, with a red hat and sunglasses",
-}
-
-
 @pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
 def test_spans_are_those_of_the_tokenizer(dit: Dit, full: bool) -> None:
     """Against the offsets of the tokenizers, in the sequence that the host makes of a caption."""
@@ -490,25 +479,10 @@ def spans_beside_offsets(dit: Dit, caption: str, length: int, full: bool) -> Spa
     """The family's, which must be what the tokenizers' offsets say."""
     prompt = split(caption, [Target("blonde hair")])
     places = dit.kind.places(dit.models, prompt.full if full else prompt.base, length)
-    expected: list[list[int]] = [[] for _ in prompt.phrases]
-    target: list[int] = []
-    pieces, end = [], 0
-    for piece in prompt.pieces:
-        if piece.in_full if full else piece.in_base:
-            pieces.append((end, end + len(piece.text), piece))
-            end += len(piece.text)
-    for position, place in enumerate(places):
-        if place is None:
-            continue
-        last = place[1] - 1  # a token may begin with the space before it
-        piece = next(piece for start, stop, piece in pieces if start <= last < stop)
-        if piece.kind is Piece.TARGET:
-            target.append(position)
-        elif piece.phrase >= 0:
-            expected[piece.phrase].append(position)
+    expected, target = by_offsets(prompt, places, full=full)
     spans = dit.kind.spans(dit.models, prompt, length, full=full)
-    assert [list(phrase) for phrase in spans.phrases] == expected, caption
-    assert list(spans.target) == target, caption
+    assert list(spans.phrases) == expected, caption
+    assert spans.target == target, caption
     return spans
 
 

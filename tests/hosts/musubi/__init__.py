@@ -1,0 +1,1 @@
+"""Inside musubi-tuner."""

@@ -1,0 +1,51 @@
+"""The model classes of a musubi-tuner checkout, in the tests' own process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from tests.hosts.dits.common import random_weights
+
+
+def checkouts() -> list[Path]:
+    """In `SPF_MUSUBI` (joined by the path separator) and in `~/.cache/spf-plugin/musubi-tuner*`."""
+    named = [Path(p) for p in os.environ.get("SPF_MUSUBI", "").split(os.pathsep) if p]
+    cached = sorted((Path.home() / ".cache" / "spf-plugin").glob("musubi-tuner*"))
+    return [p.resolve() for p in [*named, *cached] if (p / "src" / "musubi_tuner").is_dir()]
+
+
+def module(name: str) -> Any:
+    """`musubi_tuner.NAME` of the first checkout. A loud skip where there is none."""
+    found = checkouts()
+    if not found:
+        pytest.skip("NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+    source = str(found[0] / "src")
+    if source not in sys.path:
+        sys.path.append(source)
+    importlib.import_module("transformers")  # looks at what is installed
+    absent = [each for each in ("av",) if importlib.util.find_spec(each) is None]  # it reads videos
+    sys.modules.update({each: ModuleType(each) for each in absent})
+    try:
+        with mock.patch.object(torch.cuda, "current_device", return_value=0):  # a default argument asks for a card
+            return importlib.import_module(f"musubi_tuner.{name}")
+    finally:
+        for each in absent:
+            del sys.modules[each]
+
+
+def filled(model: nn.Module, seed: int) -> nn.Module:
+    """With weights of which none is 0, so that everything counts."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict(random_weights(shapes, seed))
+    return model.eval()
