@@ -29,7 +29,7 @@ def flux2(*, dev: bool, length: int, full: bool) -> Spans:
 def test_qwens_padding_stands_behind_the_template(full: bool) -> None:
     found = flux2(dev=False, length=20, full=full)
     dress = (7, 8) if full else (5, 6)
-    assert found == Spans(((3, 4), dress), (5, 6) if full else (), dress[-1] + 1)
+    assert found == Spans(((3, 4), dress), (5, 6) if full else (), dress[-1] + 1, range(0))
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
@@ -39,14 +39,14 @@ def test_mistrals_padding_stands_before_the_template(full: bool) -> None:
     before = 20 - 1 - (9 if full else 7)
     target = tuple(before + place for place in (5, 6)) if full else ()
     phrases = tuple(tuple(before + place for place in part) for part in ((3, 4), (7, 8) if full else (5, 6)))
-    assert found == Spans(phrases, target, 19, tuple(range(before)))
+    assert found == Spans(phrases, target, 19, range(before))
 
 
 @pytest.mark.parametrize("dev", [True, False])
 @pytest.mark.parametrize("length", [8, 9])
 def test_what_is_too_long_is_cut_off_behind(dev: bool, length: int) -> None:
     found = flux2(dev=dev, length=length, full=True)
-    assert found == Spans(((3, 4), (7, 8)[: length - 7]), (5, 6), length)
+    assert found == Spans(((3, 4), (7, 8)[: length - 7]), (5, 6), length, range(0))
 
 
 def test_krea_2_has_room_for_the_rest_of_its_template() -> None:

@@ -348,7 +348,7 @@ class Spans:
     phrases: tuple[tuple[int, ...], ...]
     target: tuple[int, ...]
     end: int
-    gap: tuple[int, ...] = ()
+    gap: Sequence[int] = ()
 
 
 def spans(

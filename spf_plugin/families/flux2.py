@@ -124,7 +124,7 @@ class Flux2:
             tuple(tuple(padding + position for position in phrase) for phrase in found.phrases),
             tuple(padding + position for position in found.target),
             padding + found.end,
-            tuple(range(padding)),
+            range(padding),
         )
 
     def before_pass(self) -> None:

@@ -110,7 +110,7 @@ FLUX2 = LatentSpace(
     [[colour / 4 for colour in row] for row in _FLUX2_VAE for _place in range(4)],  # the mean over the patch
     [-0.0329, -0.0718, -0.0851],
     None,
-    _BLOCKS,
+    (),
 )
 # Of the VAE of Wan 2.1, which Wan 2.2 A14B and Qwen-Image share, with mean and deviation of each channel taken out.
 WAN = LatentSpace(

@@ -54,14 +54,32 @@ class Architecture:
     code: Callable[[Any], str]
 
 
-def _states(name: str) -> Callable[[Mapping[str, Tensor]], Text]:
-    """A text of states alone, none of which is padding."""
+POOLED = "pooled"  # what our encoder may add to the host's tensors: the vector of a prompt
+
+
+def _states(name: str, *, masked: bool = True) -> Callable[[Mapping[str, Tensor]], Text]:
+    """A text of states alone, none of which is padding; or which the model does not tell from padding."""
 
     def text(tensors: Mapping[str, Tensor]) -> Text:
         hidden = tensors[name][None]
-        return {"hidden": hidden, "hidden_mask": hidden.new_ones(hidden.shape[:2]).bool()}
+        found = {"hidden": hidden}
+        if masked:
+            found["hidden_mask"] = hidden.new_ones(hidden.shape[:2]).bool()
+        if POOLED in tensors:
+            found[POOLED] = tensors[POOLED][None]
+        return found
 
     return text
+
+
+# `--model_version` of FLUX.2 -> the architecture. A model that was not distilled is of the same one.
+_FLUX_2 = {
+    "dev": "f2d",
+    "klein-4b": "f2k4b",
+    "klein-base-4b": "f2k4b",
+    "klein-9b": "f2k9b",
+    "klein-base-9b": "f2k9b",
+}
 
 
 ARCHITECTURES = (
@@ -78,6 +96,34 @@ ARCHITECTURES = (
         text=_states("llm_embed"),
         load=encoders.zimage,
         code=lambda args: "zi",
+    ),
+    Architecture(
+        name="flux_2",
+        codes=("f2d", "f2k4b", "f2k9b"),
+        trainer="Flux2NetworkTrainer",
+        script="flux_2_train_network",
+        network="networks.lora_flux_2",
+        family="Flux2",
+        caching=("musubi_tuner.flux_2_cache_text_encoder_outputs", "flux_2_setup_parser"),
+        required=("text_encoder",),
+        tensors=("ctx_vec",),
+        text=_states("ctx_vec", masked=False),
+        load=encoders.flux_2,
+        code=lambda args: _FLUX_2[args.model_version],
+    ),
+    Architecture(
+        name="krea2",
+        codes=("kr2",),
+        trainer="Krea2NetworkTrainer",
+        script="krea2_train_network",
+        network="networks.lora_krea2",
+        family="Krea2",
+        caching=("musubi_tuner.krea2_cache_text_encoder_outputs", "krea2_setup_parser"),
+        required=("text_encoder",),
+        tensors=("krea2_vl_embed",),
+        text=_states("krea2_vl_embed"),
+        load=encoders.krea2,
+        code=lambda args: "kr2",
     ),
 )
 NAMES = tuple(architecture.name for architecture in ARCHITECTURES)
