@@ -1,0 +1,209 @@
+"""What musubi-tuner can and cannot do with SPF, without a copy of it: the rules, on plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spf_plugin.config import parse
+from spf_plugin.hosts.looking import Found
+from spf_plugin.hosts.musubi import rules
+from spf_plugin.hosts.musubi.dataset import Dataset, Item, of_host
+from spf_plugin.hosts.musubi.scripts import named
+
+DATA = Dataset((Item("a/1.png", "a man, red wall, blonde hair"), Item("a/2.png", "a woman, street, blonde hair")))
+
+
+def options(**more: Any) -> SimpleNamespace:
+    """The host's arguments of a run that is right."""
+    given = {
+        "network_args": ["spf_target=blonde hair"],
+        "sdpa": True,
+        "dim_from_weights": False,
+        "dynamo_backend": "NO",
+        "max_train_steps": 100,
+        "max_train_epochs": None,
+        "resume": None,
+        "output_dir": "out",
+        "output_name": "hair",
+    }
+    return SimpleNamespace(**{**given, **more})
+
+
+def found(
+    script: str = "zimage", settings: dict[str, Any] | None = None, data: list[Dataset] | None = None, **more: Any
+) -> Found:
+    chosen = named(f"{script}_train_network.py")
+    assert chosen is not None
+    config = parse({"spf_target": "blonde hair", **(settings or {})})
+    return rules.look(options(**more), [DATA] if data is None else data, config, script=chosen, trying=False)
+
+
+@pytest.mark.parametrize("script", ["zimage", "qwen_image", "flux_2", "krea2", "wan"])
+def test_nothing_is_wrong_with_a_run_that_is_right(script: str) -> None:
+    assert found(script) == Found([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "reason"),
+    [
+        ("hv", {}, "hv_train_network.py trains HunyuanVideo, whose model SPF does not know"),
+        ("ideogram4", {}, "Ideogram 4"),
+        ("qwen_image", {"model_version": "Edit-2509"}, "Qwen-Image Edit-2509: SPF knows the model from text"),
+        ("qwen_image", {"edit_plus": True}, "Qwen-Image edit_plus"),
+        ("qwen_image", {"model_version": "layered"}, "Qwen-Image layered"),
+        ("qwen_image", {"model_version": "original"}, None),
+        ("wan", {"task": "i2v-14B"}, "--task i2v-14B begins with an image"),
+        ("wan", {"task": "t2v-1.3B-FC"}, "--task t2v-1.3B-FC"),
+        ("wan", {"task": "t2v-A14B"}, None),
+        ("wan", {"task": "t2v-A14B", "dit_high_noise": "high.safetensors"}, "--dit_high_noise: the host changes"),
+        ("wan", {"one_frame": True}, "--one_frame"),
+        ("zimage", {"compile": True}, "--compile"),
+        ("zimage", {"dynamo_backend": "INDUCTOR"}, "--dynamo_backend INDUCTOR"),
+        ("zimage", {"sdpa": False}, "no attention is chosen"),
+        ("zimage", {"sdpa": False, "sage_attn": True}, "--sage_attn cannot train"),
+        ("zimage", {"sdpa": False, "flash_attn": True, "sage_attn": True}, None),  # the host takes the first
+        ("zimage", {"fp8_scaled": True}, "--fp8_scaled needs --fp8_base"),
+        ("zimage", {"fp8_base": True}, None),
+        ("krea2", {"fp8_base": True}, "--fp8_base needs --fp8_scaled"),
+        ("zimage", {"blocks_to_swap": 2, "block_swap_h2d_only": True}, "--block_swap_h2d_only"),
+        ("zimage", {"save_every_n_steps": 0}, "--save_every_n_steps 0"),
+        ("zimage", {"output_dir": None}, "no --output_dir"),
+        ("zimage", {"output_name": None}, "no --output_name"),
+        ("zimage", {"output_dir": " out"}, "begins or ends with a space"),
+        ("zimage", {"output_name": "hair/"}, "--output_name is empty"),
+        ("zimage", {"output_name": "not there/hair"}, "and musubi-tuner makes none for it"),
+        ("zimage", {"dim_from_weights": True}, "--dim_from_weights: musubi-tuner reads its value as the file"),
+        ("zimage", {"dim_from_weights": "old.safetensors"}, None),
+        ("zimage", {"network_args": ["exclude_patterns=['a=b']"]}, "has more than one '='"),
+    ],
+)
+def test_options_that_cannot_be(script: str, more: dict[str, Any], reason: str | None) -> None:
+    errors = found(script, **more).errors
+    assert len(errors) == bool(reason)
+    assert reason is None or reason in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"spf_response": "anchor"}, "spf_response=anchor needs pixels"),
+        ({"spf_base": "int8"}, "spf_base=int8 has not been tried with musubi-tuner"),
+        ({"spf_stage2_start": "100"}, "alignment would start at step 100"),
+        ({"spf_target": "green hair"}, "occurs in none of the 2 captions"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, str], reason: str) -> None:
+    errors = found(settings=settings).errors
+    assert len(errors) == 1
+    assert reason in errors[0]
+
+
+def test_a_target_is_needed() -> None:
+    chosen = named("zimage_train_network")
+    assert chosen is not None
+    errors = rules.look(options(), [DATA], parse({}), script=chosen, trying=False).errors
+    assert len(errors) == 1
+    assert errors[0].startswith("no target.")
+    assert not rules.look(options(), [DATA], parse({}), {"target"}, script=chosen, trying=False).errors
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "reason"),
+    [
+        ("zimage", Dataset(DATA.items, video=True), "is of videos, and zimage_train_network.py takes images only"),
+        ("wan", Dataset(DATA.items, video=True), None),
+        ("flux_2", Dataset(DATA.items, control=True), "has control images or videos"),
+        ("qwen_image", Dataset(DATA.items, multiple_target=True), "multiple_target"),
+        ("wan", Dataset(DATA.items, one_frame=("fp_1f_target_index",)), "fp_1f_target_index"),
+        ("zimage", Dataset((*DATA.items, Item("b/1.jpg", "a boy, blonde hair"))), "a/1.png and b/1.jpg"),
+    ],
+)
+def test_data_that_cannot_be(script: str, data: Dataset, reason: str | None) -> None:
+    errors = found(script, data=[data]).errors
+    assert len(errors) == bool(reason)
+    assert reason is None or reason in errors[0]
+
+
+def test_items_of_two_data_sets_may_share_a_name() -> None:
+    """Each has a folder of its own for the cache."""
+    assert not found(data=[DATA, Dataset(DATA.items, "[[datasets]] 2")]).errors
+
+
+def test_captions_without_the_target_are_said() -> None:
+    told = found(data=[Dataset((*DATA.items, Item("a/3.png", "a man, red wall")))])
+    assert not told.errors
+    assert "1 of 3 captions do not contain the target" in told.of_captions[0]
+
+
+def test_what_accelerate_was_set_up_to_do() -> None:
+    chosen = named("zimage_train_network")
+    assert chosen is not None
+    config = parse({"spf_target": "blonde hair"})
+    errors = rules.look(options(), [DATA], config, script=chosen, trying=False, compiled=True).errors
+    assert len(errors) == 1
+    assert errors[0].startswith("accelerate is set up to compile")
+
+
+class NetworkTrainer:
+    def process_batch(self) -> None: ...
+
+    def compute_loss(self) -> None: ...
+
+
+class ZImageNetworkTrainer(NetworkTrainer): ...
+
+
+class Ideogram4NetworkTrainer(NetworkTrainer):
+    def compute_loss(self) -> None: ...
+
+
+class Quieter(ZImageNetworkTrainer):
+    def save(self) -> None: ...
+
+
+class OtherLoss(ZImageNetworkTrainer):
+    def compute_loss(self) -> None: ...
+
+
+class Flux2NetworkTrainer(NetworkTrainer): ...
+
+
+class Flux2SelfFlowNetworkTrainer(Flux2NetworkTrainer): ...
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        (ZImageNetworkTrainer, None),
+        (Quieter, None),
+        (OtherLoss, "OtherLoss has a compute_loss of its own, and SPF knows that of ZImageNetworkTrainer only"),
+        (Ideogram4NetworkTrainer, "Ideogram4NetworkTrainer trains Ideogram 4"),
+        (Flux2SelfFlowNetworkTrainer, "FLUX.2 with Self-Flow"),
+        (NetworkTrainer, "NetworkTrainer is none of the trainers"),
+    ],
+)
+def test_trainers(trainer: type, reason: str | None) -> None:
+    problem = rules.trainer_problem(trainer())
+    assert (problem is None) == (reason is None)
+    assert reason is None or (problem is not None and reason in problem)
+
+
+def test_a_configuration_is_looked_for_beside_the_data_sets() -> None:
+    assert rules.folders(SimpleNamespace(dataset_config=Path("sets/hair.toml"))) == [Path(), Path("sets")]
+    assert rules.folders(SimpleNamespace(dataset_config=None)) == [Path()]
+
+
+def test_the_hosts_data_sets() -> None:
+    class Source(list[tuple[str, str]]):
+        def get_caption(self, i: int) -> tuple[str, str]:
+            return self[i]
+
+    images = SimpleNamespace(datasource=Source([("a/1.png", "a man")]), has_control=False, multiple_target=True)
+    clips = SimpleNamespace(datasource=Source([("b/1.mp4", "a dog")]), has_control=True, target_frames=(1,))
+    first, second = of_host(SimpleNamespace(datasets=[images, clips]))
+    assert first == Dataset((Item("a/1.png", "a man"),), multiple_target=True)
+    assert second == Dataset((Item("b/1.mp4", "a dog"),), "[[datasets]] 2", video=True, control=True)
