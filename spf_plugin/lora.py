@@ -1,13 +1,18 @@
-"""The network module that sd-scripts imports: `--network_module spf_plugin.lora`.
+"""The network module that kohya's trainers import: `--network_module spf_plugin.lora`.
 
-`create_network` returns the *inner* network itself, so everything the host does with it (optimizer groups, state,
-saving) is what it would do without SPF. SPF is attached beside it.
+sd-scripts calls `create_network`, musubi-tuner `create_arch_network`. Both return the *inner* network itself, so
+everything the host does with it (optimizer groups, state, saving) is what it would do without SPF. SPF is attached
+beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,67 +32,118 @@ from spf_plugin.families import known as families
 from spf_plugin.families.base import Family
 from spf_plugin.hosts.base import Host
 from spf_plugin.hosts.frames import callers_variable, raw_network_args
-from spf_plugin.hosts.kohya.loop import KohyaHost, calling_folders, default_network
+from spf_plugin.hosts.kohya import loop as kohya
+from spf_plugin.hosts.kohya.loop import KohyaHost
+from spf_plugin.hosts.musubi import loop as musubi
+from spf_plugin.hosts.musubi.loop import MusubiHost
 from spf_plugin.lorafile.normalise import fitted
 from spf_plugin.network_args import check_words, read_words, split_network_args, split_words
 from spf_plugin.shown.watch import Watch
 
-__all__ = ["attach", "create_network", "create_network_from_weights"]
+__all__ = [
+    "attach",
+    "create_arch_network",
+    "create_arch_network_from_weights",
+    "create_network",
+    "create_network_from_weights",
+]
 
 logger = terminal.logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """A trainer that is calling, as far as its entry is another than that of another trainer.
+
+    Attributes:
+        find: its host. Raises SPFError.
+        network: the inner network module where the user names none.
+        entries: functions by which it knows a network module; it takes the first that is there.
+        create: (that function, multiplier, rank, alpha, the inner network's arguments) -> a network.
+        folders: where a relative `spf_config` is looked for.
+    """
+
+    find: Callable[[], KohyaHost | MusubiHost]
+    network: str
+    entries: tuple[str, ...]
+    create: Callable[[Callable[..., nn.Module], float, Any, Any, dict[str, Any]], nn.Module]
+    folders: list[Path]
+
+    def entry(self, inner: ModuleType) -> Callable[..., nn.Module]:
+        """The function of an inner module that makes its network."""
+        return next(getattr(inner, name) for name in self.entries if hasattr(inner, name))
+
+
+def _kohya(text_encoder: Any, vae: Any, unet: nn.Module) -> _Trainer:
+    def create(entry: Any, multiplier: float, dim: Any, alpha: Any, theirs: dict[str, Any]) -> nn.Module:
+        return entry(multiplier, dim, alpha, vae, text_encoder, unet, **theirs)
+
+    find = partial(KohyaHost.find, text_encoder, vae, unet)
+    return _Trainer(find, kohya.default_network(), ("create_network",), create, kohya.calling_folders())
+
+
+def _musubi(vae: Any, unet: nn.Module, neuron_dropout: float | None) -> _Trainer:
+    def create(entry: Any, multiplier: float, dim: Any, alpha: Any, theirs: dict[str, Any]) -> nn.Module:
+        dropout = {"neuron_dropout": neuron_dropout} if entry.__name__ == "create_arch_network" else {}
+        return entry(multiplier, dim, alpha, vae, None, unet, **dropout, **theirs)  # as the host does it, too
+
+    find, entries = partial(MusubiHost.find, unet, families.find), ("create_arch_network", "create_network")
+    return _Trainer(find, musubi.default_network(), entries, create, musubi.calling_folders())
 
 
 def _stop_on_stray_words() -> None:
     """The host splits every word of --network_args at "=" right after importing us, and fails without a reason."""
     words = raw_network_args()
-    if check_words(words):
-        encoders, vae, denoiser = (callers_variable(name) for name in ("text_encoder", "vae", "unet"))
+    if check_words(words) or musubi.fails_before_us():
+        if musubi.is_calling():
+            trainer = _musubi(callers_variable("vae"), callers_variable("transformer"), None)
+        else:
+            encoders, vae, denoiser = (callers_variable(name) for name in ("text_encoder", "vae", "unet"))
+            trainer = _kohya(encoders, vae, denoiser)
         given = {} if isinstance(words, str) else split_words(words)[1]
-        _start(read_words(words, calling_folders()), given, encoders, vae, denoiser)
+        _start(read_words(words, trainer.folders), given, trainer)
 
 
-def _start(found: Read, theirs: dict[str, Any], text_encoder: Any, vae: Any, unet: nn.Module) -> KohyaHost:
+def _start(found: Read, theirs: dict[str, Any], trainer: _Trainer) -> KohyaHost | MusubiHost:
     """The host that is calling, where nothing is wrong with the run as far as it shows before the network is made.
 
     Args:
         found: SPF's settings.
         theirs: the inner network's arguments.
-        text_encoder: one, or a list.
-        vae: the host's.
-        unet: the host's denoiser.
+        trainer: that is calling.
 
     Raises:
         SPFError: with every mistake, those included that would show only then.
     """
     problems = list(found.problems)
     config, wrong = found.config, found.wrong
-    host = None
+    host: KohyaHost | MusubiHost | None = None
     with collected(problems):
-        host = KohyaHost.find(text_encoder, vae, unet)
+        host = trainer.find()
     if host is not None:
         problems += host.problems(config, wrong)
-    name = config.network or default_network()
+    name = config.network or trainer.network
     inner = None
     if "network" not in wrong:
         with collected(problems):
-            inner = adapters.load_module(name)
+            inner = adapters.load_module(name, *trainer.entries)
     if host is not None and not problems:
         return host
     # Nothing will be trained: make what the rest of the mistakes are about, only to look at it.
     if host is not None:
         family = network = None
         with collected(problems):
-            family = families.find(unet)
+            family = families.find(host.denoiser)
         if family is not None and inner is not None:
-            sizes = host.args.network_dim, host.args.network_alpha
             with collected(problems), adapters.refusals(name, theirs):
-                network = inner.create_network(1.0, *sizes, vae, text_encoder, unet, **theirs)
+                sizes = host.args.network_dim, host.args.network_alpha
+                network = trainer.create(trainer.entry(inner), 1.0, *sizes, theirs)
         if family is not None:
             # The response term is refused for a transformer, and its model would be downloaded for nothing.
-            unknown = wrong if host.dit is None else {*wrong, "clip"}
+            unknown = wrong if host.is_unet else {*wrong, "clip"}
             with collected(problems):
                 fit(network, host, config, unknown, family)
-    raise SPFError(problems)
+    raise SPFError(list(dict.fromkeys(problems)))
 
 
 def fit(
@@ -136,15 +192,53 @@ def create_network(
     Raises:
         SPFError: with every mistake found, before anything is created.
     """
-    ours, theirs = split_network_args(kwargs)
-    found = read(ours, calling_folders())
-    host, config = _start(found, theirs, text_encoder, vae, unet), found.config
-    name = config.network or default_network()
+    return _created(kwargs, _kohya(text_encoder, vae, unet), network_dim, network_alpha, multiplier)
+
+
+def create_arch_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: Any,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """musubi-tuner's entry: an adapter for `unet`, trained with the dual-path objective.
+
+    Args:
+        multiplier: passed to the inner network, like everything below that is not an `spf_` setting.
+        network_dim: rank.
+        network_alpha: alpha.
+        vae: the host's, where it draws samples.
+        text_encoder: None; this trainer has none.
+        unet: the host's transformer.
+        neuron_dropout: of the inner network.
+        **kwargs: `--network_args`: `spf_` settings are SPF's, all others the inner network's.
+
+    Raises:
+        SPFError: with every mistake found, before anything is created.
+    """
+    return _created(kwargs, _musubi(vae, unet, neuron_dropout), network_dim, network_alpha, multiplier)
+
+
+def _created(
+    arguments: dict[str, Any], trainer: _Trainer, dim: int | None, alpha: float | None, multiplier: float
+) -> nn.Module:
+    """A network with SPF, as a trainer's entry gives it."""
+    ours, theirs = split_network_args(arguments)
+    found = read(ours, trainer.folders)
+    host, config = _start(found, theirs, trainer), found.config
+    name = config.network or trainer.network
     with adapters.refusals(name, theirs):
-        network = adapters.load_module(name).create_network(
-            multiplier, network_dim, network_alpha, vae, text_encoder, unet, **theirs
-        )
-    save_normalised(network, config, judged=host.dit is None, ran=lambda: network.spf.numbers.run())
+        entry = trainer.entry(adapters.load_module(name, *trainer.entries))
+        network = trainer.create(entry, multiplier, dim, alpha, theirs)
+    return _with_spf(network, host, config)
+
+
+def _with_spf(network: Any, host: KohyaHost | MusubiHost, config: SPFConfig) -> nn.Module:
+    save_normalised(network, config, judged=host.is_unet, ran=lambda: network.spf.numbers.run())
     load_normalised(network)
     return attach(network, host, config)
 
@@ -167,21 +261,61 @@ def create_network_from_weights(
         if not keys and str(file).endswith(".safetensors"):
             with safe_open(file, "pt") as reader:  # type: ignore[attr-defined]
                 keys = list(reader.keys())
-        inner = adapters.load_module(adapters.module_for_weights(keys, default_network()))
+        inner = adapters.load_module(adapters.module_for_weights(keys, kohya.default_network()))
         network, weights = inner.create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=True, **kwargs
         )
         return network, fitted(weights, own_tensors(network))
+    trainer = _kohya(text_encoder, vae, unet)
     ours, theirs = split_network_args(kwargs)
-    found = read(ours, calling_folders())
-    host, config = _start(found, theirs, text_encoder, vae, unet), found.config
-    inner = adapters.load_module(config.network or default_network())
+    found = read(ours, trainer.folders)
+    host, config = _start(found, theirs, trainer), found.config
+    inner = adapters.load_module(config.network or trainer.network)
     network, weights = inner.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd=weights_sd, for_inference=False, **theirs
     )
-    save_normalised(network, config, judged=host.dit is None, ran=lambda: network.spf.numbers.run())
-    load_normalised(network)
-    return attach(network, host, config), weights
+    return _with_spf(network, host, config), weights
+
+
+def create_arch_network_from_weights(
+    multiplier: float,
+    weights_sd: dict[str, torch.Tensor],
+    text_encoders: Any = None,
+    unet: nn.Module | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """musubi-tuner's entry for `--base_weights` (merged, so in the reference) and `--dim_from_weights` (trained with
+    SPF; the trainer's own network modules fail at that).
+
+    Args:
+        multiplier: of the network.
+        weights_sd: a LoRA file's tensors.
+        text_encoders: None; this trainer has none.
+        unet: the host's transformer.
+        for_inference: to be merged.
+        **kwargs: passed to the inner network's module.
+
+    Returns:
+        for inference the network; else also the tensors, as the trainer expects.
+
+    Raises:
+        SPFError: with every mistake found, before anything is created.
+    """
+    assert unet is not None  # every caller names it
+    module = adapters.module_for_weights(list(weights_sd), musubi.default_network())
+    if for_inference:
+        entry = adapters.load_module(module, "create_arch_network_from_weights").create_arch_network_from_weights
+        return entry(multiplier, weights_sd, text_encoders, unet, for_inference=True, **kwargs)
+    words = raw_network_args()  # the trainer passes none of them on
+    trainer = _musubi(None, unet, None)
+    found, theirs = read_words(words, trainer.folders), split_words(words)[1]
+    host, config = _start(found, theirs, trainer), found.config
+    name = config.network or trainer.network
+    entry = adapters.load_module(name, "create_arch_network_from_weights").create_arch_network_from_weights
+    with adapters.refusals(name, theirs):
+        network = entry(multiplier, weights_sd, text_encoders, unet, **kwargs, **theirs)
+    return _with_spf(network, host, config), weights_sd
 
 
 def attach(network: nn.Module, host: Host, config: SPFConfig) -> nn.Module:

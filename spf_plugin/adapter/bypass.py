@@ -19,8 +19,12 @@ from spf_plugin import patching
 from spf_plugin.errors import SPFError, nearest
 
 
-def load_module(name: str) -> ModuleType:
+def load_module(name: str, *entries: str) -> ModuleType:
     """Import an inner network module.
+
+    Args:
+        name: of the module.
+        *entries: functions of which it must have one: `create_network`, where none is named.
 
     Raises:
         SPFError: it does not exist, misses one of its own dependencies, or is not a network module.
@@ -33,8 +37,9 @@ def load_module(name: str) -> ModuleType:
             hint = " (pip install --no-deps lycoris-lora)" if missing == "lycoris" else ""
             raise SPFError(f"spf_network={name}: there is no such module in this environment{hint}") from error
         raise SPFError(f"spf_network={name} cannot be imported: {error}") from error
-    if not hasattr(module, "create_network"):
-        raise SPFError(f"spf_network={name} is not a network module: it has no create_network")
+    wanted = entries or ("create_network",)
+    if not any(hasattr(module, entry) for entry in wanted):
+        raise SPFError(f"spf_network={name} is not a network module: it has no {' or '.join(wanted)}")
     return module
 
 

@@ -103,6 +103,11 @@ class KohyaHost:
         return bool(getattr(self.trainer, "is_sdxl", False))
 
     @property
+    def is_unet(self) -> bool:
+        """Whether its model is one, and none of the transformers."""
+        return self.dit is None
+
+    @property
     def max_train_steps(self) -> int:
         return int(self.args.max_train_steps)  # final only after the data loader was made: read late
 

@@ -43,6 +43,9 @@ def _later(name: str, module: str, help: str) -> None:
 
 _later("lora", "spf_plugin.tools.cli.lora", "Check, fix and convert LoRA files; write their WebUI cards.")
 _later("check", "spf_plugin.tools.cli.check", "See what a training run will do, and what is wrong with it.")
+_later(
+    "cache-prompts", "spf_plugin.tools.cli.prompts", "Encode the prompts of a musubi-tuner data set, before training."
+)
 _later("report", "spf_plugin.tools.cli.report", "Show on one page what a LoRA changes in a model, unasked changes too.")
 _later(
     "doctor", "spf_plugin.tools.cli.doctor", "Say what is installed here and whether sd-scripts fits, for bug reports."

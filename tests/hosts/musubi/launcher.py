@@ -1,0 +1,112 @@
+"""Runs musubi-tuner's scripts unmodified, on models small enough for a CPU, and SPF's own command beside them.
+
+    launcher.py --serve HOST       many runs in the musubi-tuner folder HOST, one JSON job a line on standard input:
+                                   {"kind": ..., "models": ..., "script": ..., "args": [...], "log": ...} ->
+                                   {"returncode": ...}; a script is one of the host's, or `make`, `latents` or `spf`
+
+Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
+
+`av` reads videos, which images do not need: an empty module stands in where it is not installed.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.hosts import launcher
+from tests.hosts.musubi.kinds import kind
+
+
+def prepare(host: Path) -> None:
+    """Make the host importable as its scripts expect."""
+    torch.set_num_threads(1)
+    launcher._torchvision_importable()
+    if find_spec("av") is None:
+        sys.modules["av"] = module_from_spec(ModuleSpec("av", None))
+    sys.path.insert(0, str(host / "src"))
+    os.chdir(host)
+
+
+def run(host: Path, job: dict[str, Any]) -> None:
+    made, models, words = kind(job["kind"]), Path(job["models"]), job["args"]
+    if job["script"] == "make":
+        made.make(models)
+        return
+    if job["script"] == "latents":
+        cache, name, width, height, seed = words
+        made.latents(Path(cache), name, (int(width), int(height)), int(seed))
+        return
+    made.shrink(models)
+    if job["script"] == "spf":
+        importlib.import_module("spf_plugin.tools.cli").app(args=words, prog_name="spf")
+        return
+    swap_in_place()
+    sys.argv = [str(host / job["script"]), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def swap_in_place() -> None:
+    """Let block swap move nothing where the device is the CPU: see `tests.hosts.dits.common.swap_in_place`."""
+    from musubi_tuner.modules import custom_offloading_utils as utils
+
+    original = utils.swap_weight_devices_no_cuda
+
+    def swap(device: Any, *layers: Any) -> None:
+        if torch.device(device).type != "cpu":
+            original(device, *layers)
+
+    utils.swap_weight_devices_no_cuda = swap
+
+
+def _child(host: Path, job: dict[str, Any]) -> None:
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        run(host, job)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(host: Path) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever is printed while importing must not mix with the answers
+    prepare(host)
+    import musubi_tuner.hv_train_network
+    import musubi_tuner.networks.lora
+    import musubi_tuner.training.trainer_base  # noqa: F401  the slow imports, before the first fork
+
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _child(host, job)
+        _, status = os.waitpid(pid, 0)
+        answers.write(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[2]).resolve())
