@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spf_plugin.core import prompt as prompts
 from spf_plugin.core.prompt import Prompt, Spans
 from spf_plugin.core.schedule import Discrete, Flow
+from spf_plugin.families import latents
 from spf_plugin.families.base import Layer, Text, at_depths, chosen, linear_layers_of
 from spf_plugin.families.patches import packed, unpacked
 from spf_plugin.families.rotary import turned
@@ -44,7 +45,7 @@ class Krea2:
         denoiser: the unwrapped transformer.
     """
 
-    latents = None
+    latents = latents.WAN
     cross_attention = r"(?<!layerwise)(?<!refiner)_blocks_\d+_attn_"  # what makes one state of twelve has blocks, too
 
     def __init__(self, denoiser: nn.Module):

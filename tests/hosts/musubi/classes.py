@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from spf_plugin.seam import Call
 from tests.hosts.dits.common import random_weights
 
 
@@ -49,3 +50,12 @@ def filled(model: nn.Module, seed: int) -> nn.Module:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(random_weights(shapes, seed))
     return model.eval()
+
+
+def same(a: Call, b: Call) -> bool:
+    """Bit for bit, with the types."""
+    (kept, tensors), (others, other_tensors) = a.flatten(), b.flatten()
+    return kept == others and all(
+        torch.equal(part, other_tensors[name]) and part.dtype == other_tensors[name].dtype
+        for name, part in tensors.items()
+    )

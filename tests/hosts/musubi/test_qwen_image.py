@@ -71,15 +71,6 @@ def words(*lengths: int, seed: int = 1) -> list[Tensor]:
     return [torch.randn(length, WIDTH, generator=generator) for length in lengths]
 
 
-def same(a: Call, b: Call) -> bool:
-    """Bit for bit, with the types."""
-    (kept, tensors), (others, other_tensors) = a.flatten(), b.flatten()
-    return kept == others and all(
-        torch.equal(part, other_tensors[name]) and part.dtype == other_tensors[name].dtype
-        for name, part in tensors.items()
-    )
-
-
 @pytest.mark.parametrize("split_attention", [False, True], ids=["masked", "split"])
 @pytest.mark.parametrize("lengths", [(9,), (9, 17)], ids=["one", "two"])
 def test_a_call_with_another_text_is_the_hosts_own_with_it(
@@ -92,13 +83,13 @@ def test_a_call_with_another_text_is_the_hosts_own_with_it(
     call = call_of(utils, words(*lengths), noisy, split_attention=split_attention)
     text = family.text(call)
     assert text["hidden_mask"].sum(dim=1).tolist() == list(lengths)
-    assert same(family.with_text(call, text), call)
+    assert classes.same(family.with_text(call, text), call)
     for others in ((5,) * len(lengths), tuple(range(25, 25 + len(lengths))), lengths[::-1]):
         wanted = call_of(utils, words(*others, seed=2), noisy, split_attention=split_attention)
         longer = {name: nn.functional.pad(part, (0, 0) * (part.dim() - 2) + (0, 3)) for name, part in
                   family.text(wanted).items()}  # as a host pads to the longest of a larger batch  # fmt: skip
         for new in (family.text(wanted), longer, {name: part.double() for name, part in longer.items()}):
-            assert same(family.with_text(call, new), wanted)
+            assert classes.same(family.with_text(call, new), wanted)
         with torch.no_grad():
             assert torch.equal(family.with_text(call, longer).on(made), wanted.on(made))
         assert family.text_mask(wanted).sum(dim=1).tolist() == list(others)

@@ -53,15 +53,6 @@ def words(*lengths: int, seed: int = 1) -> list[Tensor]:
     return [torch.randn(length, WIDTH, generator=generator) for length in lengths]
 
 
-def same(a: Call, b: Call) -> bool:
-    """Bit for bit, with the types."""
-    (kept, tensors), (others, other_tensors) = a.flatten(), b.flatten()
-    return kept == others and all(
-        torch.equal(part, other_tensors[name]) and part.dtype == other_tensors[name].dtype
-        for name, part in tensors.items()
-    )
-
-
 class Attended(TorchFunctionMode):
     """Keeps the queries and keys `[B, heads, S, d]` of each call of torch's attention."""
 
@@ -84,7 +75,7 @@ def test_a_call_with_another_text_is_the_hosts_own_with_it(version: str, frames:
     assert isinstance(family, Wan)
     text = family.text(call)
     assert text["hidden_mask"].sum(dim=1).tolist() == [9, 17]
-    assert same(family.with_text(call, text), call)
+    assert classes.same(family.with_text(call, text), call)
     for others in ((5, 5), (25, LENGTH), (17, 9)):
         wanted = call_of(words(*others, seed=2), noisy)
         longer = {
@@ -92,7 +83,7 @@ def test_a_call_with_another_text_is_the_hosts_own_with_it(version: str, frames:
             for name, part in family.text(wanted).items()
         }
         for new in (family.text(wanted), longer, {name: part.double() for name, part in longer.items()}):
-            assert same(family.with_text(call, new), wanted)
+            assert classes.same(family.with_text(call, new), wanted)
         with torch.no_grad():
             ours, theirs = (each.on(made) for each in (family.with_text(call, longer), wanted))
         assert all(map(torch.equal, ours, theirs))
