@@ -33,7 +33,7 @@ class Architecture:
         network: the host's own network module for it.
         family: the class of its model's family.
         caching: the module of the host's script that caches text, and the function there that adds its options.
-        required: options of that script that name models, without which it fails.
+        required: options of that script that name models, without which it fails or takes another one.
         tensors: what that script writes for a caption, without the type in the names; so they stand in a batch, too.
         text: these tensors of one prompt -> the family's text of one sample.
         load: (the script's parsed options, device) -> its tokenizer and text encoder.
@@ -105,7 +105,7 @@ ARCHITECTURES = (
         network="networks.lora_flux_2",
         family="Flux2",
         caching=("musubi_tuner.flux_2_cache_text_encoder_outputs", "flux_2_setup_parser"),
-        required=("text_encoder",),
+        required=("model_version", "text_encoder"),
         tensors=("ctx_vec",),
         text=_states("ctx_vec", masked=False),
         load=encoders.flux_2,

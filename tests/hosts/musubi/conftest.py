@@ -163,7 +163,7 @@ class Musubi:
             "output_dir": out,
             "output_name": "out",
             "sdpa": True,
-            "mixed_precision": "no",
+            "mixed_precision": self.kind.PRECISION,
             "network_module": module,
             "network_dim": 4,
             "network_alpha": 2,

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
-KINDS = ("zimage",)
+KINDS = ("zimage", "flux2_klein", "flux2_dev", "krea2")
 
 
 class Kind(Protocol):
@@ -22,6 +22,8 @@ class Kind(Protocol):
     """The one that caches text."""
     NETWORK: str
     """The host's own network module for it."""
+    PRECISION: str
+    """`--mixed_precision` of its runs: `no`, where the trainer can do without."""
     TENSORS: int
     """How many a plain run's file has."""
     SWAPPED: int

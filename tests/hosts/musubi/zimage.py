@@ -12,6 +12,7 @@ from tests.hosts.dits.common import CAPTIONS, VOCABULARY, overridden, qwen_vl_to
 ARCH, CODE = "zimage", "zi"
 SCRIPT, TEXT_SCRIPT = "zimage_train_network.py", "zimage_cache_text_encoder_outputs.py"
 NETWORK = "networks.lora_zimage"
+PRECISION = "no"
 TENSORS = 4 * 7 * 3  # blocks, linear layers, tensors of each
 SWAPPED = 2
 CHAT = (
