@@ -25,7 +25,7 @@ from portraitlab.captions import TARGETS
 from portraitlab.customisation import EvaluationPrompt, evaluation_prompts, write_set
 from portraitlab.judge import load_judge, predict
 from portraitlab.measure import Scores, score, untouched_region
-from portraitlab.model_files import JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample
+from portraitlab.model_files import BASES, JUDGE_FILE, load_pipeline, min_snr_gamma, sample
 from spf_plugin.config import PREFIX, SPFConfig, parse
 from spf_plugin.errors import SPFError
 from spf_plugin.tools.cli.progress import progress_bars
@@ -40,7 +40,7 @@ ONLY_MEASURE = {
     "output_multiplier": 0.0,
     "base_preservation_multiplier": 0.0,
 }
-RANK, LEARNING_RATE, BATCH, MIN_SNR_GAMMA = 8, 2e-3, 8, 5.0
+RANK, LEARNING_RATE, BATCH = 8, 2e-3, 8
 SAMPLER_STEPS, GUIDANCE = 20, 3.5
 EVALUATION_SEED = 0
 
@@ -88,7 +88,7 @@ def settings(model: Path, data: Path, out: Path, spf: SPFConfig | None, steps: i
         learning_rate=LEARNING_RATE,
         batch_size=BATCH,
         seed=seed,
-        min_snr_gamma=MIN_SNR_GAMMA,
+        min_snr_gamma=min_snr_gamma(model),
         device="cpu",
     )
 
@@ -217,7 +217,10 @@ def table(comparison: Comparison) -> Table:
 
 @app.command()
 def main(
-    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="runs/demo-TARGET")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="runs/demo-TARGET, with the base if it is another"),
+    ] = None,
     target: Annotated[str, typer.Option(help=f"What to teach: {', '.join(TARGETS)}.")] = "sunglasses",
     steps: Annotated[int, typer.Option(min=4, help="Training steps of each LoRA.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Training seed; also draws the training set.")] = 0,
@@ -226,7 +229,8 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A short look: fewer steps and prompts.")] = False,
     spf: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An spf_ setting; repeatable.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's own")] = None,
-    model: Annotated[Path, typer.Option(help="Model folder.")] = MODEL_FOLDER,
+    base: Annotated[str, typer.Option(help=f"Which embedded model: {', '.join(BASES)}.")] = "unet",
+    model: Annotated[Path | None, typer.Option(help="Another model's folder.", show_default="that of --base")] = None,
     judge: Annotated[Path, typer.Option(help="The judge's weights.")] = JUDGE_FILE,
 ) -> None:
     """Train a plain LoRA and an SPF LoRA on the same polluted portraits and compare them on one page."""
@@ -240,6 +244,8 @@ def main(
     try:
         if target not in TARGETS:
             raise SPFError(f"--target {target!r}: choose one of {', '.join(TARGETS)}.")
+        if base not in BASES:
+            raise SPFError(f"--base {base!r}: choose one of {', '.join(BASES)}.")
         try:
             chosen = [int(word) for word in seeds.split(",")] if seeds else [seed]
         except ValueError:
@@ -247,12 +253,12 @@ def main(
         words = key_values(spf or [], "--spf")
         given = {key if key.startswith(PREFIX) else PREFIX + key: value for key, value in words.items()}
         config = parse({PREFIX + "target": TARGETS[target].phrase, PREFIX + "network": "lycoris.kohya", **given})
-        folder = (out or Path("runs") / f"demo-{target}").expanduser()
+        folder = (out or Path("runs") / f"demo-{target}{'' if base == 'unet' else '-' + base}").expanduser()
         with progress_bars(console) as show:
             comparison = compare(
-                target, chosen, steps, prompts, config, model=model, judge=judge, out=folder, show=show
+                target, chosen, steps, prompts, config, model=model or BASES[base], judge=judge, out=folder, show=show
             )
-            command = demo_page.command_of(target, steps, chosen, prompts, words)
+            command = demo_page.command_of(comparison, prompts, words)
             report = demo_page.write_report(folder, comparison, command, time.monotonic() - begun, show)
     except SPFError as error:
         console.print(str(error), style="red", markup=False, highlight=False)

@@ -61,7 +61,7 @@ def map_sections(comparison: Comparison, lora: Path) -> tuple[dict[str, Any], di
                 images.append(page.picture(image, f"Where the phrase {name!r} looks", caption=f"{name}{distance}"))
             phrases = {
                 "text": (
-                    "Each phrase's share of the cross-attention, on a portrait that is not in the training set, at "
+                    "Each phrase's share of the attention to words, on a portrait that is not in the training set, at "
                     f"timestep {TIMESTEPS[len(TIMESTEPS) // 2]}. SPF holds the attention of every phrase but the last "
                     "to what it was. Distance is how far a phrase's meaning is from the target's (0 to 1): the "
                     "farther, the more of its place is closed to change."

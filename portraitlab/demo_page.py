@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 from portraitlab.captions import TARGETS
 from portraitlab.customisation import POLLUTION
 from portraitlab.demo_maps import TIMESTEPS, map_sections
+from portraitlab.model_files import BASES, is_flow, min_snr_gamma
 from portraitlab.report import TEMPLATE
 from portraitlab.report.figures import LABELS, drift_curves, trade_off
 from spf_plugin import __version__
@@ -38,9 +39,20 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "lycoris
 SHOWN_IN_HERO = 4
 
 
-def command_of(target: str, steps: int, seeds: Sequence[int], prompts: int, spf: Mapping[str, str]) -> str:
-    """The command that makes this page again."""
-    words = ["python", "install.py", "demo", "--target", target, "--steps", str(steps), "--prompts", str(prompts)]
+def model_name(model: Path) -> str:
+    """A model's folder as it is written from the repository's own."""
+    root = Path(__file__).parents[1]
+    return (model.relative_to(root) if model.is_relative_to(root) else model).as_posix()
+
+
+def command_of(comparison: Comparison, prompts: int, spf: Mapping[str, str]) -> str:
+    """The command that makes this page again, with so many prompts of each kind and these settings of SPF."""
+    seeds = comparison.seeds
+    words = ["python", "install.py", "demo", "--target", comparison.target, "--steps", str(comparison.steps)]
+    words += ["--prompts", str(prompts)]
+    base = next((name for name, folder in BASES.items() if folder == comparison.model), None)
+    if base != "unet":
+        words += ["--base", base] if base else ["--model", model_name(comparison.model)]
     words += ["--seed", str(seeds[0])] if len(seeds) == 1 else ["--seeds", ",".join(map(str, seeds))]
     for key, value in spf.items():
         words += ["--spf", f"{key}={value}"]
@@ -48,12 +60,13 @@ def command_of(target: str, steps: int, seeds: Sequence[int], prompts: int, spf:
 
 
 def _train_command(comparison: Comparison, name: str) -> str:
-    from portraitlab.demo import BATCH, LEARNING_RATE, MIN_SNR_GAMMA, RANK
+    from portraitlab.demo import BATCH, LEARNING_RATE, RANK
 
     data, seed = comparison.data[0], comparison.seeds[0]
-    words = ["spf", "train", "--model", "portraitlab/model", "--data", data.as_posix()]
+    words = ["spf", "train", "--model", model_name(comparison.model), "--data", data.as_posix()]
     words += ["--out", f"{name}.safetensors", "--steps", comparison.steps, "--rank", RANK, "--lr", LEARNING_RATE]
-    words += ["--batch-size", BATCH, "--min-snr-gamma", MIN_SNR_GAMMA, "--seed", seed, "--device", "cpu"]
+    gamma = min_snr_gamma(comparison.model)
+    words += ["--batch-size", BATCH, "--min-snr-gamma", gamma, "--seed", seed, "--device", "cpu"]
     if name == "plain":
         return shlex.join([*map(str, words), "--plain"])
     words += ["--target", TARGETS[comparison.target].phrase]
@@ -234,19 +247,23 @@ def _facts(comparison: Comparison, seconds: float) -> list[tuple[str, str]]:
     training = comparison.model / "training.json"
     made = json.loads(training.read_text(encoding="utf-8")) if training.exists() else {}
     images = f", trained from scratch on {made['images_seen']:,} drawn portraits" if "images_seen" in made else ""
+    flow, gamma = is_flow(comparison.model), min_snr_gamma(comparison.model)
+    structure = "Stable Diffusion 3's" if flow else "Stable Diffusion 1.5's"
+    weighed = f", min-SNR {gamma:g}" if gamma else ""
+    sampler = "Euler" if flow else "DDIM"
     spf = comparison.spf.to_metadata()
     return [
-        ("base model", f"portraitlab/model (Stable Diffusion 1.5's structure at small widths{images})"),
+        ("base model", f"{model_name(comparison.model)} ({structure} structure at small widths{images})"),
         (
             "training",
             f"{comparison.steps} steps, batch {demo.BATCH}, rank {demo.RANK}, AdamW, learning rate "
-            f"{demo.LEARNING_RATE:g} cosine, min-SNR {demo.MIN_SNR_GAMMA:g}, 128 pixels; the same for both",
+            f"{demo.LEARNING_RATE:g} cosine{weighed}, 128 pixels; the same for both",
         ),
         ("SPF", ", ".join(f"{key} {value}" for key, value in spf.items())),
         ("seeds", f"training {', '.join(map(str, comparison.seeds))}; prompts {demo.EVALUATION_SEED}"),
         (
             "sampling",
-            f"{len(comparison.prompts)} prompts with and without the target, DDIM, {demo.SAMPLER_STEPS} steps, "
+            f"{len(comparison.prompts)} prompts with and without the target, {sampler}, {demo.SAMPLER_STEPS} steps, "
             f"guidance {demo.GUIDANCE:g}, equal seeds for every model",
         ),
         ("versions", ", ".join(versions)),

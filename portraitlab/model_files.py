@@ -16,11 +16,22 @@ from spf_plugin.trainer import models
 MODEL_FOLDER = Path(__file__).parent / "model"
 #: The second embedded model, a diffusion transformer.
 DIT_FOLDER = Path(__file__).parent / "model_dit"
+BASES = {"unet": MODEL_FOLDER, "dit": DIT_FOLDER}
 JUDGE_FILE = MODEL_FOLDER / "judge" / "judge.safetensors"
 #: Cheap decoders of the embedded model's latents: `linear.safetensors` and the folder `tiny`.
 DECODERS = MODEL_FOLDER.parent / "decoders"
 #: Small CLIP models of portraits: the first may guide training, the second only scores.
 CLIP_FOLDERS = (MODEL_FOLDER.parent / "clip" / "guide", MODEL_FOLDER.parent / "clip" / "scorer")
+
+
+def is_flow(model: Path) -> bool:
+    """Whether a folder's model is the transformer, which predicts a flow."""
+    return (model / "transformer").is_dir()
+
+
+def min_snr_gamma(model: Path) -> float:
+    """What LoRAs for a folder's model are trained with: the UNet's errors are weighed, a flow's are not (0)."""
+    return 0.0 if is_flow(model) else 5.0
 
 
 def load_pipeline(folder: Path = MODEL_FOLDER, device: str = "cpu") -> Any:

@@ -167,6 +167,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of the training loop.", min=1)] = 1,
     workers: Annotated[int, typer.Option(help="Processes that encode the pool on a CPU.", min=1)] = 2,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer: 1.2 times the speed; needs a C++ compiler.")
+    ] = False,
     save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
 ) -> None:
     """Train the text encoders, then the transformer, from drawn portraits."""
@@ -179,6 +182,8 @@ def main(
         shutil.copytree(vae, out / "vae", dirs_exist_ok=True)  # the export takes the one that made the latents
     latents, persons = prepare_pool(out / "pool", out / "vae", chunks=pool, seed=seed, device=device, workers=workers)
     recipe = FlowMatching(*load_encoders(folders), seed=seed, device=device)
+    if compiled:
+        recipe.transformer.compile(dynamic=False)
     trainer = Trainer(recipe, images=images, batch=batch, lr=lr, seed=seed, device=device)
     if not trainer.run("transformer", latents, persons, out / CHECKPOINT, save_minutes):
         raise typer.Exit(130)

@@ -14,8 +14,8 @@ from typing import Any
 from portraitlab.lab.measuring import GUIDANCE, SAMPLER_STEPS
 from portraitlab.lab.rows import Row
 from portraitlab.lab.tasks import Task
-from portraitlab.lab.training import MIN_SNR_GAMMA, RANK
-from portraitlab.model_files import MODEL_FOLDER
+from portraitlab.lab.training import RANK
+from portraitlab.model_files import MODEL_FOLDER, min_snr_gamma
 from spf_plugin.errors import SPFError
 
 #: What was measured for docs/lab.md.
@@ -72,7 +72,7 @@ def key(task: Task, row: Row | None, learning_rate: float, seed: int, model: Pat
         spf = {name: value.replace(here, "") for name, value in config.to_metadata().items()}
         if not config.active:
             spf = {name: spf[name] for name in PLAIN_FACTS}
-        facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, MIN_SNR_GAMMA]
+        facts += [spf, row.peer, dict(row.options), learning_rate, seed, RANK, min_snr_gamma(model)]
         facts += [row.steps] if row.steps else []
         facts += [dict(row.constants)] if row.constants else []
         facts += [row.variant] if row.variant else []

@@ -10,15 +10,11 @@ from portraitlab.demo import Show, timed_training
 from portraitlab.lab import peers, variants
 from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
+from portraitlab.model_files import min_snr_gamma
 from spf_plugin import patching
 from spf_plugin.trainer.settings import Settings
 
-RANK, MIN_SNR_GAMMA = 8, 5.0
-
-
-def is_flow(model: Path) -> bool:
-    """Whether a folder's model predicts a flow, whose errors min-SNR does not weigh."""
-    return (model / "transformer").is_dir()
+RANK = 8
 
 
 def train_row(
@@ -40,7 +36,7 @@ def train_row(
         learning_rate=learning_rate,
         batch_size=task.batch,
         seed=seed,
-        min_snr_gamma=0 if is_flow(model) else MIN_SNR_GAMMA,
+        min_snr_gamma=min_snr_gamma(model),
         device=device,
     )
     attach, batches = None, 1  # of an optimiser step

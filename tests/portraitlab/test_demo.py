@@ -68,7 +68,7 @@ def test_the_page_names_the_commands_that_make_its_loras(finished: tuple[Path, A
     assert len(commands) == 2
     for command, name in zip(commands, ("plain", "spf"), strict=True):
         words = shlex.split(command)[1:]
-        words[words.index("portraitlab/model")] = str(tiny_sd15)
+        assert words[words.index("--model") + 1] == tiny_sd15.as_posix()
         words[words.index(f"{name}.safetensors")] = str(root / f"{name}.safetensors")
         done = CliRunner().invoke(cli.app, words)
         assert done.exit_code == 0, done.output
@@ -82,6 +82,7 @@ def test_bad_options_give_one_sentence(tmp_path: Path) -> None:
     for words, said in (
         (["--target", "wings"], "choose one of blonde"),
         (["--seeds", "a,b"], "write whole numbers"),
+        (["--base", "dits"], "choose one of unet, dit"),
         (["--spf", "map=sofft"], "must be one of"),
         (["--model", str(tmp_path)], "is missing"),
     ):
