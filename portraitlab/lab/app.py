@@ -180,6 +180,7 @@ def map_quality(
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the LoRA.")] = LEARNING_RATE,
     seed: Annotated[int, typer.Option(help="Of the LoRA.")] = 0,
     pictures: Annotated[int, typer.Option(min=1, help="Training pictures to look at.")] = 8,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Every attention layer alone.")] = False,
     steps: Steps = 150,
     data: Data = "polluted",
     out: Out = RUNS,
@@ -198,7 +199,7 @@ def map_quality(
         def report(done: int, total: int) -> None:
             bench.show("maps", done, total, {})
 
-        head, lines = maps.quality(task, lora, model, config, kinds.split(","), pictures, report, seed)
+        head, lines = maps.quality(task, lora, model, config, kinds.split(","), pictures, report, seed, by_layer)
     if markdown:
         print(tables.markdown(head, lines))
     else:

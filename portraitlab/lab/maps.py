@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from portraitlab.model_files import load_pipeline
 from portraitlab.portraits import render
 from portraitlab.report.maps import separation
 from spf_plugin.config import SPFConfig
+from spf_plugin.families.known import find
 from spf_plugin.tools.report import maps
+from spf_plugin.trainer.models import from_pipeline
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 
@@ -27,8 +30,10 @@ def quality(
     pictures: int,
     report: Callable[[int, int], None],
     seed: int = 0,
+    by_layer: bool = False,
 ) -> Cells:
     """A line for every map and timestep: separation, and the map's mean inside and outside the target's true region.
+    Or, by layer, a line for every map and attention layer, with the separation at every timestep.
 
     Separation is the chance that a place inside is brighter than one outside (0.5: the map knows nothing).
 
@@ -41,30 +46,40 @@ def quality(
         pictures: how many training pictures.
         report: called with (pictures done, pictures).
         seed: chooses the training pictures.
+        by_layer: compare each attention layer of the model alone.
     """
     pipeline = load_pipeline(model)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     masks = task.masks(seed)[:, 0].numpy() > 0
-    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    for index, example in enumerate(task.examples(seed)[:pictures]):
-        picture = render(example.person, 128)[0]
+    layers = {config.layers: config.layers}
+    if by_layer:
+        every = find(from_pipeline(pipeline).denoiser).layers("all")
+        layers = {layer.name: f"^{re.escape(layer.name)}$" for layer in every}
+    found: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
+    jobs = [(i, example, which) for i, example in enumerate(task.examples(seed)[:pictures]) for which in layers]
+    for done, (index, example, which) in enumerate(jobs, start=1):
         seen = maps.explain(
             pipeline,
-            picture,
+            render(example.person, 128)[0],
             example.caption,
             config.target[0],
             timesteps=TIMESTEPS,
             kinds=kinds,
             gain=config.map_gain,
-            layers=config.layers,
+            layers=layers[which],
             seed=index,
         )
         mask = masks[index]
         for kind in kinds:
             for timestep, heat in seen.control[kind].items():
                 numbers = (separation(mask, heat), float(heat[mask].mean()), float(heat[~mask].mean()))
-                found.setdefault((kind, timestep), []).append(numbers)
-        report(index + 1, pictures)
+                found.setdefault((kind, which, timestep), []).append(numbers)
+        report(done, len(jobs))
+    means = {key: np.mean(numbers, axis=0) for key, numbers in found.items()}
+    if by_layer:
+        head = ["map", "layer", *(f"separation at {t}" for t in TIMESTEPS)]
+        return head, [
+            [kind, name, *(f"{means[kind, name, t][0]:.2f}" for t in TIMESTEPS)] for kind in kinds for name in layers
+        ]
     head = ["map", "timestep", "separation", "inside", "outside"]
-    lines = [[kind, str(t), *(f"{v:.2f}" for v in np.mean(n, axis=0))] for (kind, t), n in found.items()]
-    return head, lines
+    return head, [[kind, str(t), *(f"{v:.2f}" for v in mean)] for (kind, _, t), mean in means.items()]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -449,6 +451,30 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     )
     assert head == ["map", "timestep", "separation", "inside", "outside"]
     assert lines == [["soft", "100", "1.00", "1.00", "0.00"], ["paper", "100", "0.50", "0.00", "0.00"]]
+
+
+def test_map_quality_by_layer_shows_each_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from portraitlab.lab import maps
+
+    task, names = Task(), ("blocks.1.attn", "blocks.11.attn")
+    masks = task.masks(0)[:, 0].numpy()
+
+    def explain(*_: Any, seed: int, layers: str, **__: Any) -> SimpleNamespace:
+        (seen,) = [name for name in names if re.search(layers, name)]
+        return SimpleNamespace(control={"soft": {100: masks[seed] if seen == names[1] else np.zeros((16, 16))}})
+
+    every = [SimpleNamespace(name=name) for name in names]
+    family = SimpleNamespace(layers=lambda which: every if which == "all" else [])
+    pipeline = SimpleNamespace(load_lora_weights=lambda *_, **__: None)
+    monkeypatch.setattr(maps, "load_pipeline", lambda _: pipeline)
+    monkeypatch.setattr(maps, "from_pipeline", lambda _: SimpleNamespace(denoiser=None))
+    monkeypatch.setattr(maps, "find", lambda _: family)
+    monkeypatch.setattr(maps, "TIMESTEPS", (100,))
+    monkeypatch.setattr(maps.maps, "explain", explain)
+    config = ROWS["spf"].config(task)
+    head, lines = maps.quality(task, tmp_path / "x", tmp_path, config, ("soft",), 2, lambda *_: None, by_layer=True)
+    assert head == ["map", "layer", "separation at 100"]
+    assert lines == [["soft", names[0], "0.50"], ["soft", names[1], "1.00"]]
 
 
 @pytest.mark.parametrize("page", app.PAGES, ids=lambda page: page.name)
