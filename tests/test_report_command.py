@@ -90,7 +90,8 @@ def made(lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = spf(
         "--model", MODEL, "--lora", lora, "--lora2", lora.with_name("plain.safetensors"), "--out", out, "--steps", 1,
         "--seeds", "5", "--batch-size", 2, "--device", "cpu", "--clip", tiny.clip(out.parent / "clip"),
-        "--faces", faces, "--segmentation", tiny.segmenter(out.parent / "parser", {0: "background", 1: "hair"}),
+        "--held-out", 4, "--faces", faces, "--segmentation",
+        tiny.segmenter(out.parent / "parser", {0: "background", 1: "hair"}),
     )  # fmt: skip
     assert done.exit_code == 0, done.output + repr(done.exception)
     return out
@@ -122,17 +123,25 @@ def test_the_page_and_its_files(made: Path, lora: Path) -> None:
         assert re.search(r" [0-9a-f]{12}, licence ", row["by"]), key
         assert row["n"] in text
         assert any(digest[:12] in row["by"] for digest in numbers["hashes"].values())
-    assert numbers["not_measured"].keys() == {"KID, FID", "LPIPS"}
+    assert numbers["not_measured"].keys() == {"KID, FID", "DINOv2 drift", "LPIPS"}
+    assert "What nobody trained" in text
+    assert "the report&#39;s own prompts, target not asked for (2)" in text
+    groups = [one["group"] for one in numbers["held_out"]["prompts"]]
+    assert groups == ["one person", "several people", "animals", "places"]
+    for key in ("pixels_held_out", "drift_held_out"):
+        row = numbers["rows"][key]
+        assert list(row["groups"]) == groups
+        assert row["values"][1] == pytest.approx(np.mean([values[1] for values in row["groups"].values()]))
     command = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
     assert command
-    for option in ("--faces", "--segmentation", "--clip", "--batch-size 2", "--seeds 5"):
+    for option in ("--faces", "--segmentation", "--clip", "--batch-size 2", "--seeds 5", "--held-out 4"):
         assert option in command[1], option
 
 
 def test_the_pixel_change_is_that_of_the_files(made: Path) -> None:
-    def read(name: str) -> Any:
-        files = sorted((made / "images").glob(f"*-{name}.png"))
-        assert len(files) == 2
+    def read(name: str, number: int = 2, kind: str = "prompt") -> Any:
+        files = sorted((made / "images").glob(f"{kind}*-{name}.png"))
+        assert len(files) == number
         return np.stack([np.asarray(Image.open(file), np.float64) for file in files])
 
     rows = json.loads((made / "numbers.json").read_text(encoding="utf-8"))["rows"]
@@ -143,6 +152,8 @@ def test_the_pixel_change_is_that_of_the_files(made: Path) -> None:
             if value is not None:
                 assert value == pytest.approx(np.abs(read(f"{name}-{kind}") - base).mean() / 255, rel=1e-5)
     assert rows["pixels_without"]["values"][0] is None
+    changed = np.abs(read("lora", 4, "held-out") - read("base", 4, "held-out")).mean() / 255
+    assert rows["pixels_held_out"]["values"][1] == pytest.approx(changed, rel=1e-5)
     # Both LoRAs hold the same weights.
     for row in rows.values():
         assert row["values"][1] == row["values"][2]
@@ -167,6 +178,7 @@ def test_drift_is_that_of_separate_predictions(lora: Path) -> None:
     before, words = predict(base, latents, noise), predict(full, latents, noise)
     with models.applied(pipeline, lora, 1.0):
         seen = maps.explain(pipeline, image, full, HAIR[0], timesteps=(400,), kinds=("soft",), draws=1)
+        unasked = maps.unasked(pipeline, image, base, timesteps=(400, 400), draws=1)
         base_with, full_with = predict(base, latents, noise), predict(full, latents, noise)
     assert np.array_equal(predict(base, latents, noise), before)
 
@@ -175,6 +187,7 @@ def test_drift_is_that_of_separate_predictions(lora: Path) -> None:
 
     found, control = seen.drift[400], seen.control["soft"][400].astype(np.float64)
     assert found.base_prompt == pytest.approx(drift(base_with), rel=1e-3)
+    assert unasked == pytest.approx(drift(base_with), rel=1e-3)
     assert found.full_prompt == pytest.approx(drift(full_with), rel=1e-3)
     assert found.words == pytest.approx(drift(words), rel=1e-3)
     assert found.inside == pytest.approx(drift(full_with, control), rel=1e-3)
@@ -196,9 +209,12 @@ def test_sdxl_with_given_prompts(xl: tuple[Path, Path], tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "lpips", None)
     listed = tmp_path / "prompts.txt"
     listed.write_text(f"# two\n{PROMPTS[1]}\n", encoding="utf-8")
+    held = tmp_path / "held.txt"
+    held.write_text("a haired beast\n# none\na chair\n", encoding="utf-8")
     done = spf(
         "--model", model, "--lora", lora, "--target", "blonde hair", "--prompt", PROMPTS[0], "--prompts", listed,
         "--out", tmp_path / "out", "--steps", 1, "--seeds", 0, "--size", 64, "--lpips", "alex",
+        "--held-out", held,
     )  # fmt: skip
     assert done.exit_code == 0, done.output + repr(done.exception)
     text = check(tmp_path / "out")
@@ -212,7 +228,11 @@ def test_sdxl_with_given_prompts(xl: tuple[Path, Path], tmp_path: Path, monkeypa
     # Its library is not here: said aloud, with the remedy.
     assert "pip install" in numbers["not_measured"]["LPIPS"]
     assert "LPIPS is not measured" in " ".join(done.output.split())
-    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 8
+    assert len(list((tmp_path / "out" / "images").glob("prompt*.png"))) == 8
+    # A user's own prompts are all asked, and the page says which of them say a word of the target.
+    assert [one["prompt"] for one in numbers["held_out"]["prompts"]] == ["a haired beast", "a chair"]
+    assert "Not quite unrelated, and counted: “a haired beast” says “haired”." in text
+    assert f"--held-out {held}" in text
 
 
 def test_sd2_in_half_precision(tmp_path: Path) -> None:
@@ -224,7 +244,7 @@ def test_sd2_in_half_precision(tmp_path: Path) -> None:
         out = tmp_path / precision
         done = spf(
             "--model", model, "--lora", lora, "--target", "blonde hair", "--prompt", PROMPTS[0],
-            "--out", out, "--steps", 1, "--seeds", 0, "--size", 64, "--dtype", precision,
+            "--out", out, "--steps", 1, "--seeds", 0, "--size", 64, "--dtype", precision, "--held-out", 1,
         )  # fmt: skip
         assert done.exit_code == 0, done.output + repr(done.exception)
         text = check(out)
@@ -259,10 +279,10 @@ def test_a_single_file_is_the_same_model(tiny_sd15: Path, tmp_path: Path, monkey
         out = tmp_path / f"report-{source.stem}"
         done = spf(
             "--model", source, "--lora", lora.path, "--target", "blonde hair", "--prompt", PROMPTS[0], "--out", out,
-            "--steps", 1, "--seeds", 0, "--size", 64,
+            "--steps", 1, "--seeds", 0, "--size", 64, "--held-out", 0,
         )  # fmt: skip
         assert done.exit_code == 0, done.output + repr(done.exception)
-        check(out)
+        assert "What nobody trained" not in check(out)
         numbers[source] = json.loads((out / "numbers.json").read_text(encoding="utf-8"))
     assert set(asked) == {"stable-diffusion-v1-5/stable-diffusion-v1-5"}
     assert numbers[file]["hashes"][file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -294,11 +314,16 @@ def test_mistakes_give_one_sentence(lora: Path, tmp_path: Path) -> None:
         (["--lora", lora, "--prompts", empty], "holds no prompt"),
         (["--lora", lora, "--prompts", ansi], "is not UTF-8"),
         (["--lora", lora, "--seeds", "a"], "write whole numbers"),
+        (["--lora", lora, "--held-out", "many"], "no number of prompts, and no file"),
+        (["--lora", lora, "--held-out", "-1"], "no number of prompts, and no file"),
+        (["--lora", lora, "--held-out", "1000"], "the bank has 48 prompts"),
+        (["--lora", lora, "--held-out", empty], "--held-out"),
         (["--lora", lora, "--size", "130"], "must be a multiple of 8"),
         (["--lora", lora, "--dtype", "fp16", "--device", "cpu"], "needs a GPU"),
         (["--lora", lora, "--out", file], "is a file"),
         (["--lora", lora, "--faces", missing], "no file named face_detection_yunet"),
         (["--lora", lora, "--segmentation", missing], SEGMENTATION),
+        (["--lora", lora, "--dino", missing], "not a DINOv2 of transformers"),
         (["--lora", lora, "--target-class", "hair"], "Give the model with --segmentation"),
     ):
         done = spf("--model", MODEL, "--out", tmp_path / "out", *words)

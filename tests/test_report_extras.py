@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.tools.report import extras, metrics
+from spf_plugin.tools.report.dino import Dino
 from spf_plugin.tools.report.faces import Faces, likeness
+from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.prompts import Question
 from spf_plugin.tools.report.results import Request, Variant
 from spf_plugin.tools.report.segmentation import Segmenter, consistency, mean_iou, target_classes
@@ -29,6 +33,15 @@ def variants(base: Any, *others: tuple[Any, Any]) -> list[Variant]:
     """The base model, whose pictures are the same without and with the target, and LoRAs (without, with)."""
     loras = [Variant("spf", f"LoRA {i}", f"l{i}", "", a, b) for i, (a, b) in enumerate(others)]
     return [Variant("base", "base model", "m", "", base, base), *loras]
+
+
+HELD = HeldOut(("blonde", "a woman", "hair"), ("one", "one", "two"))
+
+
+def held_variants(base: Any, lora: Any) -> list[Variant]:
+    """The base model and a LoRA, whose pictures for the held-out prompts are those for the base prompts."""
+    first, second = variants(base, (lora, lora))
+    return [replace(first, held=base), replace(second, held=lora)]
 
 
 # -- faces ------------------------------------------------------------------------------------------------------------
@@ -159,7 +172,7 @@ def test_the_segmentation_is_that_of_transformers_own_pipeline(tmp_path: Path) -
         assert len(masks) > 1  # not one class everywhere
         for name in names:
             assert np.array_equal(labels == names.index(name), masks.get(name, np.zeros_like(labels, bool)))
-    without, with_ = segmenter.rows(variants(images, (images, images[::-1])), {1})
+    without, with_ = segmenter.rows(variants(images, (images, images[::-1])), {1}, HeldOut())
     assert without.values == [None, 1.0]
     labels = segmenter.labels(images)
     slow = [slow_iou(labels[i], labels[1 - i], {1}) for i in (0, 1)]
@@ -177,6 +190,141 @@ def test_what_is_no_segmentation_model(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(SPFError, match="with safetensors weights"):  # never a pickle
         Segmenter(str(folder))
+
+
+def test_segmentation_of_the_held_out_prompts(tmp_path: Path) -> None:
+    segmenter = Segmenter(str(tiny.segmenter(tmp_path / "seg", CLASSES)))
+    random = np.random.default_rng(1)
+    images = random.integers(0, 255, (3, 6, 8, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    row = segmenter.rows(held_variants(images, images[[1, 1, 0]]), {1}, HELD)[-1]
+    labels = segmenter.labels(images)
+    slow = [slow_iou(labels[i], labels[j], set()) for i, j in ((0, 1), (1, 1), (2, 0))]  # nothing is left out
+    assert row.key == "segmentation_held_out"
+    assert row.values == [None, pytest.approx(np.mean(slow))]
+    assert row.groups == {"one": [None, pytest.approx((slow[0] + slow[1]) / 2)], "two": [None, pytest.approx(slow[2])]}
+
+
+# -- DINOv2 -----------------------------------------------------------------------------------------------------------
+
+
+def slow_class_token(folder: Path, image: Any, registers: int = 0) -> Any:
+    """The class token of a DINOv2, written out from the file's tensors, for an image of 28 px as the model gets it."""
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor.double().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    pixels = (image.astype(np.float64) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+
+    def linear(x: Any, name: str) -> Any:
+        return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+    def norm(x: Any, name: str) -> Any:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def gelu(x: Any) -> Any:
+        return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+    weight = tensors["embeddings.patch_embeddings.projection.weight"]
+    bias = tensors["embeddings.patch_embeddings.projection.bias"]
+    patches = [
+        (weight * pixels[y : y + 7, x : x + 7].transpose(2, 0, 1)).sum((1, 2, 3)) + bias
+        for y in range(0, 28, 7)
+        for x in range(0, 28, 7)
+    ]
+    states = np.stack([tensors["embeddings.cls_token"][0, 0], *patches]) + tensors["embeddings.position_embeddings"][0]
+    if registers:
+        states = np.concatenate([states[:1], tensors["embeddings.register_tokens"][0], states[1:]])
+    for i in range(2):
+        layer = f"encoder.layer.{i}"
+        seen = norm(states, f"{layer}.norm1")
+        q, k, v = (linear(seen, f"{layer}.attention.attention.{name}") for name in ("query", "key", "value"))
+        heads = []
+        for h in range(3):
+            part = slice(8 * h, 8 * h + 8)
+            scores = np.exp(q[:, part] @ k[:, part].T / math.sqrt(8))
+            heads.append(scores / scores.sum(1, keepdims=True) @ v[:, part])
+        attended = linear(np.concatenate(heads, axis=1), f"{layer}.attention.output.dense")
+        states = states + attended * tensors[f"{layer}.layer_scale1.lambda1"]
+        inner = linear(gelu(linear(norm(states, f"{layer}.norm2"), f"{layer}.mlp.fc1")), f"{layer}.mlp.fc2")
+        states = states + inner * tensors[f"{layer}.layer_scale2.lambda1"]
+    return norm(states, "layernorm")[0]
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_dinov2s_drift_is_that_of_its_formula(tmp_path: Path, registers: int) -> None:
+    if not tiny.can_segment():
+        pytest.skip("DINOV2 NOT TESTED: transformers 5 needs a torchvision for its image processor")
+    from PIL import Image
+
+    folder = tiny.dino(tmp_path / "dino", registers=registers)
+    dino = Dino(str(folder))
+    images = np.random.default_rng(0).integers(0, 255, (4, 48, 64, 3), dtype=np.uint8)
+
+    def seen(image: Any) -> Any:
+        """Shorter side to 32, the middle 28."""
+        small = np.asarray(Image.fromarray(image).resize((42, 32), Image.Resampling.BICUBIC))
+        return small[2:30, 7:35]
+
+    def cosine(a: Any, b: Any) -> float:
+        return float(a @ b / np.sqrt(a @ a) / np.sqrt(b @ b))
+
+    tokens = [slow_class_token(folder, seen(image), registers) for image in images]
+    drifts = [(1 - cosine(tokens[i], tokens[j])) / 2 for i, j in ((0, 1), (1, 3), (2, 2))]
+    assert drifts[0] > 1e-2
+    without, held = dino.rows(held_variants(images[:3], images[[1, 3, 2]]), HELD)
+    assert without.key == "dino_without"
+    assert without.values == [None, pytest.approx(np.mean(drifts), rel=1e-3)]
+    assert held.values == [None, pytest.approx(np.mean(drifts), rel=1e-3)]
+    assert held.groups["one"] == [None, pytest.approx(np.mean(drifts[:2]), rel=1e-3)]
+    assert held.groups["two"] == [None, pytest.approx(0, abs=1e-6)]
+    assert held.n == "3 images"
+    assert f"dino {dino.digest[:12]}, licence not recorded" in held.by
+    assert len(dino.rows(variants(images[:1], (images[1:2], images[1:2])), HeldOut())) == 1
+
+
+def test_what_is_no_dinov2(tmp_path: Path) -> None:
+    with pytest.raises(SPFError, match=r"--dino .*not a DINOv2 of transformers .*it is a clip"):
+        Dino(str(tiny.clip(tmp_path / "clip")))
+    if not tiny.can_segment():
+        pytest.skip("DINOV2 NOT TESTED: transformers 5 needs a torchvision for its image processor")
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.dino(tmp_path / "dino")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["layernorm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SPFError, match=r"its weights lack layernorm\.weight"):  # never a random one in its place
+        Dino(str(folder))
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SPFError, match="with safetensors weights"):  # never a pickle
+        Dino(str(folder))
+
+
+# -- CLIP-T -----------------------------------------------------------------------------------------------------------
+
+
+def test_change_of_clip_t_by_single_cosines(tmp_path: Path) -> None:
+    measure = metrics.Clip(str(tiny.clip(tmp_path / "clip")))
+    images = np.random.default_rng(2).integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)
+    seen = held_variants(images, images[[1, 1, 0]])
+    asked = [(Question(text, f"{text}, hair", Target("hair")), 0) for text in ("a woman", "blonde", "woman")]
+    change, held = measure.change_rows(seen, asked, HELD)
+
+    def said(image: Any, text: str) -> float:
+        picture, words = measure.images(image[None])[0].double().numpy(), measure.texts([text])[0].double().numpy()
+        return float(picture @ words / np.sqrt(picture @ picture) / np.sqrt(words @ words))
+
+    def changes(texts: Any) -> list[float]:
+        pairs = zip(((0, 1), (1, 1), (2, 0)), texts, strict=True)
+        return [100 * (said(images[j], text) - said(images[i], text)) for (i, j), text in pairs]
+
+    assert change.values == [None, pytest.approx(np.mean(changes(["a woman", "blonde", "woman"])), abs=1e-3)]
+    slow = changes(HELD.texts)
+    assert abs(slow[0]) > 1e-2
+    assert held.values == [None, pytest.approx(np.mean(slow), abs=1e-3)]
+    assert held.groups["two"] == [None, pytest.approx(slow[2], abs=1e-3)]
+    assert len(measure.change_rows(seen, asked, HeldOut())) == 1
 
 
 # -- KID and FID ------------------------------------------------------------------------------------------------------
@@ -274,7 +422,7 @@ def test_lpips_by_its_formula(tmp_path: Path) -> None:
 def test_what_was_not_asked_for_is_said(tmp_path: Path) -> None:
     found = extras.load(Request("m", (), tmp_path), [HAIR], pytest.fail)
     assert set(found.missing) == {
-        "CLIP-I, CLIP-T, KID, FID", "LPIPS", "face identity", "segmentation consistency"
+        "CLIP-I, CLIP-T, KID, FID", "DINOv2 drift", "LPIPS", "face identity", "segmentation consistency"
     }  # fmt: skip
     assert found.missing["face identity"] == "no identity model was given (--faces)"
     with pytest.raises(SPFError, match="Give the model with --segmentation"):

@@ -297,3 +297,31 @@ def segmenter(folder: Path, classes: Mapping[int, str]) -> Path:
     model.save_pretrained(folder)
     SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
+
+
+def dino(folder: Path, *, registers: int = 0) -> Path:
+    """A random DINOv2 of 28 px, whose processor resizes to 32 and cuts, with layer scales that are not 1."""
+    from transformers import (
+        BitImageProcessor,
+        Dinov2Config,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+    )
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2, "image_size": 28,
+             "patch_size": 7, "layerscale_value": 0.5}  # fmt: skip
+    if registers:
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=registers))
+    else:
+        model = Dinov2Model(Dinov2Config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():  # transformers' own start is near 0, and every image would be the same
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    BitImageProcessor(
+        size={"shortest_edge": 32}, resample=3, crop_size={"height": 28, "width": 28},
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

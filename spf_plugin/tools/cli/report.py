@@ -51,6 +51,20 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return found
 
 
+def held_out_of(text: str) -> int | Path:
+    """A number of prompts of the bank, or a text file.
+
+    Raises:
+        SPFError: neither.
+    """
+    if text.strip().isdecimal():
+        return int(text)
+    path = expanded(Path(text))
+    if not path.exists():
+        raise SPFError(f"--held-out {text}: no number of prompts, and no file.")
+    return path
+
+
 @app.command()
 def report(
     model: Annotated[str, typer.Option(help="Base model: diffusers folder, hub name, or one .safetensors file.")],
@@ -62,6 +76,14 @@ def report(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
     target: Annotated[str | None, typer.Option(help="The target, if the file does not say it. Several with |.")] = None,
+    held_out: Annotated[
+        str,
+        typer.Option(
+            metavar="N|FILE",
+            help="Also ask for so many prompts that nobody trained, of the plugin's own bank (0: none), or for those "
+            "of a text file. Each costs a picture per model, and ten predictions with and ten without each LoRA.",
+        ),
+    ] = "12",
     seeds: Annotated[str, typer.Option(help="Seeds of the samples, with commas.")] = "0,1",
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, callback=finite, help="Classifier-free guidance.")] = 7.0,
@@ -73,6 +95,14 @@ def report(
     clip: Annotated[
         str | None,
         typer.Option(help="Measure with this CLIP model: a transformers folder, or open_clip's MODEL:PRETRAINED."),
+    ] = None,
+    dino: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Measure drift by DINOv2, as PEFT's comparison does: a transformers folder or hub name, such as "
+            "facebook/dinov2-base.",
+        ),
     ] = None,
     lpips: Annotated[
         str | None,
@@ -130,10 +160,12 @@ def report(
             device=device.value if device else None,
             dtype=dtype.value if dtype else None,
             clip=clip,
+            dino=dino,
             lpips=lpips,
             faces=faces,
             segmentation=segmentation,
             target_class=target_class,
+            held_out=held_out_of(held_out),
         )
         with progress_bars(console) as show:
             path = run(settings, show, lambda text: console.print(f"note: {escape(text)}", highlight=False))

@@ -31,7 +31,10 @@ def command_of(settings: Request) -> str:
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--steps", str(settings.steps)]
     words += ["--guidance", f"{settings.guidance:g}", "--out", settings.out.as_posix()]
     defaults = Request(settings.model, settings.loras, settings.out)
-    given = ("size", "weight", "batch", "device", "dtype", "clip", "lpips", "faces", "segmentation", "target_class")
+    given = (
+        "held_out", "size", "weight", "batch", "device", "dtype", "clip", "dino", "lpips", "faces", "segmentation",
+        "target_class",
+    )  # fmt: skip
     for option in given:
         value = getattr(settings, option)
         if value != getattr(defaults, option):
@@ -101,18 +104,22 @@ def _text(question: Any, asked: bool) -> str:
 def tiles(result: Result) -> list[dict[str, Any]]:
     """Bars for the rows that have a title."""
     out = []
-    for row in (row for row in result.rows if row.tile):
+    for row in (row for row in result.rows if row.tile and not row.groups):
         known = [value for value in row.values if value is not None and np.isfinite(value)]
         if not known:  # such as a face, where no picture shows one
             continue
         top = max([*known, 1e-9])
-        bars = [
-            {"kind": v.kind, "label": v.label, "value": _written(row, x), "width": round(100 * (x or 0) / top, 1)}
-            for v, x in zip(result.variants, row.values, strict=True)
-            if x is not None and np.isfinite(x)
-        ]
+        bars = _bars(result, row, row.values, top)
         out.append({"title": row.tile, "text": f"{row.note[0].upper()}{row.note[1:]}. Mean of {row.n}.", "bars": bars})
     return out
+
+
+def _bars(result: Result, row: Row, values: Sequence[float | None], top: float) -> list[dict[str, Any]]:
+    return [
+        {"kind": v.kind, "label": v.label, "value": _written(row, x), "width": round(100 * abs(x) / (top or 1), 1)}
+        for v, x in zip(result.variants, values, strict=True)
+        if x is not None and np.isfinite(x)
+    ]
 
 
 def table(result: Result) -> dict[str, Any]:
@@ -153,6 +160,49 @@ def _mapped(result: Result) -> list[tuple[int, Variant, NDArray[np.uint8]]]:
     seeds, base = len(result.settings.seeds), result.variants[0]
     count = min(MAPPED, len(result.questions))
     return [(i, v, base.without[i * seeds]) for i in range(count) for v in result.variants[1:]]
+
+
+def held_part(result: Result) -> dict[str, Any] | None:
+    """The prompts that nobody trained: a bar per group beside that of the trained prompts, and every picture."""
+    held, rows = result.held, {row.key: row for row in result.rows}
+    if not held.texts:
+        return None
+    trained = f"the report's own prompts, target not asked for ({len(result.questions)})"
+    charts = []
+    for row in (row for row in result.rows if row.groups):
+        parts = {f"{group} ({len(held.members[group])})": values for group, values in row.groups.items()}
+        shown = {trained: rows[row.beside].values, **parts}
+        top = max([abs(x) for values in shown.values() for x in values if x is not None and np.isfinite(x)] or [0.0])
+        groups = [{"name": name, "bars": _bars(result, row, values, top)} for name, values in shown.items()]
+        charts.append({"title": row.tile, "text": f"{row.note[0].upper()}{row.note[1:]}.", "groups": groups})
+    cards = [
+        {
+            "without": [page.picture(v.held[i], f"{v.label}: {text}") for v in result.variants],
+            "text": text,
+            "added": "",
+            "seed": f"{result.settings.seeds[0]}, {group}",
+        }
+        for i, (text, group) in enumerate(zip(held.texts, held.groups, strict=True))
+    ]
+    noted = "; ".join(f"“{text}” {why}" for text, why in held.noted)
+    said = {
+        False: "Left out by rule, for a word of the target or as a caption",
+        True: "Not quite unrelated, and counted",
+    }
+    return {
+        "text": (
+            f"{held.source}, one picture each. "
+            + (
+                "What has nothing to do with the target"
+                if held.is_given
+                else "Neither target nor captions say any of it: it"
+            )
+            + " should not move at all."
+        ),
+        "noted": f"{said[held.is_given]}: {noted}." if noted else "",
+        "charts": charts,
+        "cards": cards,
+    }
 
 
 def map_parts(result: Result) -> tuple[dict[str, Any], NDArray[np.uint8]]:
@@ -252,6 +302,7 @@ def build(result: Result) -> tuple[dict[str, Any], dict[str, bytes]]:
         "tiles": tiles(result),
         "table": table(result),
         "missing": list(result.missing.items()),
+        "held": held_part(result),
         "cards_text": f"Every prompt and seed, without and with the target. Columns: base model, {loras}.",
         "cards": cards(result),
         "heads": [(v.kind, "base" if v.kind == "base" else v.label) for v in result.variants],
@@ -274,4 +325,6 @@ def build(result: Result) -> tuple[dict[str, Any], dict[str, bytes]]:
             number = f"images/prompt{i // len(result.settings.seeds) + 1:02d}-seed{seed}-{prefix}"
             pictures[f"{number}-without.png"] = figures.png(v.without[i])
             pictures[f"{number}-with.png"] = figures.png(v.with_[i])
+        for i, image in enumerate(v.held):
+            pictures[f"images/held-out{i + 1:02d}-seed{result.settings.seeds[0]}-{prefix}.png"] = figures.png(image)
     return content, pictures

@@ -9,7 +9,9 @@ import torch
 
 from spf_plugin.errors import SPFError
 from spf_plugin.tools.report import metrics
+from spf_plugin.tools.report.dino import Dino
 from spf_plugin.tools.report.faces import Faces
+from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.prompts import Question
 from spf_plugin.tools.report.results import Request, Row, Variant
 from spf_plugin.tools.report.segmentation import Segmenter, target_classes
@@ -23,6 +25,7 @@ class Extras:
 
     Attributes:
         clip: for CLIP-I, CLIP-T, KID and FID.
+        dino: for DINOv2's drift.
         lpips: for LPIPS.
         faces: for face identity.
         segmenter: for segmentation consistency.
@@ -31,6 +34,7 @@ class Extras:
     """
 
     clip: metrics.Clip | None = None
+    dino: Dino | None = None
     lpips: metrics.Lpips | None = None
     faces: Faces | None = None
     segmenter: Segmenter | None = None
@@ -65,6 +69,10 @@ def load(settings: Request, questions: list[Question], warn: Callable[[str], Non
                 absent("KID, FID", error)
     else:
         out.missing["CLIP-I, CLIP-T, KID, FID"] = "no CLIP model was given (--clip)"
+    if settings.dino:
+        out.dino = Dino(settings.dino)
+    else:
+        out.missing["DINOv2 drift"] = "no DINOv2 was given (--dino)"
     if settings.lpips:
         try:
             out.lpips = metrics.Lpips(settings.lpips)
@@ -91,8 +99,9 @@ def load(settings: Request, questions: list[Question], warn: Callable[[str], Non
 
 
 def measure(
-    extras: Extras, variants: list[Variant], shots: list[tuple[Question, int]], device: torch.device, show: Show
-) -> tuple[list[Row], dict[str, str]]:
+    extras: Extras, variants: list[Variant], shots: list[tuple[Question, int]], held: HeldOut, device: torch.device,
+    show: Show,
+) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
     """The rows, and the hashes of the weights that measured."""
     rows: list[Row] = []
     used: dict[str, str] = {}
@@ -100,11 +109,17 @@ def measure(
         show("CLIP", 0, 1)
         extras.clip.to(device)
         found, features = extras.clip.rows(variants, shots)
-        rows += found
+        rows += [*found, *extras.clip.change_rows(variants, shots, held)]
         used[f"CLIP {extras.clip.name}"] = extras.clip.digest
         if "KID, FID" not in extras.missing:
             rows += metrics.set_rows(extras.clip, variants, features)
         show("CLIP", 1, 1)
+    if extras.dino:
+        show("DINOv2", 0, 1)
+        extras.dino.to(device)
+        rows += extras.dino.rows(variants, held)
+        used[f"DINOv2 {extras.dino.name}"] = extras.dino.digest
+        show("DINOv2", 1, 1)
     if extras.lpips:
         show("LPIPS", 0, 1)
         extras.lpips.to(device)
@@ -119,7 +134,7 @@ def measure(
     if extras.segmenter:
         show("segmentation", 0, 1)
         extras.segmenter.to(device)
-        rows += extras.segmenter.rows(variants, extras.target_classes)
+        rows += extras.segmenter.rows(variants, extras.target_classes, held)
         used[f"segmentation {extras.segmenter.name}"] = extras.segmenter.digest
         show("segmentation", 1, 1)
     return rows, used

@@ -92,6 +92,65 @@ def _without_lora(pipeline: Any) -> Iterator[None]:
         pipeline.enable_lora()
 
 
+class _Noised:
+    """An image with the same noise at every level, and what a model predicts of it.
+
+    Args:
+        pipeline: an SD1.x, SD2.x, SDXL or SD3 pipeline.
+        image: uint8 `[H, W, 3]`.
+        draws: noise samples.
+        seed: of the noise.
+    """
+
+    def __init__(self, pipeline: Any, image: NDArray[np.uint8], draws: int, seed: int):
+        self.model, self.device, self._draws = from_pipeline(pipeline), pipeline.device, draws
+        self.family = find(self.model.denoiser)
+        random = torch.Generator().manual_seed(seed)
+        pixels = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+        self._latents = self.model.to_latents(pixels, random)[None].expand(draws, -1, -1, -1)
+        self._noise = torch.randn(self._latents.shape, generator=random)
+        self._sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]]).expand(draws, -1)
+
+    def call(self, step: int, conditioning: Text) -> Call:
+        """Of the denoiser, at a timestep of 0 to 999."""
+        process, draws = self.model.process, self._draws
+        at = process.at(step / NOISE_LEVELS, draws)
+        noisy = process.noisy(self._latents, self._noise, at).to(self.device, self.model.denoiser.dtype)
+        conditioning = map_text(lambda part: part.expand(draws, *part.shape[1:]), conditioning)
+        return self.model.call(noisy, at.to(self.device), conditioning, self._sizes)
+
+    def predict(self, step: int, conditioning: Text) -> torch.Tensor:
+        """`[draws, C, h, w]`."""
+        made = self.call(step, conditioning)
+        return self.family.prediction(made.on(self.model.denoiser), made)
+
+
+@torch.no_grad()
+def unasked(
+    pipeline: Any, image: NDArray[np.uint8], prompt: str, *, timesteps: Sequence[int], draws: int, seed: int = 0
+) -> float:
+    """How far the LoRA moves the predictions for a prompt from the base model's, relative to these; mean of all levels.
+
+    Args:
+        pipeline: with one LoRA loaded (not fused).
+        image: the base model's for the prompt, uint8 `[H, W, 3]`.
+        prompt: one that says nothing of the target.
+        timesteps: noise levels, 0 to 999, thousandths of all.
+        draws: noise samples per timestep.
+        seed: of the noise.
+    """
+    noised = _Noised(pipeline, image, draws, seed)
+    with _without_lora(pipeline):
+        text = noised.model.encode([prompt])
+        reference = [noised.predict(step, text) for step in timesteps]
+    text = noised.model.encode([prompt])  # the text encoder may have been trained too
+    drifts = [
+        relative_drift(noised.predict(step, text), eps, torch.ones_like(eps[:, :1])).mean()
+        for step, eps in zip(timesteps, reference, strict=True)
+    ]
+    return float(torch.stack(drifts).mean())
+
+
 @torch.no_grad()
 def explain(
     pipeline: Any,
@@ -120,9 +179,8 @@ def explain(
         draws: noise samples per timestep; the maps are their mean.
         seed: of the noise.
     """
-    model = from_pipeline(pipeline)
-    denoiser, device = model.denoiser, pipeline.device
-    family = find(denoiser)
+    noised = _Noised(pipeline, image, draws, seed)
+    model, family, predict = noised.model, noised.family, noised.predict
     probed = family.layers(layers)
     side = TextSide(_Text(model), family, (target,), lambda: _without_lora(pipeline))
     trained_text = model.encode([caption])
@@ -131,27 +189,11 @@ def explain(
         reference_text, words_text = model.encode(text.base), model.encode(text.full)
     base_text = model.encode(text.base)
     weights = side.distances(text)
-    random = torch.Generator().manual_seed(seed)
-    pixels = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
-    latents = model.to_latents(pixels, random)[None].expand(draws, -1, -1, -1)
-    noise = torch.randn(latents.shape, generator=random)
-
-    sizes = torch.tensor([[*image.shape[:2], 0, 0, *image.shape[:2]]]).expand(draws, -1)
-
-    def call(step: int, conditioning: Text) -> Call:
-        at = model.process.at(step / NOISE_LEVELS, draws)
-        noisy = model.process.noisy(latents, noise, at).to(device, denoiser.dtype)
-        conditioning = map_text(lambda part: part.expand(draws, *part.shape[1:]), conditioning)
-        return model.call(noisy, at.to(device), conditioning, sizes)
-
-    def predict(step: int, conditioning: Text) -> torch.Tensor:
-        made = call(step, conditioning)
-        return family.prediction(made.on(denoiser), made)
 
     def compared(step: int, conditioning: Text, groups: torch.Tensor) -> Pass:
-        made = call(step, conditioning)
+        made = noised.call(step, conditioning)
         with capture(probed) as seen:
-            output = made.on(denoiser)
+            output = made.on(model.denoiser)
         return pass_of(family, probed, made, output, seen, groups.expand(draws, -1, -1))
 
     control: dict[str, dict[int, Map]] = {kind: {} for kind in kinds}

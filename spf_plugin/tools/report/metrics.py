@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from spf_plugin.enhancement import clip
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.report.held_out import HeldOut
+from spf_plugin.tools.report.measures import grouped
 from spf_plugin.tools.report.models import sha256, short
 from spf_plugin.tools.report.prompts import Question
 from spf_plugin.tools.report.results import Images, Row, Variant
@@ -134,6 +136,37 @@ class Clip:
             ),
         ]  # fmt: skip
         return rows, without
+
+    def change_rows(
+        self, variants: Sequence[Variant], shots: Sequence[tuple[Question, int]], held: HeldOut
+    ) -> list[Row]:
+        """Change of CLIP-T: how much more the images say of a prompt without the target than the base model's.
+
+        In hundredths of a cosine, as PureCC (arXiv 2603.07561) writes CLIP-T.
+        """
+
+        def per_image(images: Sequence[Images], texts: Sequence[str]) -> list[Tensor]:
+            said = self.texts(texts)
+            scores = [100 * (self.images(one) * said).sum(dim=1) for one in images]
+            return [score - scores[0] for score in scores]
+
+        note = "0 is the base model's; below it, less of the prompt is in the picture"
+        asked = per_image([v.without for v in variants], [question.base for question, _ in shots])
+        values: list[float | None] = [None, *(float(change.mean()) for change in asked[1:])]
+        rows = [
+            Row("clip_t_change", "change of CLIP-T, target not asked for", note, self.by, f"{len(shots)} images",
+                "{:+.2f}", values),
+        ]  # fmt: skip
+        if held.texts:
+            changes = per_image([v.held for v in variants], held.texts)
+            of = {v.label: change for v, change in zip(variants, changes, strict=True)}
+            row = grouped(
+                "clip_t_change_held_out", "change of CLIP-T, held-out prompts", note, self.by,
+                f"{len(held.texts)} images", "{:+.2f}", variants, held,
+                lambda v, chosen: float(of[v.label][chosen].mean()), "Change of CLIP-T", "clip_t_change",
+            )  # fmt: skip
+            rows.append(row)
+        return rows
 
 
 def clip_licence(name: str) -> str:

@@ -120,8 +120,12 @@ def from_tags(counts: Mapping[str, int], found: Sequence[Target], limit: int) ->
     return [others[0], *(f"{others[0]}, {tag}" for tag in others[1:])][:limit]
 
 
-def read_file(path: Path) -> list[str]:
+def read_file(path: Path, option: str = "--prompts") -> list[str]:
     """One prompt a line; empty lines and lines that begin with `#` do not count.
+
+    Args:
+        path: the file.
+        option: that named it.
 
     Raises:
         SPFError: it cannot be read, or holds no prompt.
@@ -129,12 +133,12 @@ def read_file(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise SPFError(f"--prompts {path} is not UTF-8 text. Save it as UTF-8.") from None
+        raise SPFError(f"{option} {path} is not UTF-8 text. Save it as UTF-8.") from None
     except OSError as error:
-        raise SPFError(f"--prompts {path} cannot be read: {error.strerror or error}.") from None
+        raise SPFError(f"{option} {path} cannot be read: {error.strerror or error}.") from None
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
-        raise SPFError(f"--prompts {path} holds no prompt: write one a line.")
+        raise SPFError(f"{option} {path} holds no prompt: write one a line.")
     return found
 
 

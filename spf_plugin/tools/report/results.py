@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from spf_plugin.tools.report.held_out import PROMPTS, HeldOut
 from spf_plugin.tools.report.maps import Maps
 from spf_plugin.tools.report.prompts import Question
 
@@ -34,10 +35,12 @@ class Request:
         device: `cpu` or `cuda`; None takes the GPU if there is one.
         dtype: `fp32`, `fp16` or `bf16`; None is fp16 on a GPU.
         clip: a CLIP model to measure with, see `spf_plugin.enhancement.clip.load`.
+        dino: a DINOv2 of transformers, folder or hub name; None leaves its drift out.
         lpips: `alex` or a file of AlexNet weights; None leaves LPIPS out.
         faces: a folder with OpenCV's face detector and recogniser; None leaves face identity out.
         segmentation: a segmentation model of transformers; None leaves segmentation consistency out.
         target_class: its classes that are the target, with `|`; None takes those that the target's words say.
+        held_out: how many prompts of the bank of those that nobody trained; or a text file with others.
     """
 
     model: str
@@ -54,10 +57,12 @@ class Request:
     device: str | None = None
     dtype: str | None = None
     clip: str | None = None
+    dino: str | None = None
     lpips: str | None = None
     faces: str | None = None
     segmentation: str | None = None
     target_class: str | None = None
+    held_out: int | Path = PROMPTS
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Variant:
         without: images for the base prompts, one per question and seed, uint8 `[N, H, W, 3]`.
         with_: images for the full prompts.
         maps: one per question; empty for the base model.
+        held: images for the held-out prompts, one each, from the first seed.
+        held_drift: of the predicted noise for each of these; empty for the base model.
     """
 
     kind: str
@@ -81,6 +88,8 @@ class Variant:
     without: Images
     with_: Images
     maps: Sequence[Maps] = ()
+    held: Images = field(default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8))
+    held_drift: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class Row:
         form: format of a value.
         values: one per variant.
         tile: title of its bars on the page; empty for the table only.
+        groups: of a row of held-out prompts: group -> one value per variant.
+        beside: key of the row that has the same of the trained prompts.
     """
 
     key: str
@@ -106,6 +117,8 @@ class Row:
     form: str
     values: Sequence[float | None]
     tile: str = ""
+    groups: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class Result:
         timesteps: of the maps.
         draws: noise samples per timestep.
         notes: warnings, also on the page.
+        held: the prompts that nobody trained.
     """
 
     settings: Request
@@ -137,6 +151,7 @@ class Result:
     timesteps: Sequence[int]
     draws: int
     notes: Sequence[str] = field(default=())
+    held: HeldOut = field(default_factory=HeldOut)
 
     @property
     def shots(self) -> list[tuple[Question, int]]:

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from spf_plugin import __version__
+from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect
 from spf_plugin.lorafile.names import BASE_LABEL
-from spf_plugin.tools.report import extras, maps, measures, models, page, prompts
+from spf_plugin.tools.report import extras, held_out, maps, measures, models, page, prompts
 from spf_plugin.tools.report.content import build
+from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.prompts import Question
-from spf_plugin.tools.report.results import Request, Result, Variant
+from spf_plugin.tools.report.results import Request, Result, Row, Variant
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 DRAWS = 2
@@ -75,6 +77,7 @@ def run(settings: Request, show: Show, note: Note) -> Path:
     found = prompts.targets(metadata[0], settings.target, str(settings.loras[0]))
     texts, source = _texts(settings, metadata[0], found)
     questions = prompts.questions(texts, found)
+    held = _held_out(settings, texts, metadata, found)
     _check_out(settings.out)
     device, dtype = _device(settings)
     show("loading", 0, 1, {})
@@ -91,16 +94,17 @@ def run(settings: Request, show: Show, note: Note) -> Path:
             warn(text)
     hashes = _hashes(settings, show)
 
-    variants = [_variant(pipeline, settings, questions, size, None, None, hashes, show)]
+    variants = [_variant(pipeline, settings, questions, held, size, None, None, hashes, show)]
     for index, path in enumerate(settings.loras):
         with models.applied(pipeline, path, settings.weight):
             variants.append(
-                _variant(pipeline, settings, questions, size, index, variants[0], hashes, show, metadata[0])
+                _variant(pipeline, settings, questions, held, size, index, variants[0], hashes, show, metadata[0])
             )
     rows = [*measures.pixel_rows(variants), *measures.drift_rows(variants, DRAWS)]
+    rows += measures.held_rows(variants, held, len(TIMESTEPS) * DRAWS) if held.texts else []
     shots = [(question, seed) for question in questions for seed in settings.seeds]
     more, used = extras.measure(
-        measuring, variants, shots, device, lambda label, done, total: show(label, done, total, {})
+        measuring, variants, shots, held, device, lambda label, done, total: show(label, done, total, {})
     )
     facts = _facts(settings, parts, pipeline, size, device, dtype, time.monotonic() - begun)
     result = Result(
@@ -115,6 +119,7 @@ def run(settings: Request, show: Show, note: Note) -> Path:
         TIMESTEPS,
         DRAWS,
         notes,
+        held,
     )
     show("writing", 0, 1, {})
     path = write(result)
@@ -122,7 +127,7 @@ def run(settings: Request, show: Show, note: Note) -> Path:
     return path
 
 
-def _texts(settings: Request, metadata: Mapping[str, str], found: Any) -> tuple[list[str], str]:
+def _texts(settings: Request, metadata: Mapping[str, str], found: tuple[Target, ...]) -> tuple[list[str], str]:
     if settings.prompts:
         return list(settings.prompts), "given"
     counts = prompts.tag_counts(metadata)
@@ -130,6 +135,15 @@ def _texts(settings: Request, metadata: Mapping[str, str], found: Any) -> tuple[
     if texts:
         return texts, "made from the captions' commonest parts, which the LoRA's metadata counts (ss_tag_frequency)"
     return list(prompts.GENERAL), "general ones: the LoRA's metadata has no captions; --prompt gives others"
+
+
+def _held_out(
+    settings: Request, texts: list[str], metadata: list[Mapping[str, str]], found: tuple[Target, ...]
+) -> HeldOut:
+    if isinstance(settings.held_out, Path):
+        return held_out.given(prompts.read_file(settings.held_out, "--held-out"), found)
+    captions = [tag for one in metadata for tag in prompts.tag_counts(one)]
+    return held_out.choose(settings.held_out, found, [*texts, *captions])
 
 
 def _check_out(out: Path) -> None:
@@ -163,8 +177,8 @@ def _hashes(settings: Request, show: Show) -> dict[str, str]:
 
 
 def _variant(
-    pipeline: Any, settings: Request, questions: list[Question], size: int, index: int | None, base: Variant | None,
-    hashes: Mapping[str, str], show: Show, metadata: Mapping[str, str] | None = None,
+    pipeline: Any, settings: Request, questions: list[Question], held: HeldOut, size: int, index: int | None,
+    base: Variant | None, hashes: Mapping[str, str], show: Show, metadata: Mapping[str, str] | None = None,
 ) -> Variant:  # fmt: skip
     """Draw and probe the pipeline as it is; `index` is None for the base model, else the LoRA's."""
     kind, label = ("base", "base model") if index is None else (("spf", "LoRA"), ("plain", "LoRA 2"))[index]
@@ -177,19 +191,20 @@ def _variant(
     seeds = [seed for _ in questions for seed in settings.seeds]
     texts = [question.base for question in questions for _ in settings.seeds]
     texts += [question.full for question in questions for _ in settings.seeds]
+    count = len(seeds)
     images = models.draw(
         pipeline,
-        texts,
-        seeds + seeds,
+        [*texts, *held.texts],
+        [*seeds, *seeds, *settings.seeds[:1] * len(held.texts)],
         steps=settings.steps,
         guidance=settings.guidance,
         size=size,
         batch=settings.batch,
         show=lambda done, total: show(f"{label}: drawing", done, total, {}),
     )
-    seen = []
+    seen, drifts = [], []
     if base is not None:
-        config = prompts.map_settings(metadata or {})
+        config, total = prompts.map_settings(metadata or {}), len(questions) + len(held.texts)
         for i, question in enumerate(questions):
             found = maps.explain(
                 pipeline,
@@ -203,8 +218,12 @@ def _variant(
                 draws=DRAWS,
             )
             seen.append(found)
-            show(f"{label}: probing", i + 1, len(questions), {})
-    return Variant(kind, label, name, digest, images[: len(seeds)], images[len(seeds) :], seen)
+            show(f"{label}: probing", i + 1, total, {})
+        for i, text in enumerate(held.texts):
+            drifts.append(maps.unasked(pipeline, base.held[i], text, timesteps=TIMESTEPS, draws=DRAWS))
+            show(f"{label}: probing", len(questions) + i + 1, total, {})
+    without, with_, unseen = images[:count], images[count : 2 * count], images[2 * count :]
+    return Variant(kind, label, name, digest, without, with_, seen, unseen, drifts)
 
 
 def _facts(
@@ -231,6 +250,11 @@ def _facts(
     ]  # fmt: skip
 
 
+def _numbers(row: Row) -> dict[str, Any]:
+    found: dict[str, Any] = {"values": list(row.values), "n": row.n, "by": row.by}
+    return found | ({"groups": {name: list(values) for name, values in row.groups.items()}} if row.groups else {})
+
+
 def write(result: Result) -> Path:
     """Write the page, the PNGs and `numbers.json`. Returns the page's path.
 
@@ -244,7 +268,11 @@ def write(result: Result) -> Path:
         "columns": [v.label for v in result.variants],
         "prompts": [{"base": q.base, "full": q.full} for q in result.questions],
         "seeds": list(result.settings.seeds),
-        "rows": {row.key: {"values": list(row.values), "n": row.n, "by": row.by} for row in result.rows},
+        "held_out": {
+            "prompts": [{"prompt": t, "group": g} for t, g in zip(result.held.texts, result.held.groups, strict=True)],
+            "noted": [{"prompt": text, "why": why} for text, why in result.held.noted],
+        },
+        "rows": {row.key: _numbers(row) for row in result.rows},
         "not_measured": dict(result.missing),
     }
     try:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from spf_plugin.errors import SPFError, nearest
+from spf_plugin.tools.report.held_out import HeldOut
+from spf_plugin.tools.report.measures import grouped
 from spf_plugin.tools.report.metrics import UNKNOWN_LICENCE, card_licence, weights_digest
 from spf_plugin.tools.report.models import short
 from spf_plugin.tools.report.results import Images, Row, Variant
@@ -69,12 +71,13 @@ class Segmenter:
             out.append(scores.argmax(dim=1)[0].cpu().numpy())
         return np.stack(out)
 
-    def rows(self, variants: Sequence[Variant], left_out: Collection[int]) -> list[Row]:
-        """Mean IoU with the base model's images for the base prompts.
+    def rows(self, variants: Sequence[Variant], left_out: Collection[int], held: HeldOut) -> list[Row]:
+        """Mean IoU with the base model's images for the base prompts, and for the held-out ones.
 
         Args:
             variants: the base model first.
             left_out: the target's classes; they may change where the target is asked for.
+            held: the held-out prompts; with none of them their row is left out.
         """
         base = self.labels(variants[0].without)
         without = [consistency(self.labels(v.without), base, ()) for v in variants[1:]]
@@ -82,11 +85,22 @@ class Segmenter:
         names = ", ".join(f"“{self.classes[i]}”" for i in sorted(left_out))
         where = f"outside {names}" if names else "everywhere: no class is the target's (--target-class)"
         note, n = "mean IoU; 1 is the base model's segmentation", f"{len(base)} images"
-        return [
+        rows = [
             Row("segmentation_without", "segmentation, target not asked for", note, self.by, n, "{:.3f}",
                 [None, *without], "Layout kept when not asked"),
             Row("segmentation_with", "segmentation, target asked for", f"{note}; {where}", self.by, n, "{:.3f}", with_),
         ]  # fmt: skip
+        if held.texts:
+            labels = {v.label: self.labels(v.held) for v in variants}
+            reference = labels[variants[0].label]
+            row = grouped(
+                "segmentation_held_out", "segmentation, held-out prompts", note, self.by, f"{len(held.texts)} images",
+                "{:.3f}", variants, held,
+                lambda v, chosen: consistency(labels[v.label][chosen], reference[chosen], ()), "Layout kept",
+                "segmentation_without",
+            )  # fmt: skip
+            rows.append(row)
+        return rows
 
 
 def target_classes(classes: Mapping[int, str], wanted: str | None, phrases: Sequence[str]) -> set[int]:
