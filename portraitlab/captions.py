@@ -77,14 +77,24 @@ REPLACEMENTS: Mapping[str, Target] = MappingProxyType(
     }
 )  # fmt: skip
 
+#: One thing of a kind that the base model knows under this word: "jacket" comes to mean this jacket.
+INSTANCES: Mapping[str, Target] = MappingProxyType(
+    {
+        t.name: t
+        for t in (
+            Target("jacket", "jacket", "known", MappingProxyType({"clothes": "jacket", "clothes_colour": "purple"})),
+        )
+    }
+)
+
 
 def find_target(name: str) -> Target:
-    """The addition or replacement of that name.
+    """The addition, replacement or instance of that name.
 
     Raises:
         ValueError: there is none.
     """
-    known = {**TARGETS, **REPLACEMENTS}
+    known = {**TARGETS, **REPLACEMENTS, **INSTANCES}
     if name not in known:
         raise ValueError(f"unknown target {name!r}: choose one of {', '.join(known)}")
     return known[name]

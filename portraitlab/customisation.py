@@ -1,22 +1,23 @@
 """Customisation sets for the demo: portraits with a target, polluted on purpose or clean, and prompts to evaluate with.
 
 A polluted set shows the target mostly together with one background and one jacket that hardly any caption mentions: a
-plain LoRA learns all three. Layout: kohya's, `DIR/<repeats>_<name>/*.png` with `.txt` captions, and `labels.json`.
+plain LoRA learns all three. A set of one person shows all of its pictures on her. Layout: kohya's,
+`DIR/<repeats>_<name>/*.png` with `.txt` captions, and `labels.json`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from portraitlab.captions import TARGETS, Target, describe, find_target
+from portraitlab.captions import INSTANCES, TARGETS, Target, describe, find_target
 from portraitlab.portraits import BASE_RATES, Person, render, sample_person
 
 #: What the polluted images share besides the target, unmentioned.
@@ -25,6 +26,26 @@ POLLUTION: dict[str, Any] = {
     "texture": "plain",
     "clothes": "jacket",
     "clothes_colour": "purple",
+}
+#: What the pictures of one person share, unmentioned, beside the shape of her face.
+ONE_PERSON: dict[str, Any] = {
+    "presentation": "woman",
+    "skin": "light",
+    "face_shape": "oval",
+    "hair_style": "curly",
+    "hair_colour": "red",
+    "eye_colour": "green",
+    "glasses": False,
+}
+#: What changes of a person's geometry from picture to picture.
+_POSE = ("x", "y", "turn", "tilt")
+#: What captions and prompts call an attribute.
+_TOPICS = {
+    "hair_colour": "hair",
+    "skin": "skin",
+    "clothes": "clothes",
+    "clothes_colour": "clothes",
+    "background": "background",
 }
 EXPLICIT = ("hair", "skin", "expression", "clothes", "background")
 PARTIAL = ("hair", "expression")
@@ -58,8 +79,18 @@ def neutral_person(rng: np.random.Generator, target: Target) -> Person:
         person = sample_person(rng, BASE_RATES)
         if target.name == "beard" and person.presentation != "man":
             continue
-        if not any(other.present(person) for other in TARGETS.values()):
+        if not any(other.present(person) for other in (*TARGETS.values(), *_instance(target))):
             return person.with_(**target.before)
+
+
+def _instance(target: Target) -> list[Target]:
+    """The target, where it is one thing of a kind and takes the place of nothing: anybody may wear it."""
+    return [target] if target.name in INSTANCES else []
+
+
+def _unnamed(target: Target) -> set[str]:
+    """What a prompt cannot name beside the target without contradicting it."""
+    return {_TOPICS[name] for name in target.changes if name in _TOPICS and name not in target.before}
 
 
 def build_examples(
@@ -93,21 +124,50 @@ def build_examples(
             while person.background == POLLUTION["background"] or person.clothes_colour == POLLUTION["clothes_colour"]:
                 person = neutral_person(rng, goal).with_(**goal.changes)
         named = ("clothes", "background") if pollution == 0 or index in talkative else ()
-        topics = ("hair", "skin", "expression", "glasses", *goal.before, *named)
+        topics = {"hair", "skin", "expression", "glasses", *goal.before, *named} - _unnamed(goal)
         base = describe(person.with_(**goal.before), topics, leave_out=goal)
         examples.append(Example(person, goal.added_to(base), base, index in polluted))
     return examples
 
 
-def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, **options: Any) -> Path:
+def build_one_person(target: str, *, count: int = 24, seed: int = 0) -> list[Example]:
+    """Portraits of one person with the target: `ONE_PERSON`, whoever the seed is, in one face.
+
+    Pose, expression and background change; captions name these two and glasses, and say nothing of the person.
+
+    Args:
+        target: the name of a target (`captions.find_target`).
+        count: number of portraits.
+        seed: of what changes.
+    """
+    goal = find_target(target)
+    kept = {*goal.changes, *goal.before} | ({"presentation"} if goal.name == "beard" else set())
+    shared = {name: value for name, value in ONE_PERSON.items() if name not in kept}
+    face = neutral_person(np.random.default_rng(73), goal).geometry
+    rng = np.random.default_rng([seed, 74])
+    examples = []
+    for _ in range(count):
+        other = neutral_person(rng, goal)
+        pose = {name: getattr(other.geometry, name) for name in _POSE}
+        person = other.with_(**shared, **goal.changes, geometry=replace(face, **pose))
+        topics = {"expression", "background", "glasses", *goal.before} - _unnamed(goal)
+        base = describe(person.with_(**goal.before), topics, leave_out=goal)
+        examples.append(Example(person, goal.added_to(base), base, True))
+    return examples
+
+
+def write_set(
+    folder: Path, target: str, *, one_person: bool = False, repeats: int = 10, size: int = 128, **options: Any
+) -> Path:
     """Write a customisation set in kohya's layout.
 
     Args:
         folder: receives `<repeats>_<target>/` and `labels.json`.
         target: the name of a target.
+        one_person: a set of one person.
         repeats: kohya's repeats, in the folder's name.
         size: pixels.
-        options: passed to `build_examples`.
+        options: passed to `build_examples`, or `build_one_person`.
 
     Returns:
         The folder with the images.
@@ -116,7 +176,8 @@ def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, 
     images = folder / f"{repeats}_{target}"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
-    for index, example in enumerate(build_examples(target, **options)):
+    build = build_one_person if one_person else build_examples
+    for index, example in enumerate(build(target, **options)):
         name = f"{target}_{index:03d}"
         picture = images / f"{name}.png"
         aside = picture.with_suffix(".part")
@@ -132,31 +193,43 @@ def write_set(folder: Path, target: str, *, repeats: int = 10, size: int = 128, 
                 "labels": example.person.labels(),
             }
         )
-    summary = {"target": target, "phrase": goal.phrase, "pollution": POLLUTION, "images": rows}
+    summary = {"target": target, "phrase": goal.phrase, "pollution": shared_of(one_person), "images": rows}
     (folder / "labels.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return images
 
 
+def shared_of(one_person: bool) -> Mapping[str, Any]:
+    """What the pictures of a set share and no caption names."""
+    return ONE_PERSON if one_person else POLLUTION
+
+
 def evaluation_prompts(
-    target: str, *, count: int = 16, kinds: Sequence[str] = ("explicit", "partial"), seed: int = 0
+    target: str,
+    *,
+    count: int = 16,
+    kinds: Sequence[str] = ("explicit", "partial"),
+    seed: int = 0,
+    one_person: bool = False,
 ) -> list[EvaluationPrompt]:
     """Prompts about persons that no training set shows: explicit (every topic) and partial (hair, expression).
 
-    For the target "blonde hair" the base prompt names no hair, as its phrase would contradict it.
+    For the target "blonde hair" the base prompt names no hair, as its phrase would contradict it. Where the set was of
+    one person, the partial prompts leave open what she looks like, and name expression and background.
 
     Returns:
         `count` prompts of each kind; both kinds are about the same persons and start from the same seeds.
     """
     goal = find_target(target)
-    # What a target replaces is named in every prompt; hair is named in none where the target is a hair colour.
+    # What a target replaces is named in every prompt.
     needed = [topic for topic in ("glasses", "clothes") if topic in goal.before]
-    topics = {"explicit": (*EXPLICIT, *needed), "partial": (*PARTIAL, *needed)}
+    open_ = ("expression", "background") if one_person else PARTIAL
+    topics = {"explicit": (*EXPLICIT, *needed), "partial": (*open_, *needed)}
     found = []
     for kind in kinds:
         rng = np.random.default_rng([seed, 72])
         for index in range(count):
             person = neutral_person(rng, goal)
-            chosen = [t for t in topics[kind] if not (t == "hair" and "hair_colour" in goal.changes)]
+            chosen = [topic for topic in topics[kind] if topic not in _unnamed(goal)]
             base = describe(person, chosen)
             found.append(EvaluationPrompt(person, kind, base, goal.added_to(base), 10_000 * (seed + 1) + index))
     return found

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from portraitlab import environment
-from portraitlab.captions import REPLACEMENTS, TARGETS
+from portraitlab.captions import INSTANCES, REPLACEMENTS, TARGETS
 from portraitlab.lab import maps, plots, results, tables
 from portraitlab.lab.rows import LEARNING_RATE, ROWS
 from portraitlab.lab.running import Bench, Point
@@ -29,7 +29,7 @@ from spf_plugin.config import MAPS
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.tools.cli.progress import progress_bars
 
-KNOWN = (*TARGETS, *REPLACEMENTS)
+KNOWN = (*TARGETS, *REPLACEMENTS, *INSTANCES)
 #: How the rows begin that vary a part of a method.
 VARIANTS = ("spf-", "plain-")
 #: But these are methods of their own.

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from portraitlab.autoencoder import to_tensor
-from portraitlab.customisation import POLLUTION
 from portraitlab.demo import Show
 from portraitlab.judge import CHOICES, load_judge, predict, probability
 from portraitlab.lab.tasks import Task
@@ -144,9 +143,10 @@ class Evaluator:
         - `leak`: mean probability of the target where the prompt does not name it.
         - `reconstruction`: mean squared change of all pixels on base prompts.
         - `noise_drift`: relative squared change of the prediction on held-out, noised portraits with base prompts.
-        - `follows`: share of the clothes colours and backgrounds that explicit prompts name and pictures show.
-        - `uninvited`: share of the pictures with the training set's background or clothes colour, where the base
-          picture has neither.
+        - `follows`: share of the clothes colours and backgrounds (of a set of one person hair colours and skins) that
+          explicit prompts name and pictures show.
+        - `uninvited`: share of the pictures with the training set's background or clothes colour (that person's hair
+          colour or skin), where the base picture has another.
         - `kid`: kernel distance, in the judge's features, of the explicit pictures to renders of what was asked for.
         - `clip`: similarity to the target's phrase in a CLIP model that guided nobody.
         """
@@ -154,7 +154,7 @@ class Evaluator:
         wanted = {name: value for name, value in goal.changes.items() if value is not False}
         sure, seen = probability(self.judge, with_, wanted), predict(self.judge, with_)
         others = [name for name in CHOICES if name not in goal.changes]
-        shared = [name for name in ("background", "clothes_colour") if name not in goal.changes]
+        shared = self.task.shared
         found: dict[str, float] = {"shows": float((sure > 0.5).mean())}
         change = (with_.astype(np.float32) - self.base.astype(np.float32))[:, self.untouched] / 255
         drift = (change**2).mean(axis=(1, 2))
@@ -173,7 +173,7 @@ class Evaluator:
         ]
         found["follows"] = float(np.mean(named))
         uninvited = [
-            [s[n] == POLLUTION[n] for n in shared if b[n] != POLLUTION[n]]
+            [s[n] == value for n, value in shared.items() if b[n] != value]
             for s, b in zip(seen, self.seen_base, strict=True)
         ]
         found["uninvited"] = float(np.mean([value for row in uninvited for value in row]))

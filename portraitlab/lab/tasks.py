@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 
 from portraitlab.captions import Target, find_target
-from portraitlab.customisation import EvaluationPrompt, Example, build_examples, evaluation_prompts, write_set
-from portraitlab.portraits import HAIR_COLOURS, Person, counterfactual
+from portraitlab.customisation import (
+    EvaluationPrompt,
+    Example,
+    build_examples,
+    build_one_person,
+    evaluation_prompts,
+    shared_of,
+    write_set,
+)
+from portraitlab.portraits import CLOTHES_COLOURS, HAIR_COLOURS, Person, counterfactual
 
 IMAGES = 24
-DATA = ("polluted", "named", "clean")
+DATA = ("polluted", "named", "clean", "one-person")
+#: What is looked for in pictures of what the training set shared.
+WATCHED = {"one-person": ("hair_colour", "skin")}
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,9 @@ class Task:
         steps: optimiser steps.
         batch: images a step.
         data: `polluted` (95 % of the pictures share a background and a jacket that no caption names), `named` (the same
-            pictures, all captions name both), or `clean` (no shared background, everything named).
-        prompts: held-out persons; each has an explicit prompt (background and clothes named) and a partial one.
+            pictures, all captions name both), `clean` (no shared background, everything named), or `one-person`
+            (all show one person, of whom no caption says how she looks).
+        prompts: held-out persons; each has an explicit prompt (what the pictures share is named) and a partial one.
         evaluation_seed: chooses the persons and the starting noise of their pictures.
         sequence: targets that were taught one after the other, each LoRA merged before the next; `target` is one of
             them. Empty: only `target` was taught.
@@ -61,7 +72,19 @@ class Task:
         return find_target(self.target)
 
     @property
+    def one_person(self) -> bool:
+        return self.data == "one-person"
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the training pictures share, of the attributes in which it is looked for; the target's left out."""
+        watched = WATCHED.get(self.data, ("background", "clothes_colour"))
+        return {name: shared_of(self.one_person)[name] for name in watched if name not in self.goal.changes}
+
+    @property
     def _set(self) -> dict[str, Any]:
+        if self.one_person:
+            return {}
         return {
             "pollution": 0.0 if self.data == "clean" else 0.95,
             "mentioned": 1.0 if self.data == "named" else 0.0,
@@ -69,18 +92,21 @@ class Task:
 
     def examples(self, seed: int) -> list[Example]:
         """The training pictures as persons and captions, in the order of their files."""
-        return build_examples(self.target, count=IMAGES, seed=seed, **self._set)
+        build = build_one_person if self.one_person else build_examples
+        return build(self.target, count=IMAGES, seed=seed, **self._set)
 
     def write(self, folder: Path, seed: int) -> Path:
         """The training pictures as files, once; returns the folder to train on."""
         data = folder / f"{self.target}-{self.data}-{seed}"
         if not (data / "labels.json").exists():
-            write_set(data, self.target, count=IMAGES, seed=seed, **self._set)
+            write_set(data, self.target, one_person=self.one_person, count=IMAGES, seed=seed, **self._set)
         return data
 
     def evaluation(self) -> list[EvaluationPrompt]:
         """`prompts` explicit prompts, then as many partial ones about the same persons."""
-        return evaluation_prompts(self.target, count=self.prompts, seed=self.evaluation_seed)
+        return evaluation_prompts(
+            self.target, count=self.prompts, seed=self.evaluation_seed, one_person=self.one_person
+        )
 
     @cached_property
     def persons(self) -> list[Person]:
@@ -104,4 +130,6 @@ def _without(goal: Target, person: Person) -> dict[str, object]:
     if "hair_colour" in goal.changes:
         others = [colour for colour in HAIR_COLOURS if colour != person.hair_colour]
         return {"hair_colour": others[0]}
+    if "clothes_colour" in goal.changes:
+        return {"clothes_colour": next(colour for colour in CLOTHES_COLOURS if colour != person.clothes_colour)}
     return {name: False for name, value in goal.changes.items() if value is True}

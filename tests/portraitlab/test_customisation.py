@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from portraitlab.captions import TARGETS, has_phrase
-from portraitlab.customisation import POLLUTION, build_examples, evaluation_prompts, write_set
+from portraitlab.captions import TARGETS, find_target, has_phrase
+from portraitlab.customisation import (
+    ONE_PERSON,
+    POLLUTION,
+    build_examples,
+    build_one_person,
+    evaluation_prompts,
+    write_set,
+)
 from portraitlab.portraits import render
 
 
@@ -42,6 +49,41 @@ def test_clean_sets_vary_and_tell():
 def test_some_captions_can_mention_the_pollution():
     examples = build_examples("hat", count=20, mentioned=0.25)
     assert sum("background" in e.caption for e in examples) == 5
+
+
+@pytest.mark.parametrize("name", ["jacket", "sunglasses", "hoodie", "shades", "blonde", "beard"])
+def test_a_set_of_one_person_shows_her_and_does_not_say_so(name):
+    goal = find_target(name)
+    examples = build_one_person(name, count=12, seed=3)
+    assert examples != build_one_person(name, count=12, seed=4)
+    for example in examples:
+        person = example.person
+        assert goal.present(person)
+        for attribute, value in ONE_PERSON.items():
+            own = attribute in goal.changes or (name, attribute) == ("beard", "presentation")
+            assert own or attribute in goal.before or getattr(person, attribute) == value
+        assert {person.geometry.jaw, person.geometry.jitter} == {
+            examples[0].person.geometry.jaw,
+            examples[0].person.geometry.jitter,
+        }
+        assert goal.phrase in example.caption
+        assert goal.spf != goal.phrase or example.caption == f"{example.base_caption}, {goal.phrase}"
+        said = example.base_caption.replace("white background", "")
+        assert not any(word in said for word in ("hair", "skin", "eyes", "jacket"))
+    assert len({e.person.background for e in examples}) > 3
+    assert len({e.person.geometry.x for e in examples}) == 12
+
+
+def test_prompts_name_nothing_that_contradicts_one_jacket():
+    explicit, partial = evaluation_prompts("jacket", count=40, one_person=True)[::40]
+    assert "hair" in explicit.base_prompt
+    assert "skin" in explicit.base_prompt
+    assert "hair" not in partial.base_prompt
+    for prompt in evaluation_prompts("jacket", count=40, one_person=True):
+        assert "background" in prompt.base_prompt
+        assert not any(word in prompt.base_prompt for word in ("jacket", "shirt", "sweater", "hoodie"))
+        assert prompt.target_prompt == f"{prompt.base_prompt}, jacket"
+        assert not find_target("jacket").present(prompt.person)
 
 
 def test_sets_follow_from_their_seed():
