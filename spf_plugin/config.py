@@ -1,4 +1,4 @@
-"""Every SPF setting: its name, default, range and help text. The README's table is generated from here.
+"""Every SPF setting: its name, default, range and help text. The table of docs/settings.md is generated from here.
 
 Settings arrive as `--network_args spf_NAME=VALUE` (always strings) or from a TOML file named by `spf_config`.
 """
@@ -340,7 +340,7 @@ def read(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) -
             continue
         if key not in fields:
             problems.append(
-                f"unknown setting {key!r}{nearest(key, [*fields, PREFIX + 'config']) or ' (see the README)'}"
+                f"unknown setting {key!r}{nearest(key, [*fields, PREFIX + 'config']) or ' (see docs/settings.md)'}"
             )
             meant = closest(key.removeprefix(PREFIX), [*sorted(NAMES), "config"], cutoff=SURELY)
             wrong |= NAMES if "config" in meant else set(meant)
@@ -369,7 +369,7 @@ def parse(network_args: Mapping[str, Any], folders: Sequence[Path] = (Path(),)) 
 
 
 def settings_table() -> str:
-    """The argument table of the README, as Markdown."""
+    """The table of docs/settings.md, as Markdown."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(SPFConfig):
         default = "" if f.default in ((), "") else f"`{f.default}`"

@@ -10,7 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "portraitlab" / "model" / "README.md"],
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "portraitlab" / "model" / "README.md",
+    ]
 )
 PROGRAMS = ("spf", "python", "pip", "pytest", "accelerate", "git", "export", "uv")
 #: What a reader fills in, where a command line insists on a number or one of several words.
@@ -43,6 +47,18 @@ class Command:
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}: {shlex.join(self.words)}"
+
+
+def reading_words(page: Path) -> int:
+    """Words of a page that are read: no code, no comments, and no tables, which are looked up."""
+    text = re.sub(r"<!--.*?-->|^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return sum(len(line.split()) for line in text.splitlines() if not line.startswith(("|", "    ")))
+
+
+def links(page: Path) -> list[Path]:
+    """The files of this repository that a page links to, in its order."""
+    found = re.findall(r"\]\(([^)#\s:]+)", page.read_text(encoding="utf-8"))
+    return [(page.parent / target).resolve() for target in found]
 
 
 def _words(text: str) -> tuple[str, ...]:

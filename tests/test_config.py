@@ -156,9 +156,9 @@ def test_a_reader_sees_every_setting_with_its_whole_help() -> None:
         assert len(field.metadata["help"]) > 20
 
 
-def test_readme_has_the_table_of_this_version() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert settings_table() in readme, "run: python -c 'from spf_plugin.config import *; print(settings_table())'"
+def test_the_page_has_the_table_of_this_version() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert settings_table() in page, "run: python -c 'from spf_plugin.config import *; print(settings_table())'"
 
 
 @pytest.mark.parametrize("name", REMOVED)

@@ -53,7 +53,7 @@ OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons
 OnlyEvaluationSeed = Annotated[int | None, typer.Option(help="Only with these persons.", show_default="all")]
 OfBase = Annotated[str, typer.Option(help=f"Of this embedded model: {', '.join(results.BASES)}.")]
 RUNS = Path("runs/lab")
-PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md")]
+PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md", "several-targets.md")]
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
 BLOCK = re.compile(r"(?P<opening><!-- spf lab (?P<words>table .*?) -->).*?(?P<closing><!-- end -->)", re.DOTALL)
 
@@ -349,7 +349,7 @@ def _chosen(task: Task, only: dict[str, Any]) -> bool:
 
 @app.command()
 def document() -> None:
-    """Fill the tables of docs/lab.md and docs/lab-figures.md: each stands below the command that makes it."""
+    """Fill the tables of the lab's pages in docs/: each stands below the command that makes it."""
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 

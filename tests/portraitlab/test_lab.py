@@ -481,5 +481,5 @@ def test_map_quality_by_layer_shows_each_layer_alone(tmp_path: Path, monkeypatch
 def test_the_documentations_tables_are_what_its_commands_print(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(page.parents[1])
     text = page.read_text(encoding="utf-8")
-    assert len(app.BLOCK.findall(text)) >= 5
+    assert app.BLOCK.findall(text)
     assert app.filled(text) == text, "run `spf lab document`"

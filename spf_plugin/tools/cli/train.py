@@ -104,7 +104,7 @@ def train(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the inner network; repeatable.")
     ] = None,
     spf: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any spf_ setting of the README; repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any spf_ setting (docs/settings.md); repeatable.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain LoRA, without SPF, for comparison.")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Also save every N steps.", show_default="no")] = 0,
