@@ -145,7 +145,7 @@ def test_what_accelerate_was_set_up_to_do() -> None:
     config = parse({"spf_target": "blonde hair"})
     errors = rules.look(options(), [DATA], config, script=chosen, trying=False, compiled=True).errors
     assert len(errors) == 1
-    assert errors[0].startswith("accelerate is set up to compile")
+    assert errors[0].startswith("the model would be compiled")
 
 
 class NetworkTrainer:

@@ -164,7 +164,7 @@ def _compiling(args: Any, compiled: bool) -> list[str]:
         )
     elif compiled:
         found.append(
-            "accelerate is set up to compile the model (torch dynamo), and compiled code no longer calls the hooks "
+            "the model would be compiled (torch dynamo, by accelerate), and compiled code no longer calls the hooks "
             "with which SPF reads the attention layers. Answer no to it in accelerate config, or launch with "
             "--dynamo_backend no."
         )
