@@ -31,6 +31,7 @@ from spf_plugin.seam import Call
 # its maps little of the words. In bf16 three of 14B keep 48 MB of queries for a picture of 480 x 832, and a clip of 81
 # such frames, which are 21 to the model, 1 GB. Not measured on Wan's own weights.
 DEPTHS = (0.5, 0.625, 0.75)
+WORDS = 512  # what the model fills its text up to
 SCALE = 1000.0  # the timestep that is pure noise
 _NOISY, _TIMESTEPS, _CONTEXT = ("x",), ("t",), ("context",)
 
@@ -39,7 +40,7 @@ class Wan:
     """`spf_plugin.families.base.Family`.
 
     Its text: UMT5's `hidden` `[B, S, E]` and `hidden_mask` `[B, S]`, padded behind; the call has a list of the words
-    alone. T is the 512 that the model fills up to.
+    alone. T is what the model fills up to.
 
     Args:
         denoiser: the unwrapped transformer.
@@ -102,12 +103,12 @@ class Wan:
         return call.with_part(words, 2, *_CONTEXT)
 
     def length(self, text: Text) -> int:
-        return int(self.denoiser.text_len)  # type: ignore[arg-type]
+        return WORDS
 
     def text_mask(self, call: Call) -> Tensor:
         context = call.part(2, *_CONTEXT)
         lengths = torch.tensor([len(words) for words in context], device=context[0].device)
-        return torch.arange(self.length({}), device=lengths.device) < lengths[:, None]
+        return torch.arange(WORDS, device=lengths.device) < lengths[:, None]
 
     def dropped(self, text: Text) -> Sequence[bool]:
         return ()

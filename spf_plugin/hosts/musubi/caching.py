@@ -21,7 +21,7 @@ from torch import Tensor
 from spf_plugin.core.prompt import Target, split
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Family, Text
-from spf_plugin.hosts.musubi import items, prompts
+from spf_plugin.hosts.musubi import items, prompts, rules, scripts
 from spf_plugin.hosts.musubi.architectures import Architecture
 from spf_plugin.hosts.musubi.encoders import Encoder
 from spf_plugin.hosts.musubi.prompts import Record, Stamp
@@ -136,6 +136,9 @@ def run(
     Raises:
         SPFError: with every item whose prompts could not be made; all others are written.
     """
+    script = scripts.named(architecture.script)
+    if script is not None and (problems := rules.model_problems(args, script)):
+        raise SPFError(problems)
     sets = data_sets(args, architecture.code(args))
     try:
         captions = items.captions(sets)

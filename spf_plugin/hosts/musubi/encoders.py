@@ -146,3 +146,48 @@ def krea2(args: Any, device: torch.device) -> Encoder:
         return {"krea2_vl_embed": states, "pooled": states[: max(words, 1)].float().mean(dim=0).flatten()}
 
     return Encoder(tokenize, encode)
+
+
+def qwen_image(args: Any, device: torch.device) -> Encoder:
+    """Qwen2.5-VL, of whose states the host drops those of the template before the prompt."""
+    import torch
+    from musubi_tuner.qwen_image import qwen_image_utils
+
+    dtype = torch.float8_e4m3fn if args.fp8_vl else torch.bfloat16
+    tokenizer, model = qwen_image_utils.load_qwen2_5_vl(
+        args.text_encoder, dtype=dtype, device=device, disable_mmap=True
+    )
+    model.eval()
+    tokenize = _plain(tokenizer)
+
+    def encode(prompt: str) -> dict[str, Tensor]:
+        with _read(model) as rows, torch.autocast(device.type, torch.bfloat16, enabled=bool(args.fp8_vl)):
+            states, mask = qwen_image_utils.get_qwen_prompt_embeds(tokenizer, model, prompt)
+        states = states[0, : int(mask[0].sum())]
+        _at(rows[-1], len(rows[-1]) - len(states), tokenize(prompt), prompt)
+        return {"vl_embed": (states.bfloat16() if args.fp8_vl else states).cpu()}
+
+    return Encoder(tokenize, encode)
+
+
+def wan(args: Any, device: torch.device) -> Encoder:
+    """UMT5, which is given a prompt with its white space put in order."""
+    import torch
+    from musubi_tuner.wan.configs.wan_t2v_14B import t2v_14B as config  # that of all Wan models, as far as text goes
+    from musubi_tuner.wan.modules.t5 import T5EncoderModel
+
+    model = T5EncoderModel(
+        text_len=config.text_len, dtype=config.t5_dtype, device=device, weight_path=args.t5, fp8=args.fp8_t5
+    )
+
+    def tokenize(text: str) -> Sequence[int]:
+        whole = {"padding": False, "truncation": False, "max_length": None, "verbose": False}
+        ids: list[int] = model.tokenizer(text, add_special_tokens=False, **whole)[0].int().tolist()
+        return ids
+
+    def encode(prompt: str) -> dict[str, Tensor]:
+        with torch.autocast(device.type, config.t5_dtype, enabled=bool(args.fp8_t5)):
+            (states,) = model([prompt], device)
+        return {"t5": states.cpu()}
+
+    return Encoder(tokenize, encode)

@@ -93,7 +93,7 @@ def look(
         compiled: accelerate compiles the model, whatever the arguments say.
     """
     errors = [
-        *_model_problems(args, script),
+        *model_problems(args, script),
         *_compiling(args, compiled),
         *_option_problems(args, script),
         *_saving_problems(args, trying),
@@ -116,7 +116,7 @@ def look(
     return Found(errors, warnings, of_captions)
 
 
-def _model_problems(args: Any, script: Script) -> list[str]:
+def model_problems(args: Any, script: Script) -> list[str]:
     """Models of a known trainer that SPF does not know."""
     found: list[str] = []
     if not script.supported:

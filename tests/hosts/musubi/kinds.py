@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
-KINDS = ("zimage", "flux2_klein", "flux2_dev", "krea2")
+KINDS = ("zimage", "qwen_image", "wan", "flux2_klein", "flux2_dev", "krea2")
 
 
 class Kind(Protocol):

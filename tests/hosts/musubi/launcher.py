@@ -45,8 +45,8 @@ def run(host: Path, job: dict[str, Any]) -> None:
         made.make(models)
         return
     if job["script"] == "latents":
-        cache, name, width, height, seed = words
-        made.latents(Path(cache), name, (int(width), int(height)), int(seed))
+        cache, name, width, height, seed, *frames = words
+        made.latents(Path(cache), name, (int(width), int(height)), int(seed), *map(int, frames))
         return
     made.shrink(models)
     if job["script"] == "spf":

@@ -21,14 +21,13 @@ from tests.hosts.dits.places import PROMPTS, by_offsets
 from tests.hosts.dits.planted import STRENGTH
 from tests.hosts.musubi import classes
 
-WIDTH, CHANNELS, LENGTH = 24, 16, 40  # of the text, of the latents; positions that the text is filled up to
+WIDTH, CHANNELS, LENGTH = 24, 16, 512  # of the text, of the latents; positions that the text is filled up to
 SIZE = (8, 12)
 
 
 def model(version: str = "2.1", layers: int = 4) -> nn.Module:
     made = classes.module("wan.modules.model").WanModel(
         model_version=version,
-        text_len=LENGTH,
         dim=64,
         ffn_dim=96,
         freq_dim=32,
