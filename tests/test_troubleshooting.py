@@ -54,7 +54,7 @@ def test_the_commands_exist() -> None:
     from spf_plugin.tools.cli import app
 
     names = {command.name for command in app.registered_commands}
-    assert set(re.findall(r"`spf (\w+)", PAGE)) <= names
+    assert set(re.findall(r"`spf ([\w-]+)", PAGE)) <= names
 
 
 def test_links() -> None:

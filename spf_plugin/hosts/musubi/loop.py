@@ -19,7 +19,7 @@ from spf_plugin.config import SPFConfig
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError, collected
 from spf_plugin.families.base import Family, Text
-from spf_plugin.hosts.frames import callers_variable, local_variables, training_frame
+from spf_plugin.hosts.frames import local_variables, training_frame
 from spf_plugin.hosts.looking import repeated
 from spf_plugin.hosts.musubi import dataset, items, replay, rules
 from spf_plugin.hosts.musubi.architectures import Architecture, of_trainer
@@ -32,26 +32,32 @@ from spf_plugin.pairs import State
 logger = terminal.logger(__name__)
 
 
+def _calling() -> tuple[Any, Any]:
+    """The trainer that is calling now, of whichever host, and its arguments; twice None where there is none."""
+    frame = training_frame()
+    names = {} if frame is None else local_variables(frame, "self", "args")
+    return names.get("self"), names.get("args")
+
+
 def is_calling() -> bool:
-    """Whether it is a trainer of musubi-tuner that imports the network's module now."""
-    return hasattr(callers_variable("self"), "call_dit")
+    """Whether it is a trainer of musubi-tuner that calls now."""
+    return hasattr(_calling()[0], "call_dit")
 
 
 def default_network() -> str:
     """The inner network module for the trainer that is calling now: the host's own for its model."""
-    architecture = of_trainer(callers_variable("self"))
+    architecture = of_trainer(_calling()[0])
     return architecture.network if architecture else "networks.lora"
 
 
 def fails_before_us() -> bool:
     """Whether the host fails, without a reason, between importing the network's module and calling it."""
-    args = callers_variable("args")
-    return args is not None and is_calling() and bool(rules.too_early(args))
+    return is_calling() and bool(rules.too_early(_calling()[1]))
 
 
 def calling_folders() -> list[Path]:
     """Where a relative `spf_config` is looked for in the run that is calling now."""
-    args = callers_variable("args")
+    args = _calling()[1]
     return [Path()] if args is None else rules.folders(args)
 
 
@@ -130,7 +136,8 @@ class MusubiHost:
         try:
             sets, captions = dataset.of_host(self._group), items.captions(self._datasets)
         except Exception as error:  # a caption file that is gone or no UTF-8, a line of JSONL without a caption
-            return [*errors, f"a caption of the data set cannot be read: {error}"]
+            errors.append(f"a caption of the data set cannot be read: {error}")
+            return errors
         found = rules.look(
             self.args, sets, config, wrong, script=script, trying=True, compiled=_compiles(self.accelerator)
         )

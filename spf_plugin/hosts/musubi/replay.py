@@ -154,13 +154,14 @@ def problems(
             continue
         gone += text not in captions
         replay.add(text, told)
-    errors = [
-        f"the prompts of {len(paths)} of {len(items)} trained items {kind.value}, e.g. {paths[0]}. "
-        + _before(kind, replay.architecture)
-        + f"Run: {command}"
-        for kind, paths in found.items()
-    ]
-    warnings = []
+    errors: list[str] = []
+    warnings: list[str] = []
+    for kind, paths in found.items():
+        before = _before(kind, replay.architecture)
+        errors.append(
+            f"the prompts of {len(paths)} of {len(items)} trained items {kind.value}, e.g. {paths[0]}. {before}Run: "
+            f"{command}"
+        )
     if gone:
         warnings.append(
             f"{gone} trained items are in the cache and not in the data set: their captions are those that were cached"

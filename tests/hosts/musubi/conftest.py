@@ -25,7 +25,7 @@ EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
 CAPTIONS = {
     "a": "a woman in a brown jacket, blonde hair, curtain background",
     "b": "a woman with blonde hair, smiling, red hat",
-    "c": "portrait of an old sailor at a harbour, blue shirt",
+    "c": "portrait of an old sailor at a harbour, blue shirt",  # only beside others in a batch, where these are two
     "d": "blonde hair, a woman with sunglasses, standing on a ship at night, brown jacket",
     "e": "a man, blonde hair",
     "f": "a woman, curtain background, blonde hair, blue shirt, smiling",

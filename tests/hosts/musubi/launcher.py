@@ -58,9 +58,13 @@ def run(host: Path, job: dict[str, Any]) -> None:
 
 
 def swap_in_place() -> None:
-    """Let block swap move nothing where the device is the CPU: see `tests.hosts.dits.common.swap_in_place`."""
+    """Let block swap move nothing where the device is the CPU: see `tests.hosts.dits.common.swap_in_place`. The host
+    asks for the present card before it moves anything."""
     from musubi_tuner.modules import custom_offloading_utils as utils
 
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: 0
+        torch.cuda.set_device = lambda device: None
     original = utils.swap_weight_devices_no_cuda
 
     def swap(device: Any, *layers: Any) -> None:

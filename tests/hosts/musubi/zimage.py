@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from tests.hosts.dits.common import CAPTIONS, VOCABULARY, overridden, qwen_vl_tokenizer, random_weights, reconfigured
+from tests.hosts.dits.common import (
+    CAPTIONS,
+    VOCABULARY,
+    overridden,
+    qwen_vl_tokenizer,
+    random_weights,
+    reconfigured,
+    shapes,
+)
 
 ARCH, CODE = "zimage", "zi"
 SCRIPT, TEXT_SCRIPT = "zimage_train_network.py", "zimage_cache_text_encoder_outputs.py"
@@ -53,20 +62,20 @@ def shrink(models: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    from musubi_tuner.zimage import zimage_autoencoder, zimage_config, zimage_model, zimage_utils
+    from musubi_tuner.zimage import zimage_autoencoder, zimage_model, zimage_utils
     from safetensors.torch import save_file
     from transformers import Qwen2TokenizerFast
 
     shrink(folder)
     model = zimage_model.create_model("torch", False, torch.float32)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    save_file(random_weights(shapes, 1), folder / "dit.safetensors")
-    autoencoder = zimage_autoencoder.AutoencoderKL(latent_channels=zimage_config.ZIMAGE_VAE_LATENT_CHANNELS)
-    shapes = {name: tensor.shape for name, tensor in autoencoder.state_dict().items()}
-    save_file(random_weights(shapes, 2), folder / "vae.safetensors")
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    save_file(random_weights(wanted, 1), folder / "dit.safetensors")
+    with mock.patch.object(zimage_autoencoder, "load_safetensors", return_value={}):
+        wanted = shapes(zimage_autoencoder.AutoencoderKL, lambda: zimage_autoencoder.load_autoencoder_kl(""))
+    save_file(random_weights(wanted, 2), folder / "vae.safetensors")
     qwen = zimage_utils.Qwen3ForCausalLM._from_config(zimage_utils.Qwen3Config())
-    shapes = {name: tensor.shape for name, tensor in qwen.state_dict().items() if name != "lm_head.weight"}
-    save_file(random_weights(shapes, 3), folder / "qwen3.safetensors")
+    wanted = {name: tensor.shape for name, tensor in qwen.state_dict().items() if name != "lm_head.weight"}
+    save_file(random_weights(wanted, 3), folder / "qwen3.safetensors")
     texts = [*CAPTIONS, "user", "assistant", *(chr(i) for i in range(33, 127))] * 3
     qwen_vl_tokenizer(texts, folder / "tokenizer")
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
