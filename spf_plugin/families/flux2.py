@@ -119,11 +119,13 @@ class Flux2:
         """The template's tokens and the prompt's from position 0 on (what is too long is cut off behind), then the rest
         of the template, then padding; Mistral's padding first, and all else behind it."""
         found = prompts.spans(prompt, tokenize, length, full=full)
-        padding = max(length - found.end - BEHIND, 0) if self._padded_before else 0
+        # Blanks at the end are counted, too. Asked of every model: prompts are cached before there is one.
+        end = min(len(tokenize(prompt.full if full else prompt.base)), length)
+        padding = max(length - end - BEHIND, 0) if self._padded_before else 0
         return Spans(
             tuple(tuple(padding + position for position in phrase) for phrase in found.phrases),
             tuple(padding + position for position in found.target),
-            padding + found.end,
+            padding + end,
             range(padding),
         )
 

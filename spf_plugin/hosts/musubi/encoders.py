@@ -75,9 +75,9 @@ def _read(model: Any) -> Iterator[list[Sequence[int]]]:
         yield rows
 
 
-def _at(row: Sequence[int], place: int, ids: Sequence[int], prompt: str) -> None:
-    """Raises SPFError: these tokens do not begin at this place of the row. What is behind its end was cut off."""
-    if list(row[place : place + len(ids)]) != list(ids[: max(len(row) - place, 0)]):
+def _hold(given: Sequence[int], counted: Sequence[int], prompt: str) -> None:
+    """Raises SPFError: the language model was given other tokens than phrases are counted in."""
+    if list(given) != list(counted):
         raise SPFError(
             f"musubi-tuner reads {prompt!r} in other tokens than SPF counts, or elsewhere among its padding, so the "
             "phrases would be looked for at wrong places. Is its tokenizer, or transformers, of another version? "
@@ -119,7 +119,7 @@ def flux_2(args: Any, device: torch.device) -> Encoder:
             states = embedder([prompt])[0].cpu()
         whole = tokenize(prefix + prompt)
         place = max(len(states) - len(whole) - _BEHIND, 0) if mistral else 0
-        _at(rows[-1], place, whole, prompt)
+        _hold(rows[-1][place : place + len(whole)], whole[: len(states) - place], prompt)
         words = states[place + len(tokenize(prefix)) :][: max(len(whole) - len(tokenize(prefix)), 1)]
         return {"ctx_vec": states, "pooled": words.float().mean(dim=0)}
 
@@ -142,7 +142,7 @@ def krea2(args: Any, device: torch.device) -> Encoder:
             states, mask = krea2_utils.get_krea2_prompt_embeds(encoder, [prompt])
         states = states[0][mask[0]].cpu()
         words = len(states) - behind
-        _at(rows[-1][: dropped + words], dropped, tokenize(prompt), prompt)
+        _hold(rows[-1][dropped : dropped + words], tokenize(prompt)[: encoder.max_length - behind], prompt)
         return {"krea2_vl_embed": states, "pooled": states[: max(words, 1)].float().mean(dim=0).flatten()}
 
     return Encoder(tokenize, encode)

@@ -57,14 +57,19 @@ def shrink(models: Path) -> None:
 
 def make(folder: Path) -> None:
     from musubi_tuner.zimage import zimage_utils
-    from transformers import Qwen2TokenizerFast
 
     shrink(folder)
     flux2.make(folder, VERSION)
     qwen = zimage_utils.Qwen3ForCausalLM._from_config(zimage_utils.Qwen3Config())
     flux2.save(folder / "text.safetensors", qwen, 3, lambda name: None if name == "lm_head.weight" else name)
-    qwen_vl_tokenizer([*CAPTIONS, "user", "assistant"] * 3, folder / "tokenizer")
-    tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer(folder / "tokenizer")
+
+
+def tokenizer(folder: Path) -> None:
+    from transformers import Qwen2TokenizerFast
+
+    qwen_vl_tokenizer([*CAPTIONS, "user", "assistant"] * 3, folder / "plain")
+    made = Qwen2TokenizerFast.from_pretrained(folder / "plain")
+    made.add_tokens(["<think>", "</think>"])
+    made.chat_template = CHAT
+    made.save_pretrained(folder)

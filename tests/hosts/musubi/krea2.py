@@ -117,7 +117,7 @@ def make(folder: Path) -> None:
     config = krea2_encoder.Qwen3VLConfig.from_dict(krea2_encoder.QWEN3_VL_4B_INSTRUCT_CONFIG)
     qwen = krea2_encoder.Qwen3VLForConditionalGeneration._from_config(config)
     save(folder / "qwen.safetensors", qwen, 3, lambda name: None if name == "lm_head.weight" else name)
-    qwen_vl_tokenizer([*[TEMPLATE] * 8, *CAPTIONS * 3], folder / "tokenizer")
+    qwen_vl_tokenizer([*[TEMPLATE, "assistant"] * 8, *CAPTIONS * 3], folder / "tokenizer")
 
 
 def latents(cache: Path, name: str, size: tuple[int, int], seed: int) -> None:

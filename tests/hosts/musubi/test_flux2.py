@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from spf_plugin.core.prompt import Target, split
 from spf_plugin.families.flux2 import Flux2
 from spf_plugin.families.known import find
 from spf_plugin.families.rotary import turned
@@ -15,8 +18,9 @@ from spf_plugin.seam import Call
 from tests.hosts.dits.common import shifted
 from tests.hosts.dits.joint import Joint, off
 from tests.hosts.dits.kinds import Planted
+from tests.hosts.dits.places import PROMPTS, by_offsets
 from tests.hosts.dits.planted import spread
-from tests.hosts.musubi import classes
+from tests.hosts.musubi import classes, flux2_dev, flux2_klein
 
 WIDTH, CHANNELS, LENGTH, SIZE = 48, 128, 20, (8, 12)  # of the text, of the latents, of all texts, of the latents
 
@@ -131,3 +135,67 @@ def test_the_layers(models: Any) -> None:
     assert all(type(layer) is nn.Linear for layer in family.linear_layers())
     assert len(list(family.linear_layers())) == 8 * 8 + 2 * 2
     family.before_pass()  # nothing is swapped
+
+
+class Echo:
+    """Gives back the token ids for states."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __call__(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(hidden_states=[input_ids[..., None].float()] * 31)
+
+
+def embedder(folder: Path, *, dev: bool) -> tuple[Any, Any, Any]:
+    """The host's own with that for a language model, its tokenizer, and a prompt in its template."""
+    utils = classes.module("flux_2.flux2_utils")
+    from transformers import AutoProcessor, Qwen2TokenizerFast
+
+    if dev:
+        flux2_dev.processor(folder)
+        made = utils.Mistral3Embedder.__new__(utils.Mistral3Embedder)
+        nn.Module.__init__(made)
+        made.mistral3, made.tokenizer = Echo(), AutoProcessor.from_pretrained(folder, use_fast=False)
+
+        def framed(text: str) -> str:
+            return made.tokenizer.apply_chat_template(made.format_input([text])[0], add_generation_prompt=False)
+
+        return made, made.tokenizer.tokenizer, framed
+    flux2_klein.tokenizer(folder)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+
+    def chat(text: str) -> str:
+        return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+    return utils.Qwen3Embedder(tokenizer, Echo()), tokenizer, chat
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
+@pytest.mark.parametrize("dev", [True, False], ids=["dev", "klein"])
+def test_spans_are_those_of_the_tokenizer(tmp_path: Path, dev: bool, full: bool) -> None:
+    """In what the host's own encoder gives its language model, padding and template and all."""
+    made, tokenizer, framed = embedder(tmp_path, dev=dev)
+    denoiser = nn.Module()
+    denoiser.use_guidance_embed = dev  # type: ignore[assignment]
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    before, behind = framed("MARK").split("MARK")
+    for name, caption in {**PROMPTS, "too long": "a red hat, blonde hair, " * 200}.items():
+        prompt = split(caption, [Target("blonde hair")])
+        text = prompt.full if full else prompt.base
+        (row,) = made([text])[..., 0].long().tolist()
+        whole = tokenizer(before + text + behind, add_special_tokens=False, return_offsets_mapping=True)
+        count = min(len(whole.input_ids), len(row))
+        first = len(row) - count if dev else 0
+        assert row[first : first + count] == whole.input_ids[:count], name  # so these are the places
+        places: list[tuple[int, int] | None] = [None] * len(row)
+        for i, (start, stop) in enumerate(whole.offset_mapping[:count]):
+            if len(before) < stop <= len(before) + len(text):
+                places[first + i] = max(start - len(before), 0), stop - len(before)
+        spans = Flux2(denoiser).spans(prompt.behind(before), tokenize, len(row), full=full)
+        assert (list(spans.phrases), spans.target) == by_offsets(prompt, places, full=full), name
+        assert spans.end == 1 + max(i for i, place in enumerate(places) if place), name
+        assert list(spans.gap) == list(range(first)), name
+        assert spans.target or not full

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from spf_plugin.core.prompt import Target, split
 from spf_plugin.families.known import find
 from spf_plugin.families.krea2 import WORDS, Krea2
 from spf_plugin.seam import Call
-from tests.hosts.dits.common import shifted
+from tests.hosts.dits.common import CAPTIONS, qwen_vl_tokenizer, shifted
+from tests.hosts.dits.hunyuan_image import TEMPLATE
 from tests.hosts.dits.joint import Joint, off
 from tests.hosts.dits.kinds import Planted
+from tests.hosts.dits.places import PROMPTS, by_offsets
 from tests.hosts.dits.planted import spread
 from tests.hosts.musubi import classes
 
@@ -141,3 +148,44 @@ def test_the_layers() -> None:
     cross = [name for name in names if re.search(family.cross_attention, name)]
     assert len(cross) == 8 * 5
     assert all(name.startswith("lora_unet_blocks_") for name in cross)
+
+
+class Echo(nn.Module):
+    """Gives back the token ids for states."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(hidden_states=[input_ids[..., None].float()] * 36)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
+def test_spans_are_those_of_the_tokenizer(tmp_path: Path, full: bool) -> None:
+    """In what the host's own encoder keeps of its template, with an encoder that gives back the token ids."""
+    import transformers
+
+    absent = [name for name in ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration") if not hasattr(transformers, name)]
+    with mock.patch.multiple(transformers, create=True, **dict.fromkeys(absent)) if absent else nullcontext():
+        encoder = classes.module("krea2.krea2_encoder")
+    qwen_vl_tokenizer([*[TEMPLATE, "assistant"] * 8, *CAPTIONS * 3], tmp_path / "qwen")
+    tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(tmp_path / "qwen")
+    made = encoder.Qwen3VLConditioner(Echo(), tokenizer, tokenizer)
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    for name, caption in {**PROMPTS, "too long": "a red hat, blonde hair, " * 200}.items():
+        prompt = split(caption, [Target("blonde hair")])
+        text = prompt.full if full else prompt.base
+        states, mask = made([text])
+        row = states[0][mask[0]][:, 0, 0].long().tolist()  # what the host caches
+        whole = tokenizer(made.prompt_template_encode_prefix + text, return_offsets_mapping=True)
+        begin, dropped = len(made.prompt_template_encode_prefix), made.prompt_template_encode_start_idx
+        assert len(row) <= WORDS
+        words = len(row) - made.prompt_template_encode_suffix_start_idx
+        assert row[:words] == whole.input_ids[dropped : dropped + words], name  # so these are the places
+        places = [(start - begin, stop - begin) for start, stop in whole.offset_mapping[dropped : dropped + words]]
+        spans = Krea2(nn.Module()).spans(prompt, tokenize, WORDS, full=full)
+        assert (list(spans.phrases), spans.target) == by_offsets(prompt, places, full=full), name
+        assert not "".join(text[start:stop] for start, stop in places[spans.end :]).strip(), name
+        assert spans.target or not full
