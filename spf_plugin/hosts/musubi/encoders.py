@@ -164,7 +164,8 @@ def qwen_image(args: Any, device: torch.device) -> Encoder:
         with _read(model) as rows, torch.autocast(device.type, torch.bfloat16, enabled=bool(args.fp8_vl)):
             states, mask = qwen_image_utils.get_qwen_prompt_embeds(tokenizer, model, prompt)
         states = states[0, : int(mask[0].sum())]
-        _at(rows[-1], len(rows[-1]) - len(states), tokenize(prompt), prompt)
+        ids, kept = tokenize(prompt), rows[-1][-len(states) :]
+        _hold(kept[: len(ids)], ids[: len(kept)], prompt)
         return {"vl_embed": (states.bfloat16() if args.fp8_vl else states).cpu()}
 
     return Encoder(tokenize, encode)
