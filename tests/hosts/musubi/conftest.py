@@ -183,10 +183,12 @@ class Musubi:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The first kind runs everything, each other one the contract, and what `kinds` names it for."""
     if "musubi" not in metafunc.fixturenames:
         return
     only = metafunc.definition.get_closest_marker("kinds")
-    names = only.args if only else KINDS
+    shared = metafunc.definition.get_closest_marker("contract") is not None
+    names = only.args if only else KINDS if shared else KINDS[:1]
     why = pytest.mark.skip(reason="NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
     params = [pytest.param((name, folder), id=f"{name}-{folder.name}") for name in names for folder in HOSTS]
     missing = [pytest.param(None, marks=why, id=name) for name in names]

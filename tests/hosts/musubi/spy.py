@@ -30,8 +30,9 @@ def create_arch_network(
 
 
 def watched(network: nn.Module, unet: nn.Module) -> nn.Module:
-    offloader = getattr(unet, "offloader", None)  # it has threads, which cannot be copied
-    pristine = copy.deepcopy(unet, {id(offloader): None} if offloader else {}).requires_grad_(False)
+    offloaders = [part for name, part in vars(unet).items() if name.startswith("offloader") and part is not None]
+    # These have threads, which cannot be copied.
+    pristine = copy.deepcopy(unet, {id(part): None for part in offloaders}).requires_grad_(False)
     pristine.blocks_to_swap = None  # type: ignore[assignment]
     frame = training_frame()
     assert frame is not None
