@@ -57,7 +57,7 @@ class TextHost(Protocol):
 
     def encode(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Text:
         """Conditioning for these prompts, by the names that the model's family has for it; `beside` shares the batch
-        where the host pads to the longest."""
+        where the host pads to the longest: base prompts have their full ones there, phrases have none."""
         ...
 
 
@@ -188,7 +188,7 @@ class TextSide:
     def _too_many(self) -> None:
         logger.warning(
             f"SPF: {len(self._encoded)} encoded base prompts fill {self._encoded.size / 2**30:g} GB; further ones are "
-            "encoded again each time they come. Shuffled captions and tag dropout make that many"
+            "encoded, or read, again each time they come. Shuffled captions, tag dropout and long texts make that many"
         )
 
     def for_batch(

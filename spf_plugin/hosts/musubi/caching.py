@@ -71,8 +71,13 @@ def data_sets(args: Any, code: str) -> list[Any]:
         raise SPFError(f"--dataset_config {args.dataset_config}: musubi-tuner refuses it: {error}") from error
 
 
-class _Live:
-    """`spf_plugin.text.TextHost` with the host's encoder."""
+class Live:
+    """`spf_plugin.text.TextHost` with the host's encoder.
+
+    Args:
+        architecture: of the model.
+        encoder: its tokenizer and text encoder.
+    """
 
     def __init__(self, architecture: Architecture, encoder: Encoder):
         self._architecture, self._encoder, self.prefix = architecture, encoder, encoder.prefix
@@ -98,7 +103,7 @@ class _Recorder:
         base: the base prompt.
     """
 
-    def __init__(self, live: _Live, phrases: TextSide, base: str):
+    def __init__(self, live: Live, phrases: TextSide, base: str):
         self._live, self._phrases, self._base = live, phrases, base
         self.prefix = live.prefix
         self.tokens: dict[str, list[int]] = {}
@@ -155,12 +160,12 @@ def run(
     if ready:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with torch.no_grad():
-            live = _Live(architecture, architecture.load(args, device))
+            live = Live(architecture, architecture.load(args, device))
             phrases = TextSide(live, family, targets, nullcontext)
             for i, text in enumerate(ready):
                 show(current + i, len(captions))
                 if unfit.matches(text, captions[text][0], live):
-                    _write(text, captions[text][0], targets, family, live, phrases)
+                    write(text, captions[text][0], targets, family, live, phrases)
                 elif len(unfit.other) == i + 1 >= ENOUGH:
                     break
     problems = unfit.problems()
@@ -197,7 +202,7 @@ class _Unfit:
             return False
         return True
 
-    def matches(self, text: str, caption: str, live: _Live) -> bool:
+    def matches(self, text: str, caption: str, live: Live) -> bool:
         """Whether what is cached is what the encoder makes of the caption."""
         _, theirs = prompts.host_text(text)
         start = len(live.tokenize(live.prefix)) if live.prefix else 0
@@ -231,7 +236,20 @@ class _Unfit:
         return found
 
 
-def _write(text: str, caption: str, targets: Sequence[Target], family: Family, live: _Live, phrases: TextSide) -> None:
+def write(text: str, caption: str, targets: Sequence[Target], family: Family, live: Live, phrases: TextSide) -> None:
+    """Record an item.
+
+    Args:
+        text: the file with the host's cached text.
+        caption: the item's, of which that is.
+        targets: the target phrases.
+        family: of the model.
+        live: encodes.
+        phrases: a text side with the same encoder, which keeps the vectors of phrases.
+
+    Raises:
+        SPFError: the file cannot be written.
+    """
     recorder = _Recorder(live, phrases, split(caption, targets).base)
     vectors = TextSide(recorder, family, targets, nullcontext).rehearse(caption, length=LONG)
     prompts.write(

