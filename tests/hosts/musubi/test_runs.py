@@ -104,11 +104,16 @@ def test_the_reference_of_other_runs(musubi: Musubi, flags: dict[str, Any]) -> N
 
 @pytest.mark.kinds("zimage", "qwen_image", "wan")
 def test_every_module_has_a_gradient(musubi: Musubi) -> None:
-    """Of the two factors, the one that begins at 0 moves in the first step, the other in the second."""
+    """Of the two factors, the one that begins at 0 moves in the first step, the other in the second. What a plain run
+    leaves at 0 counts for nothing: of some models the last block makes words that nobody reads."""
+    plain = musubi.plain(max_train_steps=1).tensors()
+    read = {name for name in plain if "lora_up" in name and plain[name].abs().max() > 0}
+    assert len(read) > 0.9 * sum("lora_up" in name for name in plain)
     first = musubi.train(*EVERY_STEP, max_train_steps=1).tensors()
     third = musubi.train(*EVERY_STEP, max_train_steps=3).tensors()
-    assert all(first[name].abs().max() > 0 for name in first if "lora_up" in name)
-    assert not any(torch.equal(first[name], third[name]) for name in first if "alpha" not in name)
+    assert all(first[name].abs().max() > 0 for name in read)
+    both = read | {name.replace("lora_up", "lora_down") for name in read}
+    assert not any(torch.equal(first[name], third[name]) for name in both)
 
 
 @contract
