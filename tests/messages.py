@@ -40,6 +40,7 @@ MADE = {
     "trainer/cache.py": {"_said"},
     "trainer/start.py": {"ready", "_resolution_problems"},
     "tools/cli/train.py": {"key_values"},
+    "tools/check/musubi/options.py": {"parse_words", "value_of"},
     "tools/check/source.py": {"parse_words", "value_of"},
 }
 #: Functions that return messages.

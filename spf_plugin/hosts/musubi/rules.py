@@ -98,22 +98,35 @@ def look(
         *_option_problems(args, script),
         *_saving_problems(args, trying),
         *_setting_problems(config),
-        *_dataset_problems(datasets, script),
     ]
-    warnings: list[str] = []
-    of_captions: list[str] = []
     steps = getattr(args, "max_train_steps", None)
     # Of epochs the host makes steps later, and what is resumed may be aligned already.
     later = getattr(args, "max_train_epochs", None) or getattr(args, "resume", None)
     if steps and not later and "stage2_start" not in wrong:
         errors += config.never_aligned(steps)
+    of_data = look_at_data(datasets, config, wrong, script=script, tokenize=tokenize, limit=limit)
+    return Found(errors + of_data.errors, of_data.warnings, of_data.of_captions)
+
+
+def look_at_data(
+    datasets: Sequence[Dataset],
+    config: SPFConfig,
+    wrong: Collection[str] = (),
+    *,
+    script: Script | None,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+    limit: int | None = None,
+) -> Found:
+    """What of it is about the data set; the arguments are those of `look`, `script` None where it is not known."""
+    errors = _dataset_problems(datasets, script)
+    of_captions: list[str] = []
     if "target" not in wrong:
-        limit = limit or script.text
+        limit = limit or (script or Script).text
         captions = [((caption,), None) for dataset in datasets for caption in dataset.captions]
         said = coverage.coverage(captions, config.target, tokenize, limit)
         errors += _target_problems(config) or coverage.problems(said, config.target, limit)
         of_captions += coverage.warnings(said, limit)
-    return Found(errors, warnings, of_captions)
+    return Found(errors, [], of_captions)
 
 
 def model_problems(args: Any, script: Script) -> list[str]:
@@ -220,11 +233,11 @@ def _setting_problems(config: SPFConfig) -> list[str]:
     return found
 
 
-def _dataset_problems(datasets: Sequence[Dataset], script: Script) -> list[str]:
+def _dataset_problems(datasets: Sequence[Dataset], script: Script | None) -> list[str]:
     """Data that is more than an image or a clip with a caption."""
     found: list[str] = []
     for dataset in datasets:
-        if dataset.video and script.supported and not script.clips:
+        if dataset.video and script is not None and script.supported and not script.clips:
             found.append(f"{dataset.label} is of videos, and {script.file} takes images only.")
         if dataset.control:
             found.append(

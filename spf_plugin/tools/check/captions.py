@@ -96,8 +96,13 @@ def count_of(rows: Sequence[Described]) -> int:
     return len(names(rows))
 
 
-def look(rows: Sequence[Described], *, weighted: bool) -> list[Finding]:
-    """Everything about the training captions (no regularisation images in `rows`)."""
+def look(rows: Sequence[Described], *, weighted: bool | None) -> list[Finding]:
+    """Everything about the training captions (no regularisation images in `rows`).
+
+    Args:
+        rows: the training prompts.
+        weighted: the host reads attention weights, `(hair:1.2)`; None where it cannot.
+    """
     if not rows:
         return []
     return [
@@ -335,7 +340,7 @@ def _swallowed(rows: Sequence[Described]) -> list[Finding]:
     return found
 
 
-def _signs(rows: Sequence[Described], weighted: bool) -> list[Finding]:
+def _signs(rows: Sequence[Described], weighted: bool | None) -> list[Finding]:
     found = []
     signed = [row for row in rows if _WEIGHTS.search(row.prompt.full)]
     if signed and not weighted:
@@ -345,7 +350,7 @@ def _signs(rows: Sequence[Described], weighted: bool) -> list[Finding]:
                 "weights-not-read",
                 f"{of(count_of(signed), count_of(rows))} hold attention weights, and the text encoder reads their "
                 f"signs as text: {signed[0].prompt.full!r}",
-                "Set weighted_captions = true, or remove the signs.",
+                "Remove the signs." if weighted is None else "Set weighted_captions = true, or remove the signs.",
                 names(signed),
             )
         )

@@ -105,6 +105,7 @@ class Entry:
         subset: the subset.
         key: what the host calls it: two images of one name in a data set are one.
         repeats: how often it is shown in an epoch, where that is not what the subset says: regularisation images.
+        whole: the host gives all of the caption to the text encoder, line breaks too.
     """
 
     path: Path
@@ -114,6 +115,7 @@ class Entry:
     subset: Subset
     key: str = ""
     repeats: int | None = None
+    whole: bool = False
 
     @property
     def shown(self) -> int:
@@ -123,7 +125,7 @@ class Entry:
     @property
     def prompts(self) -> tuple[str, ...]:
         """What the text encoder may be given, without shuffling and dropout; more than one only with wildcards."""
-        return prompts(self.caption, self.subset)
+        return (self.caption,) if self.whole else prompts(self.caption, self.subset)
 
 
 @dataclass(frozen=True)

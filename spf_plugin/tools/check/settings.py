@@ -92,7 +92,7 @@ def look(
     found += [Finding("warning", "warns", warning) for warning in said.warnings]
     if for_host:
         found += [*_module(args), *trainer.look(args, data, model), *_options(args, data, is_dit=script.is_dit)]
-    found += _together(args, spf, data)
+    found += together(args, spf, data)
     for subset in data.subsets:
         rate = dropout(subset)
         if rate >= MUCH_DROPOUT:
@@ -183,8 +183,8 @@ def _length(args: HostArgs, data: Data) -> tuple[int, int]:
     return args.max_train_epochs * -(-batches // accumulated), args.max_train_epochs * -(-most // accumulated)
 
 
-def _together(args: HostArgs, spf: Read, data: Data) -> list[Finding]:
-    """SPF's settings beside the host's."""
+def together(args: HostArgs, spf: Read, data: Data) -> list[Finding]:
+    """SPF's settings beside the host's: its length, and what is installed."""
     found = []
     config, wrong = spf.config, spf.wrong
     likely, most = _length(args, data)

@@ -62,13 +62,13 @@ def _written(option: str) -> str:
 class HostArgs:
     """The host's arguments as attributes; what is not given is the host's default, or None."""
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.given = dict(values)
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS):
+        self.given, self.defaults = dict(values), defaults
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "given":
+        if name.startswith("__") or name in ("given", "defaults"):
             raise AttributeError(name)
-        return self.given.get(name, DEFAULTS.get(name))
+        return self.given.get(name, self.defaults.get(name))
 
 
 def unfolded(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from spf_plugin.core.prompt import Kind
 from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
 from spf_plugin.hosts.kohya.scripts import named
-from spf_plugin.tools.check.asking import at_hand
+from spf_plugin.hosts.musubi import scripts as musubi_scripts
+from spf_plugin.tools.check.asking import Progress, at_hand
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.findings import LEVELS, Finding, some
+from spf_plugin.tools.check.musubi import run as musubi
 from spf_plugin.tools.check.run import Report
 from spf_plugin.tools.check.run import check as look
 from spf_plugin.tools.check.source import parse_words
@@ -144,6 +146,24 @@ def _print(console: Console, report: Report, shown: int) -> None:
     console.print(Group(*parts), highlight=False)
 
 
+def _look(words: list[str], target: str | None, tokenizer: Path | None, progress: Progress) -> Report:
+    """By the trainer that the words name, or whose data set the file is."""
+    script, other = named(words[0]), musubi_scripts.named(words[0])
+    host = at_hand(Path(words[0]) if script else None)
+    words = words[1:] if script or other else words
+    path = None if not words or words[0].startswith("--") else expanded(words[0])
+    words = words[1:] if path else words
+    if other or (script is None and path and musubi.is_data_set(path)):
+        return musubi.check(path, words, script=other, target=target, tokenizer=tokenizer, progress=progress)
+    options = parse_words(words, script)
+    given = options.pop("config_file", None)
+    if path is None and given:
+        path = Path(given if str(given).endswith(".toml") else f"{given}.toml")  # as the host does
+    if path and not os.path.exists(path):
+        raise SPFError(f"{path}: there is no such file or folder.")
+    return look(path, options, script=script, target=target, tokenizer=tokenizer, host=host, progress=progress)
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}, no_args_is_help=True
 )
@@ -152,9 +172,10 @@ def check(
         list[str],
         typer.Argument(
             metavar="[SCRIPT] CONFIG [--OPTION VALUE]",
-            help="The trainer, such as anima_train_network.py, where model and options do not tell it; the "
-            "--config_file of the run, its --dataset_config, or a folder of images; then options as sd-scripts takes "
-            "them, such as --train_data_dir, --caption_extension, --network_args. They win.",
+            help="The trainer, such as anima_train_network.py, where model and options do not tell it, and always for "
+            "musubi-tuner's, such as zimage_train_network.py; the --config_file of the run, its --dataset_config, or a "
+            "folder of images; then options as the trainer takes them, such as --train_data_dir, --network_args. They "
+            "win.",
             show_default=False,
         ),
     ],
@@ -168,8 +189,8 @@ def check(
     """Look at a run before it starts: how each caption is split, what is missing, and what would be learned by mistake.
 
     Reads what sd-scripts reads: by its own code where a copy of it is at hand (where the SCRIPT lies, in the working
-    folder, or installed in this Python), else by a model of it. Start it where you start the training: relative paths
-    begin there.
+    folder, or installed in this Python), else by a model of it; what musubi-tuner reads by a model of that, with the
+    latents, texts and prompts that are cached. Start it where you start the training: relative paths begin there.
 
     Exit status: 0 the run can start (there may be warnings), 1 it would be wrong, 2 a file cannot be read.
 
@@ -177,25 +198,12 @@ def check(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        script = named(words[0])
-        host = at_hand(Path(words[0]) if script else None)
-        words = words[1:] if script else words
-        path = None if not words or words[0].startswith("--") else expanded(words[0])
-        options = parse_words(words[1:] if path else words, script)
-        given = options.pop("config_file", None)
-        if path is None and given:
-            path = Path(given if str(given).endswith(".toml") else f"{given}.toml")  # as the host does
-        if path and not os.path.exists(path):
-            raise SPFError(f"{path}: there is no such file or folder.")
         with progress_bars(Console(stderr=True)) as show:
-            report = look(
-                path,
-                options,
-                script=script,
-                target=target,
-                tokenizer=tokenizer,
-                host=host,
-                progress=lambda what, done, total: show(what, done, total, {}) if errors.is_terminal else None,
+            report = _look(
+                words,
+                target,
+                tokenizer,
+                lambda what, done, total: show(what, done, total, {}) if errors.is_terminal else None,
             )
     except SPFError as error:
         errors.print(escape(str(error)), style="red", highlight=False)

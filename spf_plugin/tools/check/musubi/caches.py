@@ -1,0 +1,111 @@
+"""What musubi-tuner and SPF have cached of a data set: training sees nothing else."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+
+from spf_plugin.core.prompt import Target
+from spf_plugin.hosts.musubi import architectures
+from spf_plugin.hosts.musubi.rules import HOST
+from spf_plugin.tools.check.findings import Finding, of, some
+from spf_plugin.tools.check.musubi.data import Found
+from spf_plugin.tools.check.source import HostArgs
+
+
+def look(sets: Sequence[Found], args: HostArgs, arch: str, targets: Sequence[Target]) -> list[Finding]:
+    """What is missing in the caches, or of something else than the data set.
+
+    Args:
+        sets: the data sets.
+        args: the host's arguments.
+        arch: SPF's name of the architecture.
+        targets: of the run; empty where they are wrong.
+    """
+    architecture = architectures.named(arch)
+    code = architecture.code(args)  # what the host calls the run's model in the names of its files
+    missing: dict[str, list[str]] = {"latents": [], "text": []}
+    stale: list[str] = []
+    items = 0
+    texts: dict[str, list[str]] = {}
+    for found in sets:
+        if found.cache is None:
+            continue
+        latents = _latents(found, code)
+        known = {item.stem for item in found.data.items}
+        stale += sorted(set(latents) - known)
+        items += len(found.data.items)
+        for item in found.data.items:
+            text = os.path.join(str(found.cache), f"{item.stem}_{code}_te.safetensors")
+            if item.stem not in latents:
+                missing["latents"].append(item.stem)
+            if not os.path.isfile(text):
+                missing["text"].append(item.stem)
+            elif item.stem in latents:
+                texts.setdefault(text, []).append(item.caption)
+    findings = _missing(missing, items, architecture)
+    if stale:
+        message = f"{len(stale)} cached items are not in the data set, and {HOST} trains them: {some(stale)}"
+        fix = f"Cache latents and text again without --keep_cache, or delete their files ({stale[0]}_*_{code}*)."
+        findings.append(Finding("warning", "stale-cache", message, fix, tuple(stale)))
+    return findings + (_prompts(texts, architecture, targets, args) if targets and texts else [])
+
+
+def _latents(found: Found, code: str) -> dict[str, int]:
+    """The names of the items whose latents are cached, as the host reads them off the files, and how many each has."""
+    behind = 3 if found.data.video else 2  # frames, size, code
+    names: dict[str, int] = {}
+    for path in glob.glob(os.path.join(glob.escape(str(found.cache)), f"*_{code}.safetensors")):
+        stem = "_".join(os.path.basename(path).split("_")[:-behind])
+        names[stem] = names.get(stem, 0) + 1
+    return names
+
+
+def _missing(missing: dict[str, list[str]], items: int, architecture: architectures.Architecture) -> list[Finding]:
+    text = f"{architecture.caching[0].rpartition('.')[2]}.py"
+    scripts = {"latents": text.replace("text_encoder_outputs", "latents"), "text": text}
+    findings = []
+    for what, stems in missing.items():
+        if not stems:
+            continue
+        level = "error" if len(stems) == items else "warning"
+        does = "finds nothing to train" if level == "error" else "leaves them out"
+        message = f"{of(len(stems), items, 'items')} have no cached {what}, and {HOST} {does}"
+        fix = f"Run {scripts[what]} with this --dataset_config."
+        findings.append(Finding(level, "not-cached", message, fix, tuple(stems)))
+    return findings
+
+
+def _prompts(
+    texts: dict[str, list[str]], architecture: architectures.Architecture, targets: Sequence[Target], args: HostArgs
+) -> list[Finding]:
+    """Whether what `spf cache-prompts` wrote is what a run would take: by the run's own rules."""
+    from torch import nn
+
+    from spf_plugin.families import known
+    from spf_plugin.hosts.musubi.replay import Fault, fault
+
+    family = known.named(architecture.family)(nn.Module())
+    wrong: dict[Fault, list[str]] = {}
+    for text, captions in texts.items():
+        told = fault(text, captions, targets, family)
+        if isinstance(told, Fault):
+            wrong.setdefault(told, []).append(os.path.basename(text).removesuffix("_te.safetensors"))
+    first = f"Run {architecture.caching[0].rpartition('.')[2]}.py, which caches the text itself. "
+    said = "|".join(map(str, targets))
+    options = "".join(f" --{name} {getattr(args, name, None) or 'PATH'}" for name in architecture.required)
+    command = (
+        f'spf cache-prompts --arch {architecture.name} --target "{said}" --dataset_config '
+        f"{args.dataset_config or 'FILE'}{options}"
+    )
+    return [
+        Finding(
+            "error",
+            "no-prompts",
+            f"the prompts of {of(len(stems), len(texts), 'cached items')} {kind.value}",
+            f"{first if kind is Fault.CAPTION else ''}Run {command}",
+            tuple(stems),
+        )
+        for kind, stems in wrong.items()
+    ]

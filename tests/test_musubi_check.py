@@ -1,0 +1,239 @@
+"""`spf check` of runs inside musubi-tuner, without a copy of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+from PIL import Image
+from typer.testing import CliRunner
+
+from spf_plugin.errors import SPFError
+from spf_plugin.hosts.musubi.scripts import named
+from spf_plugin.tools.check.musubi.run import check
+from spf_plugin.tools.check.run import Report
+from spf_plugin.tools.cli import app
+
+RUN = {
+    "dit": "model.safetensors",
+    "sdpa": True,
+    "network_module": "spf_plugin.lora",
+    "network_args": ["spf_target=blonde hair"],
+    "output_dir": "out",
+    "output_name": "hair",
+    "max_train_steps": 100,
+}
+#: Everywhere here: nothing is cached.
+NOT_CACHED = ["not-cached", "not-cached"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: four images with captions."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i, place in enumerate(("street", "beach", "forest", "kitchen")):
+        Image.effect_noise((64, 48), 40 + i).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"a woman, blonde hair, {place}", encoding="utf-8")
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, run: dict[str, Any] | None = None, **own: Any) -> None:
+    """The two files of a run; `own` are settings of the data set, and those that are None are left out."""
+    values = {"image_directory": "images", "caption_extension": ".txt", "resolution": [64, 48], **own}
+    kept = {key: value for key, value in values.items() if value is not None}
+    (folder / "sets.toml").write_text(toml.dumps({"datasets": [kept]}), encoding="utf-8")
+    said = {**RUN, "dataset_config": "sets.toml", **(run or {})}
+    (folder / "run.toml").write_text(
+        toml.dumps({key: value for key, value in said.items() if value is not None}), encoding="utf-8"
+    )
+
+
+def look(*words: str, script: str | None = "zimage_train_network.py", file: str = "run.toml") -> Report:
+    return check(Path(file), list(words), script=named(script) if script else None)
+
+
+def codes(report: Report, *levels: str) -> list[str]:
+    return [finding.code for finding in report.findings if finding.level in (levels or ("error", "warning"))]
+
+
+def test_a_run_that_is_right_but_for_what_is_not_cached(folder: Path) -> None:
+    report = look()
+    assert codes(report) == NOT_CACHED
+    assert report.images == 4
+    assert [row.prompt.target for row in report.rows] == ["blonde hair"] * 4
+    assert "zimage_cache_latents.py" in report.findings[0].fix
+    assert "zimage_cache_text_encoder_outputs.py" in report.findings[1].fix
+
+
+def test_a_data_set_alone(folder: Path) -> None:
+    assert codes(look("--network_args", "spf_target=blonde hair", script=None, file="sets.toml")) == []
+    report = check(folder / "sets.toml", [], script=None, target="green hair")
+    assert codes(report, "error") == ["stops"]
+    assert "occurs in none of the 4 captions" in report.findings[0].message
+
+
+def test_which_trainer_it_is_must_be_said(folder: Path) -> None:
+    assert "no-trainer" in codes(look(script=None))
+    assert "stops" in codes(look(script="hv_train_network.py"))
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "said"),
+    [
+        ({"spf_target": "hair"}, "spf-outside-network-args", "spf_target stands by itself"),
+        ({"sdpaa": True}, "unknown-option", "no option 'sdpaa'"),
+        ({"task": "t2v-14B"}, "unknown-option", "no option 'task' here"),
+        ({"learning_rate": "1e-4"}, "quoted-number", "learning_rate"),
+        ({"network_args": "spf_target=blonde hair"}, "no-list", "network_args"),
+        ({"gradient_checkpointing": "true"}, "quoted-boolean", "gradient_checkpointing"),
+        ({"network_dim": 4.5}, "wrong-type", "network_dim"),
+        ({"timestep_sampling": "shifted"}, "wrong-choice", "timestep_sampling"),
+        ({"training_comment": "a\nb"}, "backslash", "training_comment"),
+        ({"network_module": "networks.lora_zimage"}, "other-module", "SPF would not run"),
+        ({"network_module": None}, "no-module", "names no network_module"),
+        ({"dit": None}, "no-part", "no dit"),
+        ({"sample_prompts": "prompts.txt"}, "no-part", "sample_prompts needs vae and text_encoder"),
+        ({"dataset_config": None}, "no-data", "no dataset_config"),
+        ({"sdpa": False}, "stops", "no attention is chosen"),
+        ({"output_name": None}, "stops", "no --output_name"),
+        ({"network_args": ["spf_target=blonde hair", "spf_response=anchor"]}, "stops", "spf_response=anchor"),
+        ({"network_args": ["spf_traget=blonde hair"]}, "setting", "spf_traget"),
+        ({"max_train_epochs": 2, "network_args": [*RUN["network_args"], "spf_stage2_start=20"]}, "never-aligned", ""),
+    ],
+)
+def test_mistakes_in_a_run(folder: Path, run: dict[str, Any], code: str, said: str) -> None:
+    write(folder, run)
+    found = [finding for finding in look().findings if finding.code == code]
+    assert any(said in finding.message for finding in found), codes(look())
+
+
+@pytest.mark.parametrize(
+    ("own", "code", "said"),
+    [
+        ({"image_dir": "images"}, "dataset-config", "refuses 'image_dir'"),
+        ({"batch_size": "2"}, "dataset-config", "must be a whole number"),
+        ({"resolution": [64, 48, 3]}, "dataset-config", "must be one whole number, or two in a list"),
+        ({"num_repeats": 0}, "batch-size", "num_repeats = 0"),
+        ({"resolution": None}, "no-resolution", "960 x 544"),
+        ({"caption_extension": None}, "caption-extension", "has no caption_extension"),
+        ({"caption_extension": ".caption"}, "no-caption", "4 of 4 images have no .caption file"),
+        ({"image_directory": "elsewhere"}, "no-folder", "there is no such folder"),
+        ({"image_directory": None}, "dataset-config", "names neither image_directory"),
+        ({"image_directory": None, "image_jsonl_file": "none.jsonl"}, "metadata", "none.jsonl"),
+        ({"control_directory": "images"}, "stops", "has control images or videos"),
+        ({"multiple_target": True}, "stops", "multiple_target"),
+        ({"bucket_no_upscale": True}, "ignored-option", "bucket_no_upscale does nothing"),
+        ({"image_directory": None, "video_directory": "images"}, "no-images", "there are no videos in images"),
+        ({"image_directory": None, "video_directory": "images", "source_fps": 24}, "dataset-config", "with a point"),
+        ({"image_directory": None, "video_directory": "images", "target_frames": [24]}, "frames", "rounds down"),
+    ],
+)
+def test_mistakes_in_a_data_set(folder: Path, own: dict[str, Any], code: str, said: str) -> None:
+    write(folder, **own)
+    found = [finding for finding in look().findings if finding.code == code]
+    assert any(said in finding.message for finding in found), codes(look())
+
+
+def test_images_without_a_caption_are_left_out(folder: Path) -> None:
+    (folder / "images" / "3.txt").unlink()
+    report = look()
+    assert report.images == 3
+    assert "no-caption" in codes(report, "warning")
+
+
+def test_a_caption_is_all_lines_of_its_file(folder: Path) -> None:
+    (folder / "images" / "0.txt").write_text("a woman, street,\nblonde hair\n", encoding="utf-8")
+    assert look().rows[0].prompt.full == "a woman, street,\nblonde hair"
+
+
+def lines(folder: Path, *rows: dict[str, Any]) -> None:
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def test_json_lines(folder: Path) -> None:
+    own = {"image_directory": None, "image_jsonl_file": "data.jsonl"}
+    write(folder, **own)
+    lines(folder, {"image_path": "images/0.png", "caption": "a woman, blonde hair"})
+    assert "no-cache" in codes(look(), "error")
+    write(folder, **own, cache_directory="cache")
+    assert codes(look(), "error") == NOT_CACHED
+    lines(folder, {"image_path": "images/0.png", "caption": "blonde hair, a", "control_path": "images/1.png"})
+    assert "stops" in codes(look(), "error")
+    lines(folder, {"image_path": "images/9.png", "caption": "a woman, blonde hair"}, {"image_path": "images/0.png"})
+    assert {"metadata", "image-missing"} <= set(codes(look(), "error"))
+
+
+def test_two_data_sets_in_one_cache(folder: Path) -> None:
+    one = {"image_directory": "images", "caption_extension": ".txt", "resolution": 64}
+    two = {**one, "cache_directory": "./images"}
+    (folder / "sets.toml").write_text(toml.dumps({"datasets": [one, two]}), encoding="utf-8")
+    assert "one-cache" in codes(look(), "error")
+
+
+def test_what_is_cached_is_held_against_the_data_set(folder: Path) -> None:
+    for name in ("0", "1", "2", "gone"):
+        (folder / "images" / f"{name}_0064x0048_zi.safetensors").touch()
+        (folder / "images" / f"{name}_zi_te.safetensors").touch()
+    report = look()
+    found = {finding.code: finding for finding in report.findings}
+    assert found["not-cached"].level == "warning"
+    assert "1 of 4 items have no cached" in found["not-cached"].message
+    assert found["stale-cache"].images == ("gone",)
+    assert "the prompts of all 3 cached items are missing" in found["no-prompts"].message
+    wanted = 'spf cache-prompts --arch zimage --target "blonde hair" --dataset_config sets.toml --text_encoder PATH'
+    assert wanted in found["no-prompts"].fix
+
+
+def test_the_other_model_of_a_trainer_has_a_cache_of_its_own(folder: Path) -> None:
+    for name in "0123":
+        (folder / "images" / f"{name}_0064x0048_f2k4b.safetensors").touch()
+        (folder / "images" / f"{name}_f2k4b_te.safetensors").touch()
+    of = "flux_2_train_network.py"
+    assert codes(look(script=of), "error") == NOT_CACHED
+    assert codes(look("--model_version", "klein-base-4b", script=of), "error") == ["no-prompts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fp8_bas", "--fp8_llama"], "--fp8_llama is no option of zimage_train_network.py"),
+        (["--task", "t2v-14B"], "--task is no option of zimage_train_network.py"),
+        (["--network_dim", "four"], "--network_dim takes a whole number"),
+        (["--mixed_precision", "bf8"], "--mixed_precision takes one of no, fp16, bf16"),
+        (["--network_args", "a=b", "--network_args", "c=d"], "musubi-tuner reads only the last"),
+        (["hair"], "stray word 'hair'"),
+    ],
+)
+def test_mistakes_on_a_command_line(folder: Path, words: list[str], said: str) -> None:
+    with pytest.raises(SPFError) as caught:
+        look(*words)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["zimage_train_network.py", "run.toml"], 1, "musubi-tuner finds nothing to train"),
+        (["src/musubi_tuner/krea2_train_network.py", "--config_file", "run"], 1, "as SPF's model of musubi-tuner"),
+        (["sets.toml", "--target", "blonde hair"], 0, "ready to train"),
+        (["zimage_train_network.py", "none.toml"], 2, "none.toml"),
+        (["zimage_train_network.py", "images"], 2, "is a folder"),
+    ],
+)
+def test_the_command(folder: Path, words: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    done = CliRunner().invoke(app, ["check", *words])
+    assert done.exit_code == code, done.output
+    assert said in done.output
+
+
+def test_as_json(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["check", "zimage_train_network.py", "run.toml", "--json"])
+    said = json.loads(done.output)
+    assert [row["target"] for row in said["captions"]] == ["blonde hair"] * 4
+    assert said["images"] == 4
