@@ -49,6 +49,7 @@ def test_what_is_recorded(musubi: Musubi) -> None:
     assert not {*found} & (text | latents)
 
 
+@pytest.mark.kinds("zimage", "qwen_image", "wan")
 def test_base_prompts_are_what_the_host_would_cache_of_them(musubi: Musubi, tmp_path: Path) -> None:
     captions = {name: split(caption, [Target("blonde hair")]).base for name, caption in CAPTIONS.items()}
     config = musubi.data_set(tmp_path / "base", captions)
