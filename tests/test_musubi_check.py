@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,25 @@ def test_as_json(folder: Path) -> None:
     said = json.loads(done.output)
     assert [row["target"] for row in said["captions"]] == ["blonde hair"] * 4
     assert said["images"] == 4
+
+
+PRESETS = Path(__file__).parents[1] / "presets" / "musubi"
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*-*gb.toml")))
+def test_a_preset_says_nothing_that_a_run_would_refuse(folder: Path, preset: str) -> None:
+    """With what its first lines say is on the command line."""
+    first = (PRESETS / f"{preset}.toml").read_text(encoding="utf-8")
+    used = re.search(r"src/musubi_tuner/(\w+\.py) --config_file PATH/presets/musubi/(\S+)\.toml", first)
+    assert used is not None
+    assert used[2] == preset
+    words = ["--dataset_config", "sets.toml", "--network_args", "spf_target=blonde hair", "--output_dir", "out"]
+    report = check(PRESETS / f"{preset}.toml", [*words, "--output_name", "hair"], script=named(used[1]))
+    assert codes(report) == NOT_CACHED
+    assert re.search(r"dataset\.toml as presets/musubi/(dataset(?:-wan)?)\.toml", first)
+
+
+@pytest.mark.parametrize("name", ["dataset", "dataset-wan"])
+def test_a_presets_data_set(folder: Path, name: str) -> None:
+    report = check(PRESETS / f"{name}.toml", [], script=None, target="blonde hair")
+    assert set(codes(report)) == {"no-folder"}  # it is for the user to name them

@@ -15,6 +15,7 @@ import toml
 
 from spf_plugin.tools.check.kinds import NUMBER, NUMBER_LIST, SWITCH, TEXT, TEXTS, WHOLE, Kind
 from spf_plugin.tools.check.musubi import data, options
+from tests.hosts.conftest import REPOSITORY
 from tests.hosts.musubi import classes
 from tests.hosts.musubi.conftest import CAPTIONS, Musubi
 
@@ -165,3 +166,54 @@ def test_a_run_that_can_begin_and_one_that_cannot(musubi: Musubi, tmp_path: Path
     assert other.returncode == 1
     flat = re.sub(r"\s+", " ", other.log)
     assert f"the prompts of all {len(CAPTIONS)} cached items are of another target" in flat
+
+
+# -- presets ----------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    path.stem: path for path in sorted((REPOSITORY / "presets" / "musubi").glob("*.toml")) if "dataset" not in path.stem
+}
+ARCH_OF = {"zimage": "zimage", "qwen": "qwen_image", "flux2": "flux_2", "krea2": "krea2", "wan": "wan"}
+
+
+def parser_of(source: Path, arch: str) -> tuple[Any, argparse.ArgumentParser]:
+    """The host's own parser of a trainer. Only its function is run: some trainers import what is not installed here."""
+    common = classes.module("training.parser_common")
+    file, function = SOURCES[arch][0]
+    tree = ast.parse((source / file).read_text(encoding="utf-8"))
+    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    configs = (source / "wan" / "configs" / "__init__.py").read_text(encoding="utf-8")
+    names: dict[str, Any] = {
+        "argparse": argparse,
+        "WAN_CONFIGS": dict.fromkeys(re.findall(r'^    "([\w.-]+)": \w+,$', configs, re.MULTILINE)),
+    }
+    for module in ("flux_2.flux2_utils", "qwen_image.qwen_image_utils"):
+        names[module.rpartition(".")[2]] = classes.module(module)
+    exec(compile(ast.Module([node], []), file, "exec"), names)
+    return common, names[function](common.setup_parser_common())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_the_hosts_own_parser_takes(source: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    common, parser = parser_of(source, ARCH_OF[name.split("-")[0]])
+    monkeypatch.setattr("sys.argv", ["train.py", "--config_file", str(PRESETS[name])])
+    args = vars(common.read_config_from_file(parser.parse_args(), parser))
+    said = toml.loads(PRESETS[name].read_text(encoding="utf-8"))
+    by_name = {action.dest: action for action in parser._actions}
+    assert set(said) <= set(by_name)
+    for key, value in said.items():
+        action = by_name[key]
+        words = [f"--{key}"] if value is True else [f"--{key}", str(value)]
+        assert vars(parser.parse_args(words))[key] == value == args[key], key  # the file's types are the parser's
+        assert action.choices is None or value in action.choices
+    assert args["network_module"] == "spf_plugin.lora"
+    assert args["sdpa"]
+
+
+@pytest.mark.parametrize("name", ["dataset", "dataset-wan"])
+def test_the_presets_data_sets_are_what_the_host_takes(name: str) -> None:
+    config_utils = classes.module("dataset.config_utils")
+    said = config_utils.load_user_config(str(REPOSITORY / "presets" / "musubi" / f"{name}.toml"))
+    generator = config_utils.BlueprintGenerator(config_utils.ConfigSanitizer())
+    made = generator.generate(said, argparse.Namespace(debug_dataset=False), architecture="wan")
+    assert [one.is_image_dataset for one in made.dataset_group.datasets] == [True, False][: len(said["datasets"])]
