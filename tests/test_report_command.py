@@ -81,6 +81,20 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "hair.safetensors"
 
 
+def subject(folder: Path) -> Path:
+    """Two photos that were kept back, of different shapes, one on its side by its EXIF alone."""
+    folder.mkdir()
+    random = np.random.default_rng(7)
+    pixels = random.integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "b.png", exif=turned)
+    for name, caption in (("a", "a woman, blonde hair"), ("b", "a man with blonde hair")):
+        (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def made(lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small report on two LoRAs."""
@@ -90,7 +104,8 @@ def made(lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = spf(
         "--model", MODEL, "--lora", lora, "--lora2", lora.with_name("plain.safetensors"), "--out", out, "--steps", 1,
         "--seeds", "5", "--batch-size", 2, "--device", "cpu", "--clip", tiny.clip(out.parent / "clip"),
-        "--held-out", 4, "--faces", faces, "--segmentation",
+        "--held-out", 4, "--dino", tiny.dino(out.parent / "dino"), "--subject", subject(out.parent / "kept"),
+        "--faces", faces, "--segmentation",
         tiny.segmenter(out.parent / "parser", {0: "background", 1: "hair"}),
     )  # fmt: skip
     assert done.exit_code == 0, done.output + repr(done.exception)
@@ -123,18 +138,37 @@ def test_the_page_and_its_files(made: Path, lora: Path) -> None:
         assert re.search(r" [0-9a-f]{12}, licence ", row["by"]), key
         assert row["n"] in text
         assert any(digest[:12] in row["by"] for digest in numbers["hashes"].values())
-    assert numbers["not_measured"].keys() == {"KID, FID", "DINOv2 drift", "LPIPS"}
+    assert numbers["not_measured"].keys() == {"KID, FID", "LPIPS"}
     assert "What nobody trained" in text
     assert "the report&#39;s own prompts, target not asked for (2)" in text
     groups = [one["group"] for one in numbers["held_out"]["prompts"]]
     assert groups == ["one person", "several people", "animals", "places"]
-    for key in ("pixels_held_out", "drift_held_out"):
+    assert "The subject" in text
+    assert len(list((made / "images").glob("photo*-seed5-*.png"))) == 6
+    assert numbers["rows"]["dino_subject"]["n"] == "2 images of 2 photos' captions"
+    assert None not in numbers["rows"]["dino_subject"]["values"]
+    for key in (
+        "pixels_held_out",
+        "drift_held_out",
+        "dino_held_out",
+        "clip_t_change_held_out",
+        "segmentation_held_out",
+    ):
         row = numbers["rows"][key]
         assert list(row["groups"]) == groups
-        assert row["values"][1] == pytest.approx(np.mean([values[1] for values in row["groups"].values()]))
+        assert row["values"][1] == pytest.approx(np.mean([values[1] for values in row["groups"].values()]), abs=1e-6)
     command = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
     assert command
-    for option in ("--faces", "--segmentation", "--clip", "--batch-size 2", "--seeds 5", "--held-out 4"):
+    for option in (
+        "--faces",
+        "--segmentation",
+        "--clip",
+        "--batch-size 2",
+        "--seeds 5",
+        "--held-out 4",
+        "--dino",
+        "--subject",
+    ):
         assert option in command[1], option
 
 
@@ -303,6 +337,10 @@ def test_mistakes_give_one_sentence(lora: Path, tmp_path: Path) -> None:
     plain, missing = lora.with_name("plain.safetensors"), tmp_path / "none"
     empty, ansi, file = tmp_path / "empty.txt", tmp_path / "ansi.txt", tmp_path / "file"
     empty.write_text("# nothing\n\n", encoding="utf-8")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no image")
+    (broken / "a.txt").write_text("a hat", encoding="utf-8")
     ansi.write_bytes("caf\xe9".encode("latin-1"))
     file.write_text("x", encoding="utf-8")
     for words, said in (
@@ -324,6 +362,8 @@ def test_mistakes_give_one_sentence(lora: Path, tmp_path: Path) -> None:
         (["--lora", lora, "--faces", missing], "no file named face_detection_yunet"),
         (["--lora", lora, "--segmentation", missing], SEGMENTATION),
         (["--lora", lora, "--dino", missing], "not a DINOv2 of transformers"),
+        (["--lora", lora, "--subject", missing], "--subject"),
+        (["--lora", lora, "--subject", broken], "cannot be read as an image"),
         (["--lora", lora, "--target-class", "hair"], "Give the model with --segmentation"),
     ):
         done = spf("--model", MODEL, "--out", tmp_path / "out", *words)

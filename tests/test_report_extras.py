@@ -23,6 +23,7 @@ from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.prompts import Question
 from spf_plugin.tools.report.results import Request, Variant
 from spf_plugin.tools.report.segmentation import Segmenter, consistency, mean_iou, target_classes
+from spf_plugin.tools.report.subject import Photos
 from tests import onnx_files, tiny
 
 HAIR = Question("a woman", "a woman, blonde hair", Target("blonde hair"))
@@ -271,7 +272,7 @@ def test_dinov2s_drift_is_that_of_its_formula(tmp_path: Path, registers: int) ->
     tokens = [slow_class_token(folder, seen(image), registers) for image in images]
     drifts = [(1 - cosine(tokens[i], tokens[j])) / 2 for i, j in ((0, 1), (1, 3), (2, 2))]
     assert drifts[0] > 1e-2
-    without, held = dino.rows(held_variants(images[:3], images[[1, 3, 2]]), HELD)
+    without, held = dino.rows(held_variants(images[:3], images[[1, 3, 2]]), HELD, Photos())
     assert without.key == "dino_without"
     assert without.values == [None, pytest.approx(np.mean(drifts), rel=1e-3)]
     assert held.values == [None, pytest.approx(np.mean(drifts), rel=1e-3)]
@@ -279,7 +280,18 @@ def test_dinov2s_drift_is_that_of_its_formula(tmp_path: Path, registers: int) ->
     assert held.groups["two"] == [None, pytest.approx(0, abs=1e-6)]
     assert held.n == "3 images"
     assert f"dino {dino.digest[:12]}, licence not recorded" in held.by
-    assert len(dino.rows(variants(images[:1], (images[1:2], images[1:2])), HeldOut())) == 1
+    assert len(dino.rows(variants(images[:1], (images[1:2], images[1:2])), HeldOut(), Photos())) == 1
+    # Two photos of other sizes, two seeds each; the first of the second photo's is the photo itself.
+    photos = Photos([np.ascontiguousarray(images[0, :, :48]), images[1]], ["a", "b"])
+    base, lora = held_variants(images[:1], images[:1])
+    drawn = [replace(base, subject=images[[2, 3, 1, 2]]), replace(lora, subject=images[[3, 3, 3, 1]])]
+    likeness = dino.rows(drawn, HeldOut(), photos)[-1]
+    square = np.asarray(Image.fromarray(images[0, :, :48]).resize((32, 32), Image.Resampling.BICUBIC))[2:30, 2:30]
+    known = [slow_class_token(folder, square, registers), tokens[1]]
+    for value, chosen in zip(likeness.values, ([2, 3, 1, 2], [3, 3, 3, 1]), strict=True):
+        cosines = [cosine(tokens[i], known[n // 2]) for n, i in enumerate(chosen)]
+        assert value == pytest.approx(np.mean(cosines), rel=1e-3)
+    assert likeness.n == "4 images of 2 photos' captions"
 
 
 def test_what_is_no_dinov2(tmp_path: Path) -> None:
@@ -422,9 +434,12 @@ def test_lpips_by_its_formula(tmp_path: Path) -> None:
 def test_what_was_not_asked_for_is_said(tmp_path: Path) -> None:
     found = extras.load(Request("m", (), tmp_path), [HAIR], pytest.fail)
     assert set(found.missing) == {
-        "CLIP-I, CLIP-T, KID, FID", "DINOv2 drift", "LPIPS", "face identity", "segmentation consistency"
+        "CLIP-I, CLIP-T, KID, FID", "DINOv2 drift, likeness to the subject", "LPIPS", "face identity",
+        "segmentation consistency",
     }  # fmt: skip
     assert found.missing["face identity"] == "no identity model was given (--faces)"
+    with pytest.raises(SPFError, match="Give the model with --dino"):
+        extras.load(Request("m", (), tmp_path, subject=tmp_path), [HAIR], pytest.fail)
     with pytest.raises(SPFError, match="Give the model with --segmentation"):
         extras.load(Request("m", (), tmp_path, target_class="hair"), [HAIR], pytest.fail)
 

@@ -40,19 +40,20 @@ def _images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith("."))
 
 
-def read_folder(folder: Path) -> list[Picture]:
+def read_folder(folder: Path, option: str = "--data") -> list[Picture]:
     """The images of a folder with their captions, sorted by path.
 
     Args:
         folder: kohya's layout (`FOLDER/10_name/*.png`, ten repeats each), or images directly in it; every image has a
             caption file of the same name ending in `.txt`.
+        option: that named it.
 
     Raises:
         SPFError: no folder, no images, or images without caption (all of them at once).
     """
     if not os.path.isdir(folder):
         raise SPFError(
-            f"--data {folder}: {'is not a folder' if os.path.exists(folder) else 'there is no such folder'}."
+            f"{option} {folder}: {'is not a folder' if os.path.exists(folder) else 'there is no such folder'}."
         )
     groups = [(folder, 1)]
     for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -62,8 +63,8 @@ def read_folder(folder: Path) -> list[Picture]:
     found = [(path, repeats) for group, repeats in groups for path in _images(group)]
     if not found:
         raise SPFError(
-            f"--data {folder} holds no images ({', '.join(IMAGE_ENDINGS)}). Put them there with a .txt caption beside "
-            "each, or in subfolders named by repeats, such as 10_name."
+            f"{option} {folder} holds no images ({', '.join(IMAGE_ENDINGS)}). Put them there with a .txt caption "
+            "beside each, or in subfolders named by repeats, such as 10_name."
         )
     missing = [path.relative_to(folder) for path, _ in found if not path.with_suffix(".txt").is_file()]
     if missing:
@@ -76,7 +77,7 @@ def read_folder(folder: Path) -> list[Picture]:
         caption = read_text(path.with_suffix(".txt"), CAPTION_BYTES, "utf-8-sig")
         pictures.append(Picture(path, " ".join(caption.split()), repeats))
     if not any(picture.repeats for picture in pictures):
-        raise SPFError(f"--data {folder}: every subfolder is named 0_..., so nothing would be trained.")
+        raise SPFError(f"{option} {folder}: every subfolder is named 0_..., so nothing would be trained.")
     return pictures
 
 
@@ -113,6 +114,17 @@ class Cropped:
     sizes: tuple[int, int, int, int, int, int]
 
 
+def upright(opened: Any) -> Any:
+    """A Pillow image as it is meant to be seen, in RGB; transparent ones get a white background."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(opened)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
 def load_image(path: Path, resolution: int) -> Cropped:
     """Resize the shorter side to `resolution` and crop the centre. Transparent images get a white background.
 
@@ -120,14 +132,10 @@ def load_image(path: Path, resolution: int) -> Cropped:
         OSError: (or one of Pillow's subclasses and ValueError) the file cannot be read as an image.
     """
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        image = image.convert("RGB")
+        image = upright(opened)
     width, height = image.size
     scale = resolution / min(width, height)
     scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))

@@ -104,6 +104,14 @@ def report(
             "facebook/dinov2-base.",
         ),
     ] = None,
+    subject: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Measure by --dino the likeness to photos of the target that were kept back from training, each with "
+            "its caption beside.",
+        ),
+    ] = None,
     lpips: Annotated[
         str | None,
         typer.Option(metavar="alex|FILE", help="Measure LPIPS: torchvision's AlexNet, or its weights as .safetensors."),
@@ -161,6 +169,7 @@ def report(
             dtype=dtype.value if dtype else None,
             clip=clip,
             dino=dino,
+            subject=expanded(subject) if subject is not None else None,
             lpips=lpips,
             faces=faces,
             segmentation=segmentation,

@@ -32,8 +32,8 @@ def command_of(settings: Request) -> str:
     words += ["--guidance", f"{settings.guidance:g}", "--out", settings.out.as_posix()]
     defaults = Request(settings.model, settings.loras, settings.out)
     given = (
-        "held_out", "size", "weight", "batch", "device", "dtype", "clip", "dino", "lpips", "faces", "segmentation",
-        "target_class",
+        "held_out", "size", "weight", "batch", "device", "dtype", "clip", "dino", "subject", "lpips", "faces",
+        "segmentation", "target_class",
     )  # fmt: skip
     for option in given:
         value = getattr(settings, option)
@@ -205,6 +205,31 @@ def held_part(result: Result) -> dict[str, Any] | None:
     }
 
 
+def subject_part(result: Result) -> dict[str, Any] | None:
+    """The kept-back photos beside what every variant draws for their captions."""
+    photos, seeds = result.photos, result.settings.seeds
+    if not photos.images:
+        return None
+    cards = [
+        {
+            "without": [
+                page.picture(np.ascontiguousarray(photo), f"A kept-back photo: {caption}"),
+                *(page.picture(v.subject[i * len(seeds)], f"{v.label}: {caption}") for v in result.variants),
+            ],
+            "text": caption,
+            "added": "",
+            "seed": seeds[0],
+        }
+        for i, (photo, caption) in enumerate(zip(photos.images, photos.captions, strict=True))
+    ]
+    heads = [("photo", "photo"), *_heads(result)]
+    return {"text": f"{len(cards)} photos, and what is drawn for their captions.", "cards": cards, "heads": heads}
+
+
+def _heads(result: Result) -> list[tuple[str, str]]:
+    return [(v.kind, "base" if v.kind == "base" else v.label) for v in result.variants]
+
+
 def map_parts(result: Result) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """The control maps over the base model's images, and all of them as one sheet."""
     parts, sheet = [], []
@@ -303,9 +328,10 @@ def build(result: Result) -> tuple[dict[str, Any], dict[str, bytes]]:
         "table": table(result),
         "missing": list(result.missing.items()),
         "held": held_part(result),
+        "subject": subject_part(result),
         "cards_text": f"Every prompt and seed, without and with the target. Columns: base model, {loras}.",
         "cards": cards(result),
-        "heads": [(v.kind, "base" if v.kind == "base" else v.label) for v in result.variants],
+        "heads": _heads(result),
         "maps": maps,
         "phrases": phrases,
         "drift": drift,
@@ -325,6 +351,10 @@ def build(result: Result) -> tuple[dict[str, Any], dict[str, bytes]]:
             number = f"images/prompt{i // len(result.settings.seeds) + 1:02d}-seed{seed}-{prefix}"
             pictures[f"{number}-without.png"] = figures.png(v.without[i])
             pictures[f"{number}-with.png"] = figures.png(v.with_[i])
+        for i, image in enumerate(v.subject):
+            photo, seed = divmod(i, len(result.settings.seeds))
+            number = f"photo{photo + 1:02d}-seed{result.settings.seeds[seed]}"
+            pictures[f"images/{number}-{prefix}.png"] = figures.png(image)
         for i, image in enumerate(v.held):
             pictures[f"images/held-out{i + 1:02d}-seed{result.settings.seeds[0]}-{prefix}.png"] = figures.png(image)
     return content, pictures

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spf_plugin.errors import SPFError
@@ -15,7 +17,8 @@ from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.measures import grouped
 from spf_plugin.tools.report.metrics import UNKNOWN_LICENCE, card_licence, weights_digest
 from spf_plugin.tools.report.models import short
-from spf_plugin.tools.report.results import Images, Row, Variant
+from spf_plugin.tools.report.results import Row, Variant
+from spf_plugin.tools.report.subject import Photos
 from spf_plugin.trainer import models
 
 _KINDS = ("dinov2", "dinov2_with_registers")
@@ -69,11 +72,11 @@ class Dino:
         self._model, self.device = self._model.to(device), device
 
     @torch.no_grad()
-    def features(self, images: Images) -> Tensor:
+    def features(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> Tensor:
         """The class token behind the last norm, of unit length: `[N, E]` float32 on the CPU.
 
         Args:
-            images: uint8 `[N, H, W, 3]`; resized, cut and scaled by the model's own image processor.
+            images: uint8 `[H, W, 3]` each; resized, cut and scaled by the model's own image processor.
         """
         out = []
         for image in images:
@@ -81,12 +84,13 @@ class Dino:
             out.append(F.normalize(self._model(**inputs).last_hidden_state[:, 0].float(), dim=-1).cpu())
         return torch.cat(out)
 
-    def rows(self, variants: Sequence[Variant], held: HeldOut) -> list[Row]:
-        """`(1 - cos) / 2` of the base model's images and a LoRA's, same prompt and seed.
+    def rows(self, variants: Sequence[Variant], held: HeldOut, photos: Photos) -> list[Row]:
+        """`(1 - cos) / 2` of the base model's images and a LoRA's, same prompt and seed; `cos` of photos and images.
 
         Args:
             variants: the base model first.
             held: the held-out prompts; with none of them their row is left out.
+            photos: likewise.
         """
         without = [self.features(v.without) for v in variants]
         note = "(1 − cos) / 2 of the images' features; 0 is the base model's image; less is better"
@@ -102,6 +106,14 @@ class Dino:
                 lambda v, chosen: drift(features[v.label][chosen], base[chosen]), "DINOv2 drift", "dino_without",
             )  # fmt: skip
             rows.append(row)
+        if photos.images:
+            known = self.features(photos.images)
+            cosines: list[float | None] = [subject(self.features(v.subject), known) for v in variants]
+            n = f"{len(variants[0].subject)} images of {len(photos.images)} photos' captions"
+            rows.append(
+                Row("dino_subject", "DINOv2 likeness to the kept-back photos", "cosine; more is better", self.by, n,
+                    "{:.3f}", cosines, "Likeness to the subject (DINOv2)")
+            )  # fmt: skip
         return rows
 
 
@@ -113,3 +125,13 @@ def drift(features: Tensor, reference: Tensor) -> float:
         reference: likewise.
     """
     return (1 - float((features * reference).sum(dim=-1).mean())) / 2
+
+
+def subject(features: Tensor, photos: Tensor) -> float:
+    """Mean cosine of images with the photo whose caption they were drawn for.
+
+    Args:
+        features: `[P * S, E]`, unit norm, all S images of a photo in a row.
+        photos: `[P, E]`, unit norm.
+    """
+    return float((features * photos.repeat_interleave(len(features) // len(photos), dim=0)).sum(dim=-1).mean())

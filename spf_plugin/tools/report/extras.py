@@ -15,6 +15,7 @@ from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.prompts import Question
 from spf_plugin.tools.report.results import Request, Row, Variant
 from spf_plugin.tools.report.segmentation import Segmenter, target_classes
+from spf_plugin.tools.report.subject import Photos
 
 Show = Callable[[str, int, int], None]
 
@@ -71,8 +72,12 @@ def load(settings: Request, questions: list[Question], warn: Callable[[str], Non
         out.missing["CLIP-I, CLIP-T, KID, FID"] = "no CLIP model was given (--clip)"
     if settings.dino:
         out.dino = Dino(settings.dino)
+        if settings.subject is None:
+            out.missing["likeness to the subject"] = "no photos were given (--subject)"
+    elif settings.subject is not None:
+        raise SPFError("--subject compares pictures with photos by DINOv2. Give the model with --dino.")
     else:
-        out.missing["DINOv2 drift"] = "no DINOv2 was given (--dino)"
+        out.missing["DINOv2 drift, likeness to the subject"] = "no DINOv2 was given (--dino)"
     if settings.lpips:
         try:
             out.lpips = metrics.Lpips(settings.lpips)
@@ -99,8 +104,8 @@ def load(settings: Request, questions: list[Question], warn: Callable[[str], Non
 
 
 def measure(
-    extras: Extras, variants: list[Variant], shots: list[tuple[Question, int]], held: HeldOut, device: torch.device,
-    show: Show,
+    extras: Extras, variants: list[Variant], shots: list[tuple[Question, int]], held: HeldOut, photos: Photos,
+    device: torch.device, show: Show,
 ) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
     """The rows, and the hashes of the weights that measured."""
     rows: list[Row] = []
@@ -117,7 +122,7 @@ def measure(
     if extras.dino:
         show("DINOv2", 0, 1)
         extras.dino.to(device)
-        rows += extras.dino.rows(variants, held)
+        rows += extras.dino.rows(variants, held, photos)
         used[f"DINOv2 {extras.dino.name}"] = extras.dino.digest
         show("DINOv2", 1, 1)
     if extras.lpips:

@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 from spf_plugin.tools.report.held_out import PROMPTS, HeldOut
 from spf_plugin.tools.report.maps import Maps
 from spf_plugin.tools.report.prompts import Question
+from spf_plugin.tools.report.subject import Photos
 
 Images = NDArray[np.uint8]
+
+
+def _no_images() -> Images:
+    return np.zeros((0, 1, 1, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Request:
         faces: a folder with OpenCV's face detector and recogniser; None leaves face identity out.
         segmentation: a segmentation model of transformers; None leaves segmentation consistency out.
         target_class: its classes that are the target, with `|`; None takes those that the target's words say.
+        subject: a folder of photos with captions, kept back from training; None leaves the likeness to them out.
         held_out: how many prompts of the bank of those that nobody trained; or a text file with others.
     """
 
@@ -62,6 +68,7 @@ class Request:
     faces: str | None = None
     segmentation: str | None = None
     target_class: str | None = None
+    subject: Path | None = None
     held_out: int | Path = PROMPTS
 
 
@@ -79,6 +86,7 @@ class Variant:
         maps: one per question; empty for the base model.
         held: images for the held-out prompts, one each, from the first seed.
         held_drift: of the predicted noise for each of these; empty for the base model.
+        subject: images for the captions of the kept-back photos, one per photo and seed.
     """
 
     kind: str
@@ -88,8 +96,9 @@ class Variant:
     without: Images
     with_: Images
     maps: Sequence[Maps] = ()
-    held: Images = field(default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8))
+    held: Images = field(default_factory=_no_images)
     held_drift: Sequence[float] = ()
+    subject: Images = field(default_factory=_no_images)
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class Result:
         draws: noise samples per timestep.
         notes: warnings, also on the page.
         held: the prompts that nobody trained.
+        photos: what was kept back.
     """
 
     settings: Request
@@ -152,6 +162,7 @@ class Result:
     draws: int
     notes: Sequence[str] = field(default=())
     held: HeldOut = field(default_factory=HeldOut)
+    photos: Photos = field(default_factory=Photos)
 
     @property
     def shots(self) -> list[tuple[Question, int]]:

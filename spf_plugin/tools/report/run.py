@@ -18,11 +18,12 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect
 from spf_plugin.lorafile.names import BASE_LABEL
-from spf_plugin.tools.report import extras, held_out, maps, measures, models, page, prompts
+from spf_plugin.tools.report import extras, held_out, maps, measures, models, page, prompts, subject
 from spf_plugin.tools.report.content import build
 from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.prompts import Question
 from spf_plugin.tools.report.results import Request, Result, Row, Variant
+from spf_plugin.tools.report.subject import Photos
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 DRAWS = 2
@@ -78,6 +79,7 @@ def run(settings: Request, show: Show, note: Note) -> Path:
     texts, source = _texts(settings, metadata[0], found)
     questions = prompts.questions(texts, found)
     held = _held_out(settings, texts, metadata, found)
+    photos = subject.read(settings.subject) if settings.subject is not None else Photos()
     _check_out(settings.out)
     device, dtype = _device(settings)
     show("loading", 0, 1, {})
@@ -94,17 +96,19 @@ def run(settings: Request, show: Show, note: Note) -> Path:
             warn(text)
     hashes = _hashes(settings, show)
 
-    variants = [_variant(pipeline, settings, questions, held, size, None, None, hashes, show)]
+    variants = [_variant(pipeline, settings, questions, held, photos, size, None, None, hashes, show)]
     for index, path in enumerate(settings.loras):
         with models.applied(pipeline, path, settings.weight):
             variants.append(
-                _variant(pipeline, settings, questions, held, size, index, variants[0], hashes, show, metadata[0])
+                _variant(
+                    pipeline, settings, questions, held, photos, size, index, variants[0], hashes, show, metadata[0]
+                )
             )
     rows = [*measures.pixel_rows(variants), *measures.drift_rows(variants, DRAWS)]
     rows += measures.held_rows(variants, held, len(TIMESTEPS) * DRAWS) if held.texts else []
     shots = [(question, seed) for question in questions for seed in settings.seeds]
     more, used = extras.measure(
-        measuring, variants, shots, held, device, lambda label, done, total: show(label, done, total, {})
+        measuring, variants, shots, held, photos, device, lambda label, done, total: show(label, done, total, {})
     )
     facts = _facts(settings, parts, pipeline, size, device, dtype, time.monotonic() - begun)
     result = Result(
@@ -120,6 +124,7 @@ def run(settings: Request, show: Show, note: Note) -> Path:
         DRAWS,
         notes,
         held,
+        photos,
     )
     show("writing", 0, 1, {})
     path = write(result)
@@ -177,8 +182,9 @@ def _hashes(settings: Request, show: Show) -> dict[str, str]:
 
 
 def _variant(
-    pipeline: Any, settings: Request, questions: list[Question], held: HeldOut, size: int, index: int | None,
-    base: Variant | None, hashes: Mapping[str, str], show: Show, metadata: Mapping[str, str] | None = None,
+    pipeline: Any, settings: Request, questions: list[Question], held: HeldOut, photos: Photos, size: int,
+    index: int | None, base: Variant | None, hashes: Mapping[str, str], show: Show,
+    metadata: Mapping[str, str] | None = None,
 ) -> Variant:  # fmt: skip
     """Draw and probe the pipeline as it is; `index` is None for the base model, else the LoRA's."""
     kind, label = ("base", "base model") if index is None else (("spf", "LoRA"), ("plain", "LoRA 2"))[index]
@@ -191,11 +197,12 @@ def _variant(
     seeds = [seed for _ in questions for seed in settings.seeds]
     texts = [question.base for question in questions for _ in settings.seeds]
     texts += [question.full for question in questions for _ in settings.seeds]
-    count = len(seeds)
+    captions = [caption for caption in photos.captions for _ in settings.seeds]
+    count, end = len(seeds), 2 * len(seeds) + len(held.texts)
     images = models.draw(
         pipeline,
-        [*texts, *held.texts],
-        [*seeds, *seeds, *settings.seeds[:1] * len(held.texts)],
+        [*texts, *held.texts, *captions],
+        [*seeds, *seeds, *settings.seeds[:1] * len(held.texts), *settings.seeds * len(photos.captions)],
         steps=settings.steps,
         guidance=settings.guidance,
         size=size,
@@ -222,8 +229,8 @@ def _variant(
         for i, text in enumerate(held.texts):
             drifts.append(maps.unasked(pipeline, base.held[i], text, timesteps=TIMESTEPS, draws=DRAWS))
             show(f"{label}: probing", len(questions) + i + 1, total, {})
-    without, with_, unseen = images[:count], images[count : 2 * count], images[2 * count :]
-    return Variant(kind, label, name, digest, without, with_, seen, unseen, drifts)
+    without, with_, unseen = images[:count], images[count : 2 * count], images[2 * count : end]
+    return Variant(kind, label, name, digest, without, with_, seen, unseen, drifts, images[end:])
 
 
 def _facts(
