@@ -35,6 +35,7 @@ RUN_BY = {
     "python PATH/TO/spf-plugin/install.py": f"{GUI}; tests/test_install.py::test_install_twice_and_uninstall",
     "python -m tests.lorafile.real": "needs checkouts; tests/lorafile/test_lora_real.py runs what it records",
     "python -m tests.compare_revisions": "half an hour on two revisions; it says itself what is the same",
+    "python -m tests.support": "tests/hosts/test_support.py::test_the_page_is_what_the_code_says",
     "spf lab run": "tests/portraitlab/test_lab.py::test_a_second_run_computes_only_what_is_missing",
     "spf lab sequence": "tests/portraitlab/test_lab.py::test_targets_are_taught_one_after_the_other",
     "spf lab document": "tests/portraitlab/test_lab.py::test_the_documentations_tables_are_what_its_commands_print",
