@@ -18,8 +18,10 @@ import toml
 
 from spf_plugin.families.known import FAMILIES
 from spf_plugin.hosts.kohya.scripts import SCRIPTS, Script
+from spf_plugin.hosts.musubi import architectures, scripts
 from tests.hosts.conftest import RELEASES
 from tests.hosts.dits.kinds import KINDS
+from tests.hosts.musubi import kinds as musubi_kinds
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
@@ -36,6 +38,7 @@ ELSEWHERE = {
         "([what failed](../CONTRIBUTING.md#tests)); not since",
         "transformers": "never",
     },
+    "musubi-tuner": {"all": "never"},
     "spf train": {"all": "lab rows of earlier defaults on an H200 ([figures](lab-figures.md#on-a-gpu))"},
 }
 
@@ -144,7 +147,7 @@ def module_of(model: str) -> str:
 def presets() -> Mapping[str, list[str]]:
     """Trainer's file -> the presets whose first lines start it."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "presets").glob("*.toml")):
+    for path in sorted((ROOT / "presets").rglob("*.toml")):
         started = re.search(r"^# Use: accelerate launch (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         if started:
             found.setdefault(started[1], []).append(path.stem)
@@ -188,6 +191,47 @@ def accepted(script: Script) -> str:
     return "from v0.10 (2025) to v0.11.x" if script.is_dit else "v0.8.7 to v0.11.x"
 
 
+def musubi_tests(kind: str) -> list[str]:
+    """All tests that train a kind in musubi-tuner, by the rule of its `conftest.pytest_generate_tests`."""
+    found = []
+    for file in sorted((ROOT / "tests" / "hosts" / "musubi").glob("test_*.py")):
+        module = importlib.import_module(f"tests.hosts.musubi.{file.stem}")
+        whole = getattr(module, "pytestmark", ())
+        whole = whole if isinstance(whole, list | tuple) else [whole]
+        for name, function in vars(module).items():
+            own = inspect.isfunction(function) and function.__module__ == module.__name__
+            if not (own and name.startswith("test_") and "musubi" in inspect.signature(function).parameters):
+                continue
+            named = {mark.name: mark for mark in (*whole, *getattr(function, "pytestmark", ()))}
+            shared = musubi_kinds.KINDS if "contract" in named else musubi_kinds.KINDS[:1]
+            if kind in (named["kinds"].args if "kinds" in named else shared):
+                found.append(f"{file.name}::{name}")
+    return found
+
+
+def musubi_tuner() -> Iterator[Row]:
+    """The trainers that its host takes."""
+    known, sizes = presets(), planned()
+    first = musubi_kinds.KINDS[0]
+    for script in filter(lambda script: script.supported, scripts.SCRIPTS):
+        kinds = [name for name in musubi_kinds.KINDS if musubi_kinds.kind(name).ARCH == script.arch]
+        counts = " and ".join(str(len(musubi_tests(kind))) for kind in kinds)
+        family = architectures.named(script.arch).family
+        module = next(f.__module__.rsplit(".", 1)[-1] for f in FAMILIES if f.__name__ == family)
+        yield Row(
+            "musubi-tuner",
+            script.file,
+            script.said + (" 2.1, 2.2: text to image and video" if script.clips else ""),
+            f"`{module}.py`",
+            "v0.3.4",
+            f"v0.3.4: {counts} tests" if first in kinds else "",
+            "" if first in kinds else f"v0.3.4: {counts} tests",
+            known.get(script.file, ()),
+            any(name.startswith(script.arch) for name in sizes),
+            ELSEWHERE["musubi-tuner"]["all"],
+        )
+
+
 def reference() -> Iterator[Row]:
     """SPF's own trainer."""
     files = ("test_reference_trainer.py", "test_sd3_diffusers.py")
@@ -207,7 +251,7 @@ def reference() -> Iterator[Row]:
     )
 
 
-HOSTS: Sequence[Callable[[], Iterator[Row]]] = (sd_scripts, reference)
+HOSTS: Sequence[Callable[[], Iterator[Row]]] = (sd_scripts, musubi_tuner, reference)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
