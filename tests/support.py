@@ -214,7 +214,7 @@ def musubi_tuner() -> Iterator[Row]:
     known, sizes = presets(), planned()
     first = musubi_kinds.KINDS[0]
     for script in filter(lambda script: script.supported, scripts.SCRIPTS):
-        kinds = [name for name in musubi_kinds.KINDS if musubi_kinds.kind(name).ARCH == script.arch]
+        kinds = [name for name in musubi_kinds.KINDS if script.arch == musubi_kinds.kind(name).ARCH]
         counts = " and ".join(str(len(musubi_tests(kind))) for kind in kinds)
         family = architectures.named(script.arch).family
         module = next(f.__module__.rsplit(".", 1)[-1] for f in FAMILIES if f.__name__ == family)
