@@ -38,6 +38,8 @@ class Architecture:
         text: these tensors of one prompt -> the family's text of one sample.
         load: (the script's parsed options, device) -> its tokenizer and text encoder.
         code: the script's parsed options -> which of `codes` its files are of.
+        shown: how the names of tensors in its cached latents begin that are images which the trainer shows the model
+            beside the noise, whatever its options say; empty where it has none.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Architecture:
     text: Callable[[Mapping[str, Tensor]], Text]
     load: Callable[[Any, torch.device], Encoder]
     code: Callable[[Any], str]
+    shown: str = ""
 
 
 POOLED = "pooled"  # what our encoder may add to the host's tensors: the vector of a prompt
@@ -110,6 +113,7 @@ ARCHITECTURES = (
         text=_states("ctx_vec", masked=False),
         load=encoders.flux_2,
         code=lambda args: _FLUX_2[args.model_version],
+        shown="latents_control_",
     ),
     Architecture(
         name="krea2",

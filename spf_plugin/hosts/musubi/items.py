@@ -52,6 +52,28 @@ def trained(datasets: Sequence[Any]) -> list[str]:
     )
 
 
+def showing(datasets: Sequence[Any], name: str) -> list[str]:
+    """The cached latents that a run trains on and that have a tensor whose name begins so. A file that cannot be read
+    is left to the host."""
+    from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
+
+    paths = (
+        item.latent_cache_path
+        for dataset in datasets
+        for bucket in dataset.batch_manager.buckets.values()
+        for item in bucket
+    )
+    found = []
+    for path in dict.fromkeys(paths):
+        try:
+            with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
+                if any(key.startswith(name) for key in file.keys()):  # noqa: SIM118  it is no dictionary
+                    found.append(path)
+        except (OSError, SafetensorError):
+            continue
+    return found
+
+
 class NamedBatches:
     """A data set's batches (the host's `BucketBatchManager`), each with the names of its items.
 

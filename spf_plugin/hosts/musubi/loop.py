@@ -142,6 +142,8 @@ class MusubiHost:
             self.args, sets, config, wrong, script=script, trying=True, compiled=_compiles(self.accelerator)
         )
         errors += found.errors
+        if self.architecture.shown:
+            errors += rules.shown_problems(items.showing(self._datasets, self.architecture.shown))
         warnings = [*found.warnings, *found.of_captions]
         family = None
         with collected(errors):

@@ -260,6 +260,18 @@ def _dataset_problems(datasets: Sequence[Dataset], script: Script | None) -> lis
     return found
 
 
+def shown_problems(latents: Sequence[str]) -> list[str]:
+    """What is wrong with cached latents that have control images with them."""
+    found: list[str] = []
+    if latents:
+        found.append(
+            f"{len(latents)} of the cached latents have control images with them, e.g. {latents[0]}, and {HOST} shows "
+            "them to the model, whatever the data set says now. SPF knows models that are given text only. Cache the "
+            "latents again, without control images."
+        )
+    return found
+
+
 def _target_problems(config: SPFConfig) -> list[str]:
     """Why there is nothing to learn."""
     found: list[str] = []
