@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import toml
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from spf_plugin.errors import SPFError
@@ -197,6 +199,17 @@ def test_the_other_model_of_a_trainer_has_a_cache_of_its_own(folder: Path) -> No
     of = "flux_2_train_network.py"
     assert codes(look(script=of), "error") == NOT_CACHED
     assert codes(look("--model_version", "klein-base-4b", script=of), "error") == ["no-prompts"]
+
+
+def test_control_images_in_the_cache_are_shown_to_the_model(folder: Path) -> None:
+    for name in "0123":
+        tensors = {f"latents_control_{i}_3x4_float32": torch.zeros(128, 3, 4) for i in range(name == "2")}
+        path = folder / "images" / f"{name}_0064x0048_f2d.safetensors"
+        save_file({"latents_3x4_float32": torch.zeros(128, 3, 4), **tensors}, path)
+    report = look(script="flux_2_train_network.py")
+    (said,) = (finding.message for finding in report.findings if finding.code == "stops")
+    assert "1 of the cached latents have control images with them, e.g. " in said
+    assert "2_0064x0048_f2d.safetensors" in said
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ An item is known by the file with its cached text: this is what the host trains 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -52,22 +52,28 @@ def trained(datasets: Sequence[Any]) -> list[str]:
     )
 
 
-def showing(datasets: Sequence[Any], name: str) -> list[str]:
-    """The cached latents that a run trains on and that have a tensor whose name begins so. A file that cannot be read
-    is left to the host."""
+def latents(datasets: Sequence[Any]) -> list[str]:
+    """The cached latents that a run trains on."""
+    return list(
+        dict.fromkeys(
+            item.latent_cache_path
+            for dataset in datasets
+            for bucket in dataset.batch_manager.buckets.values()
+            for item in bucket
+        )
+    )
+
+
+def showing(paths: Iterable[str], name: str) -> list[str]:
+    """Those of cached latents that have a tensor whose name begins so. A file that cannot be read is left to the
+    host."""
     from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 
-    paths = (
-        item.latent_cache_path
-        for dataset in datasets
-        for bucket in dataset.batch_manager.buckets.values()
-        for item in bucket
-    )
     found = []
-    for path in dict.fromkeys(paths):
+    for path in paths:
         try:
             with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-                if any(key.startswith(name) for key in file.keys()):  # noqa: SIM118  it is no dictionary
+                if any(key.startswith(name) for key in list(file.keys())):
                     found.append(path)
         except (OSError, SafetensorError):
             continue

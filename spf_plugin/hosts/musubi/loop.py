@@ -143,7 +143,7 @@ class MusubiHost:
         )
         errors += found.errors
         if self.architecture.shown:
-            errors += rules.shown_problems(items.showing(self._datasets, self.architecture.shown))
+            errors += rules.shown_problems(items.showing(items.latents(self._datasets), self.architecture.shown))
         warnings = [*found.warnings, *found.of_captions]
         family = None
         with collected(errors):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from spf_plugin.core.prompt import Target
-from spf_plugin.hosts.musubi import architectures
+from spf_plugin.hosts.musubi import architectures, items, rules
 from spf_plugin.hosts.musubi.rules import HOST
 from spf_plugin.tools.check.findings import Finding, of, some
 from spf_plugin.tools.check.musubi.data import Found
@@ -27,7 +27,8 @@ def look(sets: Sequence[Found], args: HostArgs, arch: str, targets: Sequence[Tar
     code = architecture.code(args)  # what the host calls the run's model in the names of its files
     missing: dict[str, list[str]] = {"latents": [], "text": []}
     stale: list[str] = []
-    items = 0
+    count = 0
+    shown: list[str] = []
     texts: dict[str, list[str]] = {}
     for found in sets:
         if found.cache is None:
@@ -35,7 +36,9 @@ def look(sets: Sequence[Found], args: HostArgs, arch: str, targets: Sequence[Tar
         latents = _latents(found, code)
         known = {item.stem for item in found.data.items}
         stale += sorted(set(latents) - known)
-        items += len(found.data.items)
+        count += len(found.data.items)
+        if architecture.shown:
+            shown += items.showing(_files(found, code), architecture.shown)
         for item in found.data.items:
             text = os.path.join(str(found.cache), f"{item.stem}_{code}_te.safetensors")
             if item.stem not in latents:
@@ -44,7 +47,8 @@ def look(sets: Sequence[Found], args: HostArgs, arch: str, targets: Sequence[Tar
                 missing["text"].append(item.stem)
             elif item.stem in latents:
                 texts.setdefault(text, []).append(item.caption)
-    findings = _missing(missing, items, architecture)
+    findings = _missing(missing, count, architecture)
+    findings += [Finding("error", "stops", problem) for problem in rules.shown_problems(shown)]
     if stale:
         message = f"{len(stale)} cached items are not in the data set, and {HOST} trains them: {some(stale)}"
         fix = f"Cache latents and text again without --keep_cache, or delete their files ({stale[0]}_*_{code}*)."
@@ -56,10 +60,15 @@ def _latents(found: Found, code: str) -> dict[str, int]:
     """The names of the items whose latents are cached, as the host reads them off the files, and how many each has."""
     behind = 3 if found.data.video else 2  # frames, size, code
     names: dict[str, int] = {}
-    for path in glob.glob(os.path.join(glob.escape(str(found.cache)), f"*_{code}.safetensors")):
+    for path in _files(found, code):
         stem = "_".join(os.path.basename(path).split("_")[:-behind])
         names[stem] = names.get(stem, 0) + 1
     return names
+
+
+def _files(found: Found, code: str) -> list[str]:
+    """The files of cached latents."""
+    return glob.glob(os.path.join(glob.escape(str(found.cache)), f"*_{code}.safetensors"))
 
 
 def _missing(missing: dict[str, list[str]], items: int, architecture: architectures.Architecture) -> list[Finding]:
