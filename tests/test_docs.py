@@ -31,6 +31,7 @@ GPU, NETWORK, HOURS, GUI = "needs a GPU", "needs a network", "takes hours", "nee
 RUN_BY = {
     "python install.py demo": "tests/portraitlab/test_demo.py::test_the_demo_writes_files_a_page_and_a_table",
     "python install.py test": "this very run, in .ci/run",
+    "spf cache-prompts": "tests/hosts/musubi/test_prompts.py::test_what_is_current_is_left_alone",
     "python install.py --sd-scripts": "tests/test_install.py::test_install_twice_and_uninstall",
     "python PATH/TO/spf-plugin/install.py": f"{GUI}; tests/test_install.py::test_install_twice_and_uninstall",
     "python -m tests.lorafile.real": "needs checkouts; tests/lorafile/test_lora_real.py runs what it records",

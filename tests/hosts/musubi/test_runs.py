@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -190,6 +191,25 @@ def test_its_numbers_are_in_the_trainers_logs(musubi: Musubi, tmp_path: Path) ->
     (events,) = (tmp_path / "logs").rglob("events*")
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"loss/current", "spf/drift_outside", "spf/stage"} <= set(tags)
+
+
+def drift(result: Result, logs: Path) -> float:
+    """Outside the target, over the last steps of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert result.returncode == 0, result.log[-4000:]
+    (events,) = logs.rglob("events*")
+    values = [event.value for event in EventAccumulator(str(events)).Reload().Scalars("spf/drift_outside")]
+    return fmean(values[-8:])
+
+
+def test_drift_outside_the_target_falls(musubi: Musubi, tmp_path: Path) -> None:
+    """Beside a plain LoRA of as many steps, which SPF only measures."""
+    found = []
+    for name, settings in (("plain", OFF), ("spf", ())):
+        flags = {"logging_dir": tmp_path / name, "log_with": "tensorboard", "max_train_steps": 48}
+        found.append(drift(musubi.train(*EVERY_STEP, *settings, **flags), tmp_path / name))
+    assert found[1] < 0.7 * found[0], found
 
 
 def test_another_network_of_the_hosts(musubi: Musubi) -> None:
