@@ -207,9 +207,14 @@ def test_drift_outside_the_target_falls(musubi: Musubi, tmp_path: Path) -> None:
     """Beside a plain LoRA of as many steps, which SPF only measures."""
     found = []
     for name, settings in (("plain", OFF), ("spf", ())):
-        flags = {"logging_dir": tmp_path / name, "log_with": "tensorboard", "max_train_steps": 48}
+        flags = {
+            "logging_dir": tmp_path / name,
+            "log_with": "tensorboard",
+            "max_train_steps": 60,
+            "learning_rate": 3e-3,
+        }
         found.append(drift(musubi.train(*EVERY_STEP, *settings, **flags), tmp_path / name))
-    assert found[1] < 0.7 * found[0], found
+    assert found[1] < 0.5 * found[0], found
 
 
 def test_another_network_of_the_hosts(musubi: Musubi) -> None:
