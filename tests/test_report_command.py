@@ -463,12 +463,16 @@ def test_importing_it_is_light() -> None:
     reason="BROWSER NOT TESTED: set SPF_CHROMIUM to a Chromium to load the page in a real browser",
 )
 @pytest.mark.parametrize("width", [1280, 360])
-def test_a_real_browser(made: Path, tmp_path: Path, width: int) -> None:
-    """Every picture is decoded, nothing is wider than the window, the console stays empty."""
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_a_real_browser(made: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    """Every picture is decoded, nothing is wider than the window, text stands out from the page; the console stays
+    empty."""
     probe = (
         "<script>addEventListener('load',()=>{const w=document.documentElement.scrollWidth;"
         "const broken=[...document.images].filter(i=>!i.naturalWidth).length;"
-        "document.title=`probe ${innerWidth} ${w} ${broken}`})</script></body>"
+        "const s=getComputedStyle(document.body);const sum=c=>c.match(/\\d+/g).slice(0,3).reduce((a,b)=>a+ +b,0);"
+        "document.title=`probe ${innerWidth} ${w} ${broken} ${sum(s.color)} ${sum(s.backgroundColor)}`})"
+        "</script></body>"
     )
     text = (made / "report.html").read_text(encoding="utf-8").replace("</body>", probe)
     framed = tmp_path / "framed.html"
@@ -484,11 +488,13 @@ def test_a_real_browser(made: Path, tmp_path: Path, width: int) -> None:
         "--disable-gpu",
         "--allow-file-access-from-files",
     ]
+    words += [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"]  # Chromium's own numbers
     words += ["--enable-logging=stderr", "--virtual-time-budget=8000", "--window-size=1400,900", "--dump-dom"]
     done = subprocess.run([*words, (tmp_path / "outer.html").as_uri()], capture_output=True, text=True, timeout=120)
-    found = re.search(r"<title>probe (\d+) (\d+) (\d+)</title>", done.stdout)
+    found = re.search(r"<title>probe (\d+) (\d+) (\d+) (\d+) (\d+)</title>", done.stdout)
     assert found, done.stdout[-500:] + done.stderr[-500:]
-    inner_width, content_width, broken = map(int, found.groups())
+    inner_width, content_width, broken, ink, paper = map(int, found.groups())
+    assert (ink > paper + 300) if scheme == "dark" else (paper > ink + 300)
     assert inner_width == width
     assert content_width <= width
     assert broken == 0

@@ -16,7 +16,7 @@ from spf_plugin.tools.report.results import Request, Result, Row, Variant
 
 IN_HERO = 4  # columns
 MAPPED = 2  # prompts whose maps are shown
-PHRASE_COLUMNS = 8
+PHRASE_COLUMNS = (5, 8)  # at least, so that two maps are not as large as the page; and at most
 MISSING = "–"
 
 
@@ -108,7 +108,7 @@ def tiles(result: Result) -> list[dict[str, Any]]:
         known = [value for value in row.values if value is not None and np.isfinite(value)]
         if not known:  # such as a face, where no picture shows one
             continue
-        top = max([*known, 1e-9])
+        top = max([*map(abs, known), 1e-9])
         bars = _bars(result, row, row.values, top)
         out.append({"title": row.tile, "text": f"{row.note[0].upper()}{row.note[1:]}. Mean of {row.n}.", "bars": bars})
     return out
@@ -116,7 +116,13 @@ def tiles(result: Result) -> list[dict[str, Any]]:
 
 def _bars(result: Result, row: Row, values: Sequence[float | None], top: float) -> list[dict[str, Any]]:
     return [
-        {"kind": v.kind, "label": v.label, "value": _written(row, x), "width": round(100 * abs(x) / (top or 1), 1)}
+        {
+            "kind": v.kind,
+            "label": v.label,
+            "value": _written(row, x),
+            "width": round(100 * abs(x) / (top or 1), 1),
+            "below": x < 0,
+        }
         for v, x in zip(result.variants, values, strict=True)
         if x is not None and np.isfinite(x)
     ]
@@ -174,7 +180,8 @@ def held_part(result: Result) -> dict[str, Any] | None:
         shown = {trained: rows[row.beside].values, **parts}
         top = max([abs(x) for values in shown.values() for x in values if x is not None and np.isfinite(x)] or [0.0])
         groups = [{"name": name, "bars": _bars(result, row, values, top)} for name, values in shown.items()]
-        charts.append({"title": row.tile, "text": f"{row.note[0].upper()}{row.note[1:]}.", "groups": groups})
+        pale = " Pale bars are below 0." if any(x < 0 for xs in shown.values() for x in xs if x is not None) else ""
+        charts.append({"title": row.tile, "text": f"{row.note[0].upper()}{row.note[1:]}.{pale}", "groups": groups})
     cards = [
         {
             "without": [page.picture(v.held[i], f"{v.label}: {text}") for v in result.variants],
@@ -276,7 +283,8 @@ def phrase_parts(result: Result) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         f"Each phrase's share of the cross-attention, at timestep {middle}. Distance is how far a phrase's meaning is "
         "from the target's (0 to 1), by the model's own text encoder."
     )
-    columns = min(PHRASE_COLUMNS, max(len(part["images"]) for part in parts))
+    fewest, most = PHRASE_COLUMNS
+    columns = min(most, max(fewest, *(len(part["images"]) for part in parts)))
     return {"text": text, "parts": parts, "columns": columns}, figures.sheet(sheet)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Image8 = NDArray[np.uint8]
 
 #: The colours of the page's classes of the same names.
-COLOURS = {"base": "#8b8f98", "plain": "#d1495b", "spf": "#00798c"}
+COLOURS = {"base": "#8b8f98", "plain": "#c43d50", "spf": "#00798c"}
 INK, PAPER, LINE = "#2b2d33", "#ffffff", "#e3e0da"
 
 
@@ -101,7 +101,7 @@ def drift_lines(lines: Mapping[str, tuple[str, bool, Mapping[int, float]]]) -> b
     Args:
         lines: label -> (key of `COLOURS`, whether dashed, timestep -> drift).
     """
-    figure, axes = new_figure(5.8, 3.4)  # narrow: a phone shows it at 400 pixels
+    figure, axes = new_figure(4.5, 3.2)  # narrow: a phone shows it at 300 pixels
     for label, (kind, dashed, points) in lines.items():
         style = (0, (4, 2)) if dashed else "-"
         axes.plot(
