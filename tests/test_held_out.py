@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
 from spf_plugin.core.prompt import parse_targets
 from spf_plugin.errors import SPFError
+from spf_plugin.tools.cli.report import report
 from spf_plugin.tools.report import held_out, measures
 from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.results import Variant
@@ -24,6 +27,7 @@ def test_the_bank() -> None:
     assert len(texts) == len(set(texts))
     assert all(len(group) == len(next(iter(bank.values()))) for group in bank.values())
     assert 2 * len(bank) == held_out.PROMPTS
+    assert inspect.signature(report).parameters["held_out"].default == str(held_out.PROMPTS)
     chosen = held_out.choose(held_out.PROMPTS, (), ())
     assert {len(members) for members in chosen.members.values()} == {2}
     assert list(chosen.members) == list(bank)  # a group's prompts stand together
