@@ -134,6 +134,9 @@ def test_without_weights_spf_is_plain_lora_byte_for_byte(run: Any) -> None:
     measured, plain = run("measured", MEASURE_ONLY, **arguments), run("unmeasured", **arguments)
     assert same(load_file(measured.path), load_file(plain.path))
     assert any("spf/drift_outside" in row for row in measured.history)
+    assert measured.run is not None
+    assert measured.run.drift is not None  # where docs/method.md sends who asks what plain training would have done
+    assert measured.run.drift[1] > 0
 
 
 def test_gradient_checkpointing_changes_nothing(trained: loop.Result, run: Any) -> None:
