@@ -303,8 +303,8 @@ def create_arch_network_from_weights(
         SPFError: with every mistake found, before anything is created.
     """
     assert unet is not None  # every caller names it
-    module = adapters.module_for_weights(list(weights_sd), musubi.default_network())
     if for_inference:
+        module = musubi.network_for(weights_sd)
         entry = adapters.load_module(module, "create_arch_network_from_weights").create_arch_network_from_weights
         return entry(multiplier, weights_sd, text_encoders, unet, for_inference=True, **kwargs)
     words = raw_network_args()  # the trainer passes none of them on

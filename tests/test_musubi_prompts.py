@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,25 @@ def test_faults(tmp_path: Path) -> None:
     assert found() is Fault.DAMAGED
     path.unlink()
     assert found() is Fault.MISSING
+
+
+def test_records_of_two_tokenizers_do_not_go_together(tmp_path: Path) -> None:
+    """Each is current by itself; together one of them would be counted in the other's tokens."""
+    first, second = recorded(tmp_path, CAPTIONS[:2])
+    path = prompts.beside(second)
+    record = prompts.read(path)
+    other = {text: [*ids, 7] if text == "blonde hair" else ids for text, ids in record.tokens.items()}
+    for changed in (
+        replace(record, tokens=other),
+        replace(record, prefix="<other>", tokens={**record.tokens, "<other>": [1]}),
+    ):
+        prompts.write(path, changed, prompts.base_tensors(path), prompts.phrase_vectors(path))
+        errors, _ = replay.problems(
+            Replay(named("zimage")), [first, second], {}, TARGETS, ZImage(nn.Module()), "COMMAND"
+        )
+        assert len(errors) == 1
+        assert "1 of 2 trained items are " in errors[0]
+        assert "another" in errors[0]
 
 
 def test_encodings_of_another_caption_are_not_near() -> None:

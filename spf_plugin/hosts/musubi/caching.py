@@ -25,7 +25,7 @@ from spf_plugin.hosts.musubi import items, prompts, rules, scripts
 from spf_plugin.hosts.musubi.architectures import Architecture
 from spf_plugin.hosts.musubi.encoders import Encoder
 from spf_plugin.hosts.musubi.prompts import Record, Stamp
-from spf_plugin.hosts.musubi.replay import LONG, Fault, fault, of_vector
+from spf_plugin.hosts.musubi.replay import LONG, Fault, Tokens, fault, of_vector
 from spf_plugin.text import TextSide
 
 ENOUGH = 4  # encodings of another encoder, after which nothing else is looked at
@@ -151,10 +151,16 @@ def run(
         raise SPFError(f"a caption of the data set cannot be read: {error}") from error
     if not captions:
         raise SPFError(f"--dataset_config {args.dataset_config}: there are no captions in its data sets.")
-    todo = []
+    todo, tokens = [], Tokens()
     for text, said in captions.items():
-        if isinstance(fault(text, said, targets, family), Fault):
+        told = fault(text, said, targets, family)
+        if isinstance(told, Fault):
             todo.append(text)
+        elif not tokens.agree(told):
+            todo = list(captions)  # whose tokenizer is the right one nobody knows
+            break
+        else:
+            tokens.add(told)
     current, unfit = len(captions) - len(todo), _Unfit(architecture)
     ready = [text for text in todo if unfit.takes(text, captions[text])]
     if ready:

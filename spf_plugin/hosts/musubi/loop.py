@@ -50,6 +50,12 @@ def default_network() -> str:
     return architecture.network if architecture else "networks.lora"
 
 
+def network_for(names: Iterable[str]) -> str:
+    """The host's network module that reads a LoRA file with these tensors."""
+    kinds = {".hada_": "networks.loha", ".lokr_": "networks.lokr"}
+    return next((kinds[mark] for name in names for mark in kinds if mark in name), default_network())
+
+
 def fails_before_us() -> bool:
     """Whether the host fails, without a reason, between importing the network's module and calling it."""
     return is_calling() and bool(rules.too_early(_calling()[1]))

@@ -36,6 +36,24 @@ class Fault(Enum):
     TARGET = "are of another target"
     CAPTION = "are of another caption than the data set has now"
     TEXT = "are older than the cached text beside them"
+    TOKENS = "are of another tokenizer than those of the others"
+
+
+class Tokens:
+    """What records say of the tokenizer that they were made with."""
+
+    def __init__(self) -> None:
+        self.prefix: str | None = None
+        self.ids: dict[str, Sequence[int]] = {}
+
+    def agree(self, record: Record) -> bool:
+        """Whether it says the same as those before."""
+        same = all(self.ids.get(text, ids) == ids for text, ids in record.tokens.items())
+        return same and self.prefix in (None, record.prefix)
+
+    def add(self, record: Record) -> None:
+        self.prefix = record.prefix
+        self.ids.update(record.tokens)
 
 
 class Replay:
@@ -46,9 +64,9 @@ class Replay:
     """
 
     def __init__(self, architecture: Architecture):
-        self.architecture, self.prefix = architecture, ""
+        self.architecture = architecture
         self.captions: dict[str, str] = {}  # by the file with the host's cached text
-        self._tokens: dict[str, Sequence[int]] = {}
+        self._tokens = Tokens()
         self._bases: dict[str, str] = {}
         self._vectors: dict[str, Tensor] = {}
 
@@ -60,18 +78,26 @@ class Replay:
             record: what the file beside it says.
         """
         path = prompts.beside(text)
-        self.captions[text], self.prefix = record.caption, record.prefix
-        self._tokens.update(record.tokens)
+        self.captions[text] = record.caption
+        self._tokens.add(record)
         if record.base != record.caption:
             self._bases.setdefault(record.base, path)
         if any(phrase not in self._vectors for phrase in record.phrases):
             found = prompts.phrase_vectors(path)
             self._vectors.update(zip(record.phrases, found, strict=True))
 
+    def agrees(self, record: Record) -> bool:
+        """Whether one tokenizer can have made it and the others."""
+        return self._tokens.agree(record)
+
+    @property
+    def prefix(self) -> str:
+        return self._tokens.prefix or ""
+
     def tokenize(self, text: str) -> Sequence[int]:
-        if text not in self._tokens:
+        if text not in self._tokens.ids:
             raise SPFError(f"{text!r} was not tokenized when the prompts were cached. Run spf cache-prompts again.")
-        return self._tokens[text]
+        return self._tokens.ids[text]
 
     def encode(self, prompts_: Sequence[str], beside: Sequence[str] = ()) -> Text:
         """One prompt: base prompts have another beside them, phrases have none."""
@@ -94,7 +120,7 @@ class _Covered:
         return self._record.tokens[text]
 
     def encode(self, prompts_: Sequence[str], beside: Sequence[str] = ()) -> Text:
-        if not set(prompts_) <= {self._record.base, *self._record.phrases}:
+        if not set(prompts_) <= ({self._record.base} if beside else set(self._record.phrases)):
             raise KeyError(prompts_)
         return of_vector(torch.zeros(1))
 
@@ -149,6 +175,8 @@ def problems(
     gone = 0
     for text in items:
         told = fault(text, captions.get(text, ()), targets, family)
+        if isinstance(told, Record) and not replay.agrees(told):
+            told = Fault.TOKENS
         if isinstance(told, Fault):
             found.setdefault(told, []).append(prompts.beside(text))
             continue
