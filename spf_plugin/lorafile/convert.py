@@ -8,19 +8,25 @@ from collections.abc import Mapping
 import torch
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import dit_convert, dit_names, names, plain
+from spf_plugin.lorafile import dit_convert, dit_names, musubi_convert, names, plain
 from spf_plugin.lorafile.dit_rules import other_alpha
 from spf_plugin.lorafile.findings import some
 from spf_plugin.lorafile.inspect import Description, describe, gather
+from spf_plugin.lorafile.musubi_names import MUSUBI_BASES
 
 
 def to_diffusers(
-    state_dict: Mapping[str, torch.Tensor], *, peft: bool, notes: list[str] | None = None
+    state_dict: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    peft: bool,
+    notes: list[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Rename a kohya LoRA to diffusers' keys, alpha multiplied in (those formats store none).
 
     Args:
         state_dict: A plain LoRA in kohya naming with one alpha per module, e.g. from `normalise`.
+        metadata: Tells models apart where names and shapes do not.
         peft: ``unet.<path>.lora_A.weight`` names; else the attention-processor names of diffusers' first LoRAs,
             which ComfyUI reads too. Of transformers (but Anima) both are ``transformer.<path>.lora_A.weight``.
         notes: Gets one line where alpha was multiplied in.
@@ -32,11 +38,13 @@ def to_diffusers(
         SPFError: diffusers or peft is missing, or the file holds more than plain LoRA, or is for another model.
     """
     notes = [] if notes is None else notes
-    description = describe(gather(state_dict.items(), {}))
+    description = describe(gather(state_dict.items(), metadata or {}))
     if description.base == "anima":
         return _anima(state_dict, description, peft=peft, notes=notes)
     if description.base in dit_convert.SPLIT:
         return dit_convert.split(state_dict, description, notes)
+    if description.base in MUSUBI_BASES:
+        return musubi_convert.to_diffusers(state_dict, description, notes)
     try:
         from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
@@ -47,7 +55,8 @@ def to_diffusers(
     if odd or description.base not in ("sd1", "sd2", "sdxl"):
         what = some(odd) or names.BASE_LABEL[description.base]
         raise SPFError(
-            f"Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma and Lumina 2 can be converted; {what} is not."
+            "Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma, Lumina 2 and of what musubi-tuner trains can be "
+            f"converted; {what} is not."
         )
     kohya: dict[str, torch.Tensor] = {}
     alphas: list[bool] = []
@@ -79,36 +88,41 @@ def to_diffusers(
 def to_kohya(
     state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str], notes: list[str]
 ) -> dict[str, torch.Tensor]:
-    """A LoRA in diffusers' names of a transformer whose modules it splits, put together under kohya's names; any other
-    as it is.
+    """A LoRA in diffusers' names of a transformer whose modules it splits, put together under kohya's names; one of a
+    model that musubi-tuner trains under its names; any other as it is.
 
     Args:
         state_dict: from `normalise`, which gives every other file kohya's names.
         metadata: tells models apart where names and shapes do not, and may hold an alpha.
-        notes: see `dit_convert.join`.
+        notes: see `dit_convert.join`, `musubi_convert.to_host`.
 
     Raises:
-        SPFError: see `dit_convert.join`; alphas in the metadata.
+        SPFError: see `dit_convert.join`, `musubi_convert.to_host`; alphas in the metadata.
     """
     description = describe(gather(state_dict.items(), metadata))
-    if not dit_convert.is_split(description):
+    joined, musubi = dit_convert.is_split(description), description.base in MUSUBI_BASES
+    if not joined and not musubi:
         return dict(state_dict)
     told = other_alpha(metadata)
     if told:
         raise SPFError(
             f"lora_adapter_metadata asks for {told}, which cannot be kept here. Save the LoRA again in diffusers."
         )
-    return dit_convert.join(state_dict, description, notes)
+    if joined:
+        return dit_convert.join(state_dict, description, notes)
+    return musubi_convert.to_host(state_dict, description, notes)
 
 
-def to_comfyui(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_comfyui(
+    state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """Rename a kohya LoRA of a transformer to the names that ComfyUI maps for every model, ``diffusion_model.PATH``;
-    alphas and text encoders stay.
+    alphas and text encoders stay. `metadata` tells models apart where names and shapes do not.
 
     Raises:
         SPFError: a module that the model's table does not have, or a LoRA for SD1, SD2 or SDXL, which needs none of it.
     """
-    description = describe(gather(state_dict.items(), {}))
+    description = describe(gather(state_dict.items(), metadata or {}))
     if description.base not in dit_names.DIT_BASES:
         raise SPFError("ComfyUI reads kohya's names of this model: spf lora convert --to kohya is what you want.")
     out: dict[str, torch.Tensor] = {}

@@ -19,7 +19,7 @@ from spf_plugin.lorafile.findings import some
 from spf_plugin.lorafile.inspect import Description, Group
 
 StateDict = Mapping[str, torch.Tensor]
-SPLIT = ("sd3", "flux", "chroma", "lumina")  # that diffusers loads a LoRA of, by modules that it splits
+SPLIT = ("sd3", "flux", "chroma", "lumina", "flux2")  # that diffusers loads a LoRA of, by modules that it splits
 
 
 def is_split(description: Description) -> bool:
@@ -59,17 +59,15 @@ def split(state_dict: StateDict, description: Description, notes: list[str]) -> 
         )
     out: dict[str, torch.Tensor] = {}
     alphas: list[bool] = []
-    padded = 0
+    ragged = 0
     top = max(state_dict[group.keys["lora_down.weight"]].shape[0] for group in description.groups)
     for group in description.groups:
         assert group.resolved is not None
         down, own = (state_dict[group.keys[s]] for s in ("lora_down.weight", "lora_up.weight"))
         up, exact = plain.times(own, plain.scale(state_dict, group))
         alphas += [exact] if up is not own else []
-        if missing := top - down.shape[0]:
-            down = torch.cat([down, down.new_zeros(missing, down.shape[1])])
-            up = torch.cat([up, up.new_zeros(up.shape[0], missing)], dim=1)
-            padded += 1
+        ragged += down.shape[0] < top
+        down, up = plain.padded(down, up, top)
         if group.resolved.style == "split":
             pieces = [(dit_parts.parts(base)[group.resolved.module.path], up)]
         else:
@@ -77,8 +75,7 @@ def split(state_dict: StateDict, description: Description, notes: list[str]) -> 
         for part, rows in pieces:
             out[f"transformer.{part.module.path}.lora_A.weight"] = down
             out[f"transformer.{part.module.path}.lora_B.weight"] = rows.contiguous()
-    if padded:
-        notes.append(f"{padded} modules padded with zeros to rank {top}, as diffusers 0.35 takes every rank for one")
+    plain.say_padded(ragged, top, notes)
     plain.say_alphas(alphas, notes)
     return out
 

@@ -6,11 +6,12 @@ lora_conversion_utils.py).
 
 from __future__ import annotations
 
-from spf_plugin.lorafile import diffusers_rules
+from spf_plugin.lorafile import diffusers_rules, musubi_rules
 from spf_plugin.lorafile import findings as f
 from spf_plugin.lorafile.diffusers_rules import Strength, wrong_strengths
 from spf_plugin.lorafile.findings import Finding, some
 from spf_plugin.lorafile.inspect import Contents, Description
+from spf_plugin.lorafile.musubi_names import MUSUBI_BASES
 from spf_plugin.lorafile.names import BASE_LABEL, DitBase
 
 TO_PEFT, TO_COMFYUI, TO_DIFFUSERS = (f"spf lora convert --to {name}" for name in ("peft", "comfyui", "diffusers"))
@@ -23,6 +24,8 @@ def diffusers(contents: Contents, description: Description, base: DitBase) -> li
     label = BASE_LABEL[base]
     if base == "hunyuan_image":
         return [Finding("fail", "base", f"Its pipeline of {label} loads no LoRA.", "use ComfyUI")]
+    if base in MUSUBI_BASES:
+        return musubi_rules.diffusers(contents, description, base, lambda: _own(contents, description, base))
     out = []
     if base in _SINCE:
         out.append(Finding("note", "release", f"Releases before {_SINCE[base]} have no loader for {label}."))
@@ -76,8 +79,12 @@ def _strengths(contents: Contents, description: Description, base: DitBase) -> l
         for g in description.groups
         if g.resolved and {"lora_down.weight", "lora_up.weight"} <= set(g.keys)
     )
-    if base in _SINCE:
+    if base in _SINCE or base in MUSUBI_BASES:
         wrong["0.32"] = []  # no loader there
+    if base in ("zimage", "flux2"):  # of which 0.36 is the first, and does as 0.35 does with others
+        wrong["0.36"] = wrong.pop("0.35")
+    elif base == "krea2":
+        wrong["0.35"] = []
     return diffusers_rules.mixed(wrong, TO_DIFFUSERS)
 
 

@@ -1,4 +1,5 @@
-"""Fixed tables of every module that a LoRA can patch in the diffusion transformers that sd-scripts trains.
+"""Fixed tables of every module that a LoRA can patch in the diffusion transformers that sd-scripts trains, and what is
+asked of any transformer's names; those that musubi-tuner trains stand in `musubi_names`.
 
 As in `names`, they are built from the published layouts, and a test compares them with what the host's own networks
 make of its models. Each model has three styles: ``dit``, the paths of the original checkpoint, ``host``, where
@@ -13,10 +14,12 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import cast
 
-from spf_plugin.lorafile import dit_parts, names
+from spf_plugin.lorafile import dit_parts, musubi_names, names
+from spf_plugin.lorafile.musubi_names import MUSUBI_BASES
 from spf_plugin.lorafile.names import AnyBase, Base, Component, DitBase, Module, Resolved, text_modules
 
-DIT_BASES: tuple[DitBase, ...] = ("anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image")
+SD_SCRIPTS_BASES: tuple[DitBase, ...] = ("anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image")
+DIT_BASES = SD_SCRIPTS_BASES + MUSUBI_BASES
 #: Prefix of sd-scripts for each part of the text side. T5 is the third of FLUX.1 too, which has two.
 _TEXT: dict[DitBase, tuple[tuple[str, Component, str], ...]] = {
     "anima": (("lora_te", "te1", "qwen3"),),
@@ -27,6 +30,7 @@ _TEXT: dict[DitBase, tuple[tuple[str, Component, str], ...]] = {
     "hunyuan_image": (),
 }
 _METADATA: tuple[tuple[DitBase, str], ...] = (
+    *musubi_names.METADATA,  # flux_2 before flux
     ("anima", "anima"),
     ("sd3", "stable-diffusion-3"),
     ("sd3", "sd3"),
@@ -159,6 +163,8 @@ def host_path(base: DitBase, path: str) -> str:
 @cache
 def modules(base: DitBase) -> tuple[Module, ...]:
     """Every module of `base` that the host can train: `path` as the host calls it, `sgm` as the checkpoint does."""
+    if base in MUSUBI_BASES:
+        return musubi_names.modules(base)
     out = [Module("unet", host_path(base, path), path, "linear", i, o, "attention") for path, i, o in _rows(base)]
     for _, component, kind in _TEXT[base]:
         if kind.startswith("clip"):
@@ -169,18 +175,18 @@ def modules(base: DitBase) -> tuple[Module, ...]:
 
 
 def told_by(version: str, architecture: str) -> DitBase | None:
-    """The model that sd-scripts' metadata names: `ss_base_model_version`, `modelspec.architecture`."""
+    """The model that the host's metadata names: `ss_base_model_version`, `modelspec.architecture`."""
     return next(
         (base for base, start in _METADATA if version.startswith(start) or architecture.startswith(start)), None
     )
 
 
 def _prefix(base: DitBase, component: Component) -> str:
-    return next((prefix for prefix, part, _ in _TEXT[base] if part == component), "lora_unet")
+    return next((prefix for prefix, part, _ in _TEXT.get(base, ()) if part == component), "lora_unet")
 
 
 def kohya_name(base: AnyBase, module: Module, *, original: bool = False) -> str:
-    """Name of a module in a file that sd-scripts writes, of SD and SDXL too.
+    """Name of a module in a file that the host writes, of SD and SDXL too.
 
     Args:
         base: base model, not ``unknown``.
@@ -195,6 +201,8 @@ def kohya_name(base: AnyBase, module: Module, *, original: bool = False) -> str:
 
 def diffusers_name(base: DitBase, module: Module) -> str | None:
     """Path in diffusers' pipeline; None where diffusers joins or splits it, or it is not known here."""
+    if base in MUSUBI_BASES and base != "flux2":
+        return f"transformer.{musubi_names.diffusers_path(base, module.path)}"
     if base != "anima" or module.component != "unet":
         return None
     if module.path.startswith("llm_adapter."):
@@ -208,8 +216,9 @@ def diffusers_name(base: DitBase, module: Module) -> str | None:
 @cache
 def _index(base: DitBase) -> dict[str, Resolved]:
     """Underscored name -> module, for every style."""
-    out: dict[str, Resolved] = {}
-    for module in modules(base):
+    musubi = base in MUSUBI_BASES
+    out: dict[str, Resolved] = dict(musubi_names.index(base)) if musubi else {}
+    for module in () if musubi else modules(base):
         generic = [module.sgm, module.path] if module.component == "unet" else []
         for name in [kohya_name(base, module), kohya_name(base, module, original=True)]:
             out[name] = Resolved(module, "host" if name == kohya_name(base, module) else "dit")
@@ -222,7 +231,7 @@ def _index(base: DitBase) -> dict[str, Resolved]:
             for name in _text_names(base, module):
                 out.setdefault(name, Resolved(module, "text"))
     for path, part in dit_parts.parts(base).items():
-        for prefix in dit_parts.PREFIXES:
+        for prefix in (*dit_parts.PREFIXES, *([""] if musubi else [])):
             out[f"{prefix}{path}".replace(".", "_")] = Resolved(part.module, "split")
     return out
 
@@ -237,7 +246,7 @@ def _text_names(base: DitBase, module: Module) -> Iterator[str]:
 
 
 def resolve(base: AnyBase, name: str) -> Resolved | None:
-    """Find the module of `base` that `name` means: sd-scripts' name, ``diffusion_model.PATH``, or diffusers' path
+    """Find the module of `base` that `name` means: the host's name, ``diffusion_model.PATH``, or diffusers' path
     behind what trainers write before it. Of SD and SDXL what `names` finds; None where no table has it."""
     if base in DIT_BASES:
         return _index(base).get(name.replace(".", "_"))

@@ -2,7 +2,7 @@
 
 diffusers keeps q, k and v of an attention apart, and FLUX.1's `linear1` as four; a few modules have their two halves in
 the other order. Built from diffusers' published classes; a test compares the tables with the classes themselves, others
-the places with diffusers' own converters. Anima's modules are the same in both and stand in `dit_names`.
+the places with diffusers' own converters. Modules that are the same in both stand in `dit_names` and `musubi_names`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from spf_plugin.lorafile.names import DitBase, Module
+from spf_plugin.lorafile import musubi_names
+from spf_plugin.lorafile.names import AnyBase, DitBase, Module
 
 #: What trainers write before such a path: diffusers' own scripts and ai-toolkit, PEFT, OneTrainer, SimpleTuner.
 PREFIXES = ("transformer.", "base_model.model.", "lora_transformer_", "lycoris_")
@@ -115,6 +116,22 @@ def _flux_outside(width: int, *, modulation: bool) -> Iterator[Row]:
     yield from _last(width)
 
 
+def _flux2() -> Iterator[Row]:
+    """FLUX.2 dev's sizes; of what lies outside the blocks, where no network of the host reaches, nothing."""
+    width = 6144
+    for i in range(8):
+        block, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        for names, side, out, feed in ((_QKV, "img", "to_out.0", "ff"), (_ADDED, "txt", "to_add_out", "ff_context")):
+            yield from _split(f"{block}.attn", names, f"{theirs}.{side}_attn.qkv", width)
+            yield f"{block}.attn.{out}", f"{theirs}.{side}_attn.proj", width, width, 0
+            yield f"{block}.{feed}.linear_in", f"{theirs}.{side}_mlp.0", width, 6 * width, 0
+            yield f"{block}.{feed}.linear_out", f"{theirs}.{side}_mlp.2", 3 * width, width, 0
+    for i in range(48):
+        block, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        yield f"{block}.attn.to_qkv_mlp_proj", f"{theirs}.linear1", width, 9 * width, 0
+        yield f"{block}.attn.to_out", f"{theirs}.linear2", 4 * width, width, 0
+
+
 def _lumina() -> Iterator[Row]:
     width, condition, mlp = 2304, 1024, 9216
     for part, count, modulated in (("context_refiner", 2, False), ("noise_refiner", 2, True), ("layers", 26, True)):
@@ -139,14 +156,17 @@ def _rows(base: DitBase) -> Iterator[Row]:
         yield from _lumina()
     elif base == "hunyuan_image":
         yield from _flux(3584, 20, 40, modulation=True)
-    elif base != "anima":
+    elif base == "flux2":
+        yield from _flux2()
+    elif base in ("flux", "chroma"):
         yield from _flux(3072, 19, 38, modulation=base == "flux")
         yield from _flux_outside(3072, modulation=base == "flux")
 
 
 @cache
 def parts(base: DitBase) -> dict[str, Part]:
-    """diffusers' path -> the part, of every module that diffusers splits, joins or calls otherwise; of Anima none."""
+    """diffusers' path -> the part, of every module that diffusers splits, joins or calls otherwise; none of Anima and
+    of the models in `musubi_names` but FLUX.2."""
     inside = "blocks", "layers.", "refiner."
     return {
         path: Part(
@@ -166,10 +186,12 @@ def siblings(base: DitBase) -> dict[str, tuple[Part, ...]]:
     return {whole: tuple(sorted(found, key=lambda part: part.start)) for whole, found in out.items()}
 
 
-def fits(base: DitBase, module: Module, fans: tuple[int, int] | None) -> bool:
+def fits(base: AnyBase, module: Module, fans: tuple[int, int] | None) -> bool:
     """Whether features in and out are those of the module, in one of the sizes that the model comes in."""
     if fans == (module.fan_in, module.fan_out):
         return True
+    if base in musubi_names.MUSUBI_BASES:
+        return fans in musubi_names.sizes(base, module)
     if base != "sd3" or fans is None:
         return False
     medium, large = _SD3_WIDTHS

@@ -1,7 +1,8 @@
 """What A1111, Forge and ComfyUI do with LoRA files of diffusion transformers.
 
 Names in the layout of the checkpoint were read in ComfyUI 17358c8f (comfy/lora.py); diffusers' names were run in
-ComfyUI a125cd84, Forge dfdcbab6 and A1111 82a973c0 (`tests/lorafile/dit_programs.py`). diffusers' own rules stand in
+ComfyUI a125cd84, Forge dfdcbab6 and A1111 82a973c0 (`tests/lorafile/dit_programs.py`), those of the models that
+musubi-tuner trains in ComfyUI v0.19.3 (`tests/lorafile/musubi_programs.py`). diffusers' own rules stand in
 `dit_diffusers`, those of stable-diffusion.cpp in `dit_sdcpp`.
 """
 
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from spf_plugin.lorafile import dit_names, dit_parts
+from spf_plugin.lorafile import dit_names, dit_parts, musubi_names
 from spf_plugin.lorafile import findings as f
 from spf_plugin.lorafile.dit_diffusers import TO_COMFYUI, diffusers
 from spf_plugin.lorafile.dit_sdcpp import sdcpp
@@ -23,7 +24,9 @@ FORGE_LEFTOVERS = 12  # one more and Forge refuses the whole file
 _FORGE = ("flux", "chroma", "sd3")
 # Which of diffusers' names a program maps, by what stands before the path.
 _FLUX = ("transformer.", "lora_transformer_", "lycoris_")
-_COMFY_SPLIT: Mapping[str, tuple[str, ...]] = {"sd3": dit_parts.PREFIXES, "flux": _FLUX, "chroma": _FLUX}
+_COMFY_SPLIT: Mapping[str, tuple[str, ...]] = {
+    "sd3": dit_parts.PREFIXES, "flux": _FLUX, "chroma": _FLUX, "flux2": (*_FLUX, "")
+}  # fmt: skip
 _FORGE_SPLIT: Mapping[str, tuple[str, ...]] = {"flux": _FLUX}  # SD 3's are switched off there
 _A1111_PARTS = (".attn.to_q", ".attn.to_k", ".attn.to_v", ".attn.to_out.0")
 
@@ -49,6 +52,8 @@ def _ids(base: DitBase, prefixes: tuple[str, ...]) -> frozenset[str]:
 
 def comfy_ids(base: DitBase) -> frozenset[str]:
     """Module names that ComfyUI maps."""
+    if base in musubi_names.MUSUBI_BASES and base != "flux2":
+        return musubi_names.comfy_names(base)
     return _ids(base, _COMFY_SPLIT.get(base, ()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from spf_plugin.lorafile import dit_names, dit_parts
+from spf_plugin.lorafile import dit_names, dit_parts, musubi_names
 from spf_plugin.lorafile import findings as f
 from spf_plugin.lorafile.findings import Finding, some
 from spf_plugin.lorafile.inspect import Contents, Description, Group
@@ -13,7 +13,8 @@ from spf_plugin.lorafile.names import BASE_LABEL, DitBase, Module
 from spf_plugin.lorafile.sdcpp import renamed_suffix, separate
 
 TO_DIFFUSERS, TO_COMFYUI, TO_KOHYA = (f"spf lora convert --to {name}" for name in ("diffusers", "comfyui", "kohya"))
-_MODELS = ("flux", "chroma", "sd3", "anima")
+_MODELS = ("flux", "chroma", "sd3", "anima", *musubi_names.MUSUBI_BASES)
+_FLUX2_UNKNOWN = ("linear_in", "linear_out", "to_qkv_mlp_proj", ".attn.to_out")  # it has FLUX.1's names there
 _ROOT = "model.diffusion_model."
 _PREFIXES = ("lora.lora.", "lora.lora_", "lora.lycoris_", "lora.lycoris.", "lora.")
 _UNDERLINED = ("unet_", "te_", "te1_", "te2_", "te3_", "vae_")
@@ -27,11 +28,18 @@ _WORDS = (
 
 @cache
 def _theirs(base: DitBase) -> dict[str, tuple[str, int]]:
-    """diffusers' path -> the tensor of the checkpoint and which of its parts; of Anima none."""
+    """diffusers' path -> the tensor of the checkpoint and which of its parts; of Anima and Wan none."""
     out = {}
+    for path in musubi_names.fused(base):  # of Z-Image, whose checkpoint this is
+        for i, own in enumerate(musubi_names.unfused(path)):
+            out[own] = (f"{path}.weight", i)
+    if base == "krea2":
+        for module in dit_names.modules(base):
+            out[musubi_names.diffusers_path(base, module.path)] = (f"{module.path}.weight", 0)
     for whole, parts in dit_parts.siblings(base).items():
         for i, part in enumerate(parts):
-            out[part.module.path] = (f"{whole}.weight", i)
+            if base != "flux2" or not part.module.path.endswith(_FLUX2_UNKNOWN):
+                out[part.module.path] = (f"{whole}.weight", i)
     return out
 
 
@@ -64,6 +72,7 @@ def sdcpp(contents: Contents, description: Description, base: DitBase) -> list[F
     if base not in _MODELS:
         return [Finding("fail", "base", f"stable-diffusion.cpp has no {BASE_LABEL[base]}.", "use ComfyUI")]
     known = {f"{m.sgm}.weight" for m in dit_names.modules(base) if m.component == "unet"}
+    known -= {f"{path}.weight" for whole in musubi_names.fused(base) for path in musubi_names.unfused(whole)}
     known |= {whole for whole, _ in _theirs(base).values()}
     filed: dict[str, set[int]] = {}
     for key in contents.tensors:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from spf_plugin.lorafile import dit_names, names, reader
+from spf_plugin.lorafile import dit_names, dit_parts, names, reader
 from spf_plugin.lorafile.names import BASES, AnyBase, Base, Resolved
 from spf_plugin.lorafile.record import CONTINUED_WITH, KEY, Run
 
@@ -153,7 +153,7 @@ def split_key(key: str) -> tuple[str, str, Format]:
     if key.endswith((".alpha", ".dora_scale")):
         module, _, suffix = key.rpartition(".")
         return module, suffix, "kohya"
-    if key.startswith(("unet.", "text_encoder", "base_model.", "transformer.")):
+    if key.startswith(("unet.", "text_encoder", "base_model.", "transformer.", "diffusion_model.")):
         module, _, suffix = key.rpartition(".")
         return module, suffix, "diffusers"
     module, _, suffix = key.partition(".")
@@ -316,7 +316,7 @@ def describe(contents: Contents) -> Description:
             alphas.setdefault(component, Counter())[contents.alphas.get(name)] += 1
         fans = _fans(contents, group)
         if resolved is not None and fans is not None:
-            if fans == (resolved.module.fan_in, resolved.module.fan_out):
+            if dit_parts.fits(base, resolved.module, fans):
                 fits += 1
             else:
                 misfits.append(name)

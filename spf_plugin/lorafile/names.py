@@ -23,14 +23,17 @@ from typing import Literal
 Base = Literal["sd1", "sd2", "sdxl"]
 Kind = Literal["linear", "conv1", "conv3", "norm"]
 Component = Literal["unet", "te1", "te2", "te3"]
-Style = Literal["diffusers", "sgm", "text", "host", "dit", "split"]
-DitBase = Literal["anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image"]  # `dit_names`
+Style = Literal["diffusers", "sgm", "text", "host", "dit", "split", "fused"]
+DitBase = Literal[  # `dit_names`, `musubi_names`
+    "anima", "sd3", "flux", "chroma", "lumina", "hunyuan_image", "zimage", "qwen_image", "flux2", "krea2", "wan"
+]
 AnyBase = Base | DitBase | Literal["unknown"]
 
 BASES: tuple[Base, ...] = ("sd1", "sd2", "sdxl")
 BASE_LABEL = {
     "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "anima": "Anima", "sd3": "SD 3", "flux": "FLUX.1",
-    "chroma": "Chroma", "lumina": "Lumina 2", "hunyuan_image": "HunyuanImage-2.1", "unknown": "unknown",
+    "chroma": "Chroma", "lumina": "Lumina 2", "hunyuan_image": "HunyuanImage-2.1", "zimage": "Z-Image",
+    "qwen_image": "Qwen-Image", "flux2": "FLUX.2", "krea2": "Krea 2", "wan": "Wan", "unknown": "unknown",
 }  # fmt: skip
 
 # Channels per block, transformer depth per down block, width of the text condition, proj_in/proj_out are Linear.

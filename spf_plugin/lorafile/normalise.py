@@ -22,6 +22,7 @@ from spf_plugin.lorafile.findings import refuse_damaged, some
 from spf_plugin.lorafile.inspect import FP16_MAX, Description, algorithm, describe, dtype_name, gather
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.metadata import as_strings, complete
+from spf_plugin.lorafile.musubi_names import MUSUBI_BASES
 from spf_plugin.lorafile.names import Base, Module
 from spf_plugin.lorafile.record import CONTINUED_WITH, DIM_FROM_WEIGHTS
 
@@ -128,10 +129,12 @@ def _renamed(
     unet = [g.resolved for g in description.groups if g.resolved and g.resolved.module.component == "unet"]
     # SGM names beside conv_in or the time embedding stop diffusers, where its own names leave those out
     outside = base in names.BASES and any(map(never_mapped, unet)) and not any(r.style == "sgm" for r in unet)
-    split = is_split(description)  # diffusers' modules, which no other program's names can stand for one by one
+    # Names that no other program's can stand for one by one: diffusers' modules; and of what musubi-tuner trains every
+    # name is one that some program does not take in place of another.
+    split, musubi = is_split(description), base in MUSUBI_BASES
     for group in description.groups:
         name = group.name
-        if split or (group.resolved is None and group.format != "kohya"):
+        if split or (musubi and not name.startswith("lora_")) or (group.resolved is None and group.format != "kohya"):
             modules |= {key: {"": state_dict[key]} for key in group.keys.values()}  # kept as it is
             continue
         own = base in dit_names.DIT_BASES and name.startswith("lora_")  # ComfyUI's names of HunyuanImage stay

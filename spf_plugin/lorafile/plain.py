@@ -38,6 +38,21 @@ def times(up: torch.Tensor, scale: float) -> tuple[torch.Tensor, bool]:
     return out, bool((out.double() == exact).all())
 
 
+def padded(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors of a linear layer with zeros up to `rank`; themselves where they have it."""
+    missing = rank - down.shape[0]
+    if not missing:
+        return down, up
+    down = torch.cat([down, down.new_zeros(missing, down.shape[1])])
+    return down, torch.cat([up, up.new_zeros(up.shape[0], missing)], dim=1)
+
+
+def say_padded(count: int, rank: int, notes: list[str]) -> None:
+    """Note how many modules were padded, if any."""
+    if count:
+        notes.append(f"{count} modules padded with zeros to rank {rank}, as diffusers 0.35 takes every rank for one")
+
+
 def say_alphas(exact: Sequence[bool], notes: list[str]) -> None:
     """Note where alpha / rank was multiplied in: per module whether that was exact."""
     if exact:

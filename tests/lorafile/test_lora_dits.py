@@ -55,7 +55,7 @@ def test_the_tables_are_the_hosts_networks(kind: str, tmp_path_factory: pytest.T
         assert told[0] == base
 
 
-@pytest.mark.parametrize("base", dit_names.DIT_BASES)
+@pytest.mark.parametrize("base", dit_names.SD_SCRIPTS_BASES)
 def test_what_loads_what_sd_scripts_writes(base: DitBase) -> None:
     version = {"ss_base_model_version": base.replace("_", "-")}
     found = statuses(written(base), version)
@@ -99,14 +99,14 @@ def test_a_text_encoder_beside_the_transformer_does_not_change_the_model() -> No
 
 
 @pytest.mark.parametrize("base", dit_names.DIT_BASES)
-def test_what_sd_scripts_writes_comes_back_bit_for_bit(base: DitBase) -> None:
+def test_what_the_host_writes_comes_back_bit_for_bit(base: DitBase) -> None:
     tensors = written(base)
     mended, _, _ = normalise(tensors, {})
     assert mended.keys() == tensors.keys()
     assert all(mended[key] is tensors[key] for key in tensors)
 
 
-@pytest.mark.parametrize("base", dit_names.DIT_BASES)
+@pytest.mark.parametrize("base", dit_names.SD_SCRIPTS_BASES)
 def test_comfyuis_names_and_back(base: DitBase) -> None:
     tensors = written(base)
     theirs = convert.to_comfyui(tensors)
@@ -136,7 +136,7 @@ def test_anima_for_diffusers(peft: bool) -> None:
 
 
 def test_others_are_not_converted_for_diffusers() -> None:
-    with pytest.raises(SPFError, match=r"Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma and Lumina 2 can be"):
+    with pytest.raises(SPFError, match=r"Only plain LoRA of SD, SDXL, Anima, SD 3, FLUX.1, Chroma, Lumina 2 and of"):
         convert.to_diffusers(written("hunyuan_image"), peft=True)
 
 

@@ -280,10 +280,10 @@ def convert(
             converted = to_kohya(converted, strings, said)
             notes = said or notes  # of what was put together, not of how loaders take it apart
         if to is Target.comfyui:
-            converted, notes = to_comfyui(converted), said
+            converted, notes = to_comfyui(converted, strings), said
         elif to is not Target.kohya:
             notes = []  # they describe how loaders take the kohya form
-            converted = to_diffusers(converted, peft=to is Target.peft, notes=notes)
+            converted = to_diffusers(converted, strings, peft=to is Target.peft, notes=notes)
         writer.save(out, converted, strings)
     except SPFError as error:
         raise _fail(error) from None
