@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Install the plugin into a copy of sd-scripts, or run the demo or the tests in an environment of their own.
+"""Install the plugin into a copy of sd-scripts or musubi-tuner, or run the demo or the tests in an environment of their
+own.
 
     python install.py --sd-scripts DIR     in the Python environment that sd-scripts runs in
     python install.py --sd-scripts DIR --cli   the same, and what the spf command lacks there
+    python install.py --musubi-tuner DIR --cli   the same for musubi-tuner, whose prompts the spf command encodes
     python install.py demo                 train on the embedded model and write a report
     python install.py test                 run the whole test suite
 
@@ -87,17 +89,33 @@ def check_host(folder: Path) -> str:
     return "monolithic loop (up to v0.9.1)"
 
 
-def check_environment(folder: Path) -> None:
-    """Whether this Python is the one that sd-scripts runs in."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def check_environment(folder: Path, name: str) -> None:
+    """Whether this Python is the one that the host, `name`, runs in."""
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         own = next((p for v in ("venv", ".venv") for p in _pythons(folder / v) if p.exists()), None)
         hint = (
-            f"Run it with sd-scripts' own Python: {own} install.py ..."
+            f"Run it with {name}'s own Python: {quoted(own)} install.py ..."
             if own
-            else "Activate sd-scripts' environment first."
+            else f"Activate {name}'s environment first."
         )
         raise Stop(f"this Python ({sys.executable}) has no {', '.join(missing)}. {hint}")
+
+
+def pip(action: str, *words: str) -> list[str]:
+    """The command that installs or uninstalls here: pip's, or uv's where it made the environment without pip.
+
+    Raises:
+        Stop: neither is here.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", action, *(["-y"] if action == "uninstall" else []), *words]
+    theirs = ["--reinstall" if word == "--force-reinstall" else word for word in words]
+    command = ["pip", action, "--python", sys.executable, *theirs]
+    if uv := shutil.which("uv"):
+        return [uv, *command]
+    said = " ".join(["uv", *(quoted(Path(w)) if os.sep in w else w for w in command)])
+    raise Stop(f"this environment has no pip, and there is no uv to do without: {said}. Or: python -m ensurepip.")
 
 
 def _pythons(environment: Path) -> tuple[Path, Path]:
@@ -160,20 +178,25 @@ def our_shim(folder: Path) -> Path:
     return target
 
 
-def install(folder: Path, *, dry: bool) -> None:
-    """Package into the environment without touching any other package; shim into `networks/`."""
-    family = check_host(folder)
-    check_environment(folder)
-    target = our_shim(folder)  # before anything is changed
-    print(f"sd-scripts: {folder}\n  {family}")
+def add_package(*, dry: bool) -> None:
+    """This source into the environment, without touching any other package."""
     if installed_is_current():
         print("spf_plugin: already installed, this version")
-    else:
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--force-reinstall"]
-        if importlib.util.find_spec("setuptools") and importlib.util.find_spec("wheel"):
-            command.append("--no-build-isolation")  # nothing to download
-        with source_copy(dry=dry) as source:
-            run([*command, str(source)], dry=dry, quiet=True)
+        return
+    words = ["--no-deps", "--force-reinstall"]
+    if importlib.util.find_spec("setuptools") and importlib.util.find_spec("wheel"):
+        words.append("--no-build-isolation")  # nothing to download
+    with source_copy(dry=dry) as source:
+        run(pip("install", *words, str(source)), dry=dry, quiet=True)
+
+
+def install(folder: Path, *, dry: bool) -> None:
+    """Package into the environment; shim into `networks/`."""
+    family = check_host(folder)
+    check_environment(folder, "sd-scripts")
+    target = our_shim(folder)  # before anything is changed
+    print(f"sd-scripts: {folder}\n  {family}")
+    add_package(dry=dry)
     if target.exists() and filecmp.cmp(SHIM, target, shallow=False):
         print(f"shim: {target} is in place")
     else:
@@ -196,6 +219,67 @@ def install(folder: Path, *, dry: bool) -> None:
         "--train_data_dir DATA --output_dir OUT --output_name NAME\n"
         "SDXL: the same with sdxl_train_network.py and sdxl-12gb.toml. In DATA folders named by repeats: DATA/10_name"
     )
+
+
+# -- into musubi-tuner ----------------------------------------------------------------------------------------------
+
+
+def check_musubi(folder: Path) -> None:
+    """Whether a folder is a musubi-tuner that SPF supports.
+
+    Raises:
+        Stop: it is not, or too old.
+    """
+    package = folder / "src" / "musubi_tuner"
+    for needed in (package / "networks" / "lora.py", package / "zimage_train_network.py"):
+        if not needed.is_file():
+            raise Stop(
+                f"{folder} is not a copy of musubi-tuner with Z-Image: {needed.relative_to(folder)} is missing. Give "
+                "its top folder, or update it."
+            )
+    loop = package / "training" / "trainer_base.py"
+    if not loop.is_file() or "def process_batch" not in loop.read_text(encoding="utf-8", errors="replace"):
+        raise Stop(
+            f"{folder} is older than what SPF supports (no process_batch in {loop.relative_to(folder)}). Update "
+            "musubi-tuner (tested: v0.3.4)."
+        )
+
+
+def install_musubi(folder: Path, *, dry: bool) -> None:
+    """Package into the environment. musubi-tuner imports its network modules from there: nothing is copied."""
+    check_musubi(folder)
+    check_environment(folder, "musubi-tuner")
+    print(f"musubi-tuner: {folder}")
+    add_package(dry=dry)
+    print(f"trainers: {', '.join(musubi_trainers(folder))}")
+    if (folder / ".venv").is_dir() and importlib.util.find_spec("pip") is None:
+        print("uv sync takes SPF away again: run this again after it (uv run does not)")
+    more = " " if os.name == "nt" else " \\\n      "
+    print(
+        "\nAfter musubi-tuner's own two caching scripts, encode the prompts for SPF, with options of the second:\n"
+        f"  cd {quoted(folder)}\n"
+        f'  spf cache-prompts --arch zimage --target "blonde hair"{more}'
+        "--dataset_config DATA.toml --text_encoder MODEL\n"
+        "and train (nothing of musubi-tuner is edited; every other option as always):\n"
+        f"  accelerate launch src/musubi_tuner/zimage_train_network.py --dataset_config DATA.toml ...{more}"
+        '--network_module spf_plugin.lora --network_args "spf_target=blonde hair"'
+    )
+
+
+def musubi_trainers(folder: Path) -> list[str]:
+    """The LoRA trainers of a musubi-tuner folder that SPF knows, with what they train."""
+    from spf_plugin.hosts.musubi.scripts import SCRIPTS
+
+    there = folder / "src" / "musubi_tuner"
+    return [f"{s.file} ({s.said})" for s in SCRIPTS if s.supported and (there / s.file).is_file()]
+
+
+def uninstall_musubi(folder: Path, *, dry: bool) -> None:
+    """Take away what `install_musubi` brought."""
+    if not (folder / "src" / "musubi_tuner").is_dir():
+        raise Stop(f"{folder} is not a copy of musubi-tuner: src/musubi_tuner is missing. Give its top folder.")
+    run(pip("uninstall", PACKAGE), dry=dry, quiet=True)
+    take_command_line(dry=dry)
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
@@ -257,11 +341,7 @@ def add_command_line(*, dry: bool) -> None:
         constraints = Path(place, "constraints.txt")
         constraints.write_text("\n".join(fixed), encoding="utf-8")
         try:
-            run(
-                [sys.executable, "-m", "pip", "install", "--constraint", str(constraints), *wanted],
-                dry=dry,
-                quiet=True,
-            )
+            run(pip("install", "--constraint", str(constraints), *wanted), dry=dry, quiet=True)
         except Stop:
             raise Stop(
                 "the spf command was not added: no version fits beside the packages here, or none could be fetched. "
@@ -278,7 +358,7 @@ def add_command_line(*, dry: bool) -> None:
     print(f"spf command: added {', '.join(lines)}; nothing else moved")
 
 
-def offer_command_line(folder: Path) -> None:
+def offer_command_line(folder: Path, option: str) -> None:
     """Say what would bring it, where it is not here. Nothing is asked: the installer may run where nobody answers."""
     try:
         missing = lacking()
@@ -286,9 +366,12 @@ def offer_command_line(folder: Path) -> None:
         print(f"\nspf command: {stop}")
         return
     if missing:
-        command = [quoted(Path(sys.executable)), quoted(ROOT / "install.py"), "--sd-scripts", quoted(folder), "--cli"]
+        command = [quoted(Path(sys.executable)), quoted(ROOT / "install.py"), option, quoted(folder), "--cli"]
+        does = (
+            "check, doctor, lora" if option == "--sd-scripts" else "cache-prompts, without which it cannot train, check"
+        )
         print(
-            f"\nThe spf command (check, doctor, lora) lacks {', '.join(missing)}. This adds it, and moves nothing:\n"
+            f"\nThe spf command ({does}) lacks {', '.join(missing)}. This adds it, and moves nothing:\n"
             f"  {' '.join(command)}"
         )
 
@@ -313,7 +396,7 @@ def take_command_line(*, dry: bool) -> None:
             break
         ours -= needed
     if ours:
-        run([sys.executable, "-m", "pip", "uninstall", "-y", *sorted(ours)], dry=dry, quiet=True)
+        run(pip("uninstall", *sorted(ours)), dry=dry, quiet=True)
     if not dry:
         record.unlink()
 
@@ -343,7 +426,7 @@ def uninstall(folder: Path, *, dry: bool) -> None:
                 target.unlink()
             except OSError as error:
                 raise Stop(f"{target} was not removed: {error.strerror or error}. Is the folder yours?") from None
-    run([sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE], dry=dry, quiet=True)
+    run(pip("uninstall", PACKAGE), dry=dry, quiet=True)
     take_command_line(dry=dry)
 
 
@@ -379,6 +462,7 @@ def environment(*names: str) -> Path:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd-scripts", metavar="DIR", type=Path, help="the folder with train_network.py")
+    parser.add_argument("--musubi-tuner", metavar="DIR", type=Path, help="the folder with src/musubi_tuner")
     parser.add_argument("--uninstall", action="store_true", help="take the plugin out of DIR and its environment again")
     parser.add_argument(
         "--cli", action="store_true", help="also add what the spf command lacks there; nothing that is there moves"
@@ -398,18 +482,21 @@ def main(argv: list[str]) -> int:
         side_by_side = ["-n", "auto", "--maxprocesses", str(TEST_PROCESSES), "--dist", "worksteal"]
         command = [str(python), "-m", "pytest", *side_by_side, *options.rest]
         return subprocess.run(command, cwd=ROOT, env=one_thread).returncode
-    if options.sd_scripts is None:
+    given = options.sd_scripts or options.musubi_tuner
+    if given is None:
         parser.print_help()
         return 2
-    folder = options.sd_scripts.expanduser().resolve()
+    if options.sd_scripts and options.musubi_tuner:
+        raise Stop("--sd-scripts and --musubi-tuner have environments of their own: run it once for each, in each.")
+    folder = given.expanduser().resolve()
     if options.uninstall:
-        uninstall(folder, dry=options.dry_run)
+        (uninstall if options.sd_scripts else uninstall_musubi)(folder, dry=options.dry_run)
         return 0
-    install(folder, dry=options.dry_run)
+    (install if options.sd_scripts else install_musubi)(folder, dry=options.dry_run)
     if options.cli:
         add_command_line(dry=options.dry_run)
     else:
-        offer_command_line(folder)
+        offer_command_line(folder, "--sd-scripts" if options.sd_scripts else "--musubi-tuner")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The installer: into an environment of its own, beside a folder shaped like sd-scripts. No pinned package moves."""
+"""The installer: into an environment of its own, beside a folder shaped like sd-scripts or musubi-tuner. No pinned
+package moves."""
 
 from __future__ import annotations
 
@@ -288,3 +289,157 @@ def test_the_command_line_moves_nothing(
     for path in place.iterdir():
         if path.name.startswith(("click", "rich", "pydantic", "later", "shellingham")):
             shutil.rmtree(path)
+
+
+# -- musubi-tuner -----------------------------------------------------------------------------------------------------
+
+#: As its pyproject.toml pins them (v0.3.4).
+PINS = [
+    "accelerate-1.6.0", "av-14.0.1", "diffusers-0.32.1", "easydict-1.13", "einops-0.7.0", "ftfy-6.3.1",
+    "huggingface_hub-0.34.3", "opencv_python-4.10.0.84", "safetensors-0.4.5", "sentencepiece-0.2.1", "toml-0.10.2",
+    "tqdm-4.67.1", "transformers-4.57.6", "voluptuous-0.15.2",
+]  # fmt: skip
+#: What its trainer does with `--network_module`, from the folder of its package.
+LAUNCHED = """
+import importlib, os, sys
+sys.path.append(os.path.dirname(os.path.dirname(__file__)))
+module = importlib.import_module("spf_plugin.lora")
+print(module.__file__, callable(module.create_arch_network), callable(module.create_arch_network_from_weights))
+"""
+
+
+@pytest.fixture
+def musubi(tmp_path: Path) -> Path:
+    folder = tmp_path / "musubi tuner"
+    package = folder / "src" / "musubi_tuner"
+    for name, text in {
+        "networks/lora.py": "",
+        "zimage_train_network.py": "",
+        "wan_train_network.py": "",
+        "training/trainer_base.py": f"class NetworkTrainer:\n    def process_batch(self): ...\n{LAUNCHED}",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_into_musubi_tuner_and_out_again(python: Path, musubi: Path) -> None:
+    packages, files = freeze(python), tree(musubi)
+    dry = run(python, "--musubi-tuner", musubi, "--dry-run")
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert tree(musubi) == files
+    first = run(python, "--musubi-tuner", musubi)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "zimage_train_network.py (Z-Image), wan_train_network.py (Wan)" in first.stdout
+    assert "spf cache-prompts --arch zimage" in first.stdout
+    assert "accelerate launch src/musubi_tuner/zimage_train_network.py" in first.stdout
+    assert "already installed, this version" in run(python, "--musubi-tuner", musubi).stdout
+    assert freeze(python) == packages
+    assert tree(musubi) == files  # nothing is copied there
+    script = musubi / "src" / "musubi_tuner" / "training" / "trainer_base.py"
+    launched = subprocess.run([python, script], capture_output=True, text=True, cwd=musubi)
+    assert launched.returncode == 0, launched.stderr
+    assert "site-packages" in launched.stdout
+    assert launched.stdout.strip().endswith("True True")
+    away = run(python, "--musubi-tuner", musubi, "--uninstall")
+    assert away.returncode == 0, away.stdout + away.stderr
+    assert freeze(python) == packages
+    assert subprocess.run([python, script], capture_output=True, cwd=musubi).returncode != 0
+
+
+def test_musubi_tuners_pins_stay(
+    tmp_path: Path, musubi: Path, bare: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the command line lacks comes in, beside what `pyproject.toml` pins."""
+    (python, place), wheels = bare, tmp_path / "wheels"
+    wheels.mkdir()
+    for words in WHEELS:
+        wheel(wheels, *words)
+    for pin in PINS:
+        name, version = pin.split("-")
+        wheel(wheels, name, version)
+        wheel(wheels, name, "99.0")  # which must not be taken
+        with zipfile.ZipFile(wheels / f"{pin}-py3-none-any.whl") as file:
+            file.extractall(place)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+
+    def installed() -> set[str]:
+        return {path.name for path in place.glob("*.dist-info")}
+
+    before = installed()
+    assert {f"{pin}.dist-info" for pin in PINS} <= before
+    offered = run(python, "--musubi-tuner", musubi)
+    assert "cache-prompts, without which it cannot train" in offered.stdout, offered.stderr
+    assert "--musubi-tuner" in offered.stdout
+    assert installed() == before
+    done = run(python, "--musubi-tuner", musubi, "--cli")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert installed() > before
+    assert {name.split("-")[0] for name in installed() - before} == {"typer", "rich", "shellingham"}
+    assert run(python, "--musubi-tuner", musubi, "--uninstall").returncode == 0
+    assert installed() == before
+    for pin in PINS:
+        shutil.rmtree(place / f"{pin}.dist-info")
+        shutil.rmtree(place / pin.split("-")[0])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for uv is a shell script")
+def test_an_environment_that_uv_made(musubi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no pip: uv is asked, or its command said."""
+    environment = musubi / ".venv"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    code = "import site; print(site.getsitepackages()[0])"
+    place = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    for name in ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml"):
+        (place / f"{name}.py").touch()
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    said = run(python, "--musubi-tuner", musubi)
+    assert said.returncode != 0
+    assert f"uv pip install --python {python.parent.parent.parent}" in said.stderr.replace("'", "")
+    assert "--no-deps --reinstall" in said.stderr
+    assert "ensurepip" in said.stderr
+    assert "Traceback" not in said.stderr
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "uv").write_text(f'#!/bin/sh\necho "$@" >> {tools / "said"}\n', encoding="utf-8")
+    (tools / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    done = run(python, "--musubi-tuner", musubi, "--cli")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "uv sync takes SPF away again" in done.stdout
+    assert run(python, "--musubi-tuner", musubi, "--uninstall").returncode == 0
+    package, command_line, away = (tools / "said").read_text("utf-8").splitlines()
+    start = f"--python {python} "
+    assert package.startswith(f"pip install {start}--no-deps --reinstall ")
+    assert command_line.startswith(f"pip install {start}--constraint ")
+    assert command_line.endswith("rich>=13.7")
+    assert away == f"pip uninstall {start}spf-plugin"
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("networks/lora.py", "is not a copy of musubi-tuner with Z-Image: src"),
+        ("zimage_train_network.py", "zimage_train_network.py is missing"),
+        ("training/trainer_base.py", "older than what SPF supports (no process_batch in"),
+    ],
+)
+def test_not_musubi_tuner(musubi: Path, gone: str, message: str) -> None:
+    (musubi / "src" / "musubi_tuner" / gone).unlink()
+    done = run(Path(sys.executable), "--musubi-tuner", musubi)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "pip" not in done.stdout
+
+
+def test_of_two_hosts_each_has_its_own_environment(musubi: Path, host: Path) -> None:
+    done = run(Path(sys.executable), "--musubi-tuner", musubi, "--sd-scripts", host)
+    assert done.returncode != 0
+    assert "run it once for each" in done.stderr
+    nowhere = run(Path(sys.executable), "--musubi-tuner", host, "--uninstall")
+    assert nowhere.returncode != 0
+    assert "src/musubi_tuner is missing" in nowhere.stderr
+    assert "pip" not in nowhere.stdout
