@@ -162,7 +162,7 @@ def test_python(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         run: list[Any] = []
         monkeypatch.setattr(install, "environment", lambda *names: Path("python"))
         monkeypatch.setattr(install.subprocess, "run", lambda command, **_: run.append(command) or _Done())
-        for name in ("install", "uninstall"):
+        for name in ("install", "uninstall", "install_musubi", "uninstall_musubi"):
             monkeypatch.setattr(install, name, lambda folder, dry, name=name: run.append([name, folder]))
         monkeypatch.setattr(install, "add_command_line", lambda dry: None)
         assert install.main(words[1:]) == 0
@@ -172,7 +172,8 @@ def test_python(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         elif words[1] == "test":
             assert started[1:3] == ["-m", "pytest"]
         else:
-            assert started[0] == ("uninstall" if "--uninstall" in words else "install")
+            wanted = "uninstall" if "--uninstall" in words else "install"
+            assert started[0] == (f"{wanted}_musubi" if "--musubi-tuner" in words else wanted)
     elif words[0] == "-m" and words[1].split(".")[0] in ("portraitlab", "benchmarks", "spf_plugin"):
         parse(program_of(words[1]), words[2:], whole=command.whole)
     elif words[0] == "-m":
