@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from spf_plugin.hosts.kohya.scripts import SCRIPTS
 from spf_plugin.hosts.kohya.trainers import DITS
+from spf_plugin.hosts.musubi import scripts as musubi
 from spf_plugin.tools import doctor
 from spf_plugin.tools.cli import doctor as command
 from spf_plugin.tools.doctor import Doctor, Package
 from tests.hosts.conftest import HOSTS
+from tests.hosts.musubi.classes import checkouts
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +127,7 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def page(found: Doctor, monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> str:
-    monkeypatch.setattr(command, "examine", lambda *_: found)
+    monkeypatch.setattr(command, "examine", lambda *_, **__: found)
     result = CliRunner().invoke(command.app, [], env={"COLUMNS": str(columns)})
     assert result.exit_code == int(bool(found.problems)), result.output
     assert max(map(len, result.output.splitlines())) <= columns
@@ -224,3 +226,31 @@ def test_a_transformers_network_that_is_missing_is_a_problem(tmp_path: Path) -> 
     (tmp_path / "anima_train_network.py").write_text(anima, encoding="utf-8")
     (problem,) = doctor.look_at_host(tmp_path)[2]
     assert problem == "anima_train_network.py: networks/lora_anima.py, which makes its LoRA, is missing"
+
+
+@pytest.mark.skipif(not checkouts(), reason="NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+def test_a_real_musubi_tuner() -> None:
+    release, said, problems = doctor.look_at_musubi(checkouts()[0])
+    assert release
+    assert not problems
+    supported = {script.file: f"SPF fits ({script.said})" for script in musubi.SCRIPTS if script.supported}
+    assert supported.items() <= said.items()
+    assert "HunyuanVideo 1.5" in said["refused"]
+
+
+def test_a_musubi_tuner_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "src/musubi_tuner is missing" in doctor.look_at_musubi(tmp_path)[2][0]
+    package = tmp_path / "src" / "musubi_tuner"
+    package.mkdir(parents=True)
+    (package / "zimage_train_network.py").write_text("", encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text('version = "0.1.2"\n', encoding="utf-8")
+    release, said, (old, incomplete) = doctor.look_at_musubi(tmp_path)
+    assert (release, said) == ("0.1.2", {})
+    assert "older than what SPF supports" in old
+    assert "is not complete" in incomplete
+    monkeypatch.setattr(doctor, "look_at_packages", lambda: ([Package("torch", "2.5.1"), Package("xformers")], {}))
+    done = CliRunner().invoke(command.app, ["--musubi-tuner", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "musubi-tuner" in done.output
+    both = CliRunner().invoke(command.app, ["--musubi-tuner", str(tmp_path), "--sd-scripts", str(tmp_path)])
+    assert both.exit_code == 2

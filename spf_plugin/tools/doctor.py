@@ -1,4 +1,4 @@
-"""What is installed on this machine and whether sd-scripts fits: facts for a bug report.
+"""What is installed on this machine and whether sd-scripts or musubi-tuner fits: facts for a bug report.
 
 Every package is imported in a process of its own, so that a broken one (or one that crashes) is a line of the report
 and not its end. Nothing here needs torch, and nothing leaves the machine.
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import spf_plugin
 from spf_plugin.hosts.kohya.rules import trainer_problem
 from spf_plugin.hosts.kohya.scripts import named
+from spf_plugin.hosts.musubi import scripts as musubi
 
 #: import name -> name of the distribution
 PACKAGES = {
@@ -108,8 +110,9 @@ class Doctor:
         packages: versions and states.
         torch: what torch says of the GPU and of attention; empty where it cannot be imported.
         disks: `(what, folder, free bytes)`.
-        host: training script, or several -> what SPF says of it, for the sd-scripts folder that was given.
-        host_version: release of sd-scripts as far as its files tell.
+        host: training script, or several -> what SPF says of it, for the folder that was given.
+        host_name: `sd-scripts` or `musubi-tuner`.
+        host_version: its release as far as its files tell.
         problems: what would keep a run from starting.
     """
 
@@ -119,6 +122,7 @@ class Doctor:
     torch: dict[str, Any] = field(default_factory=dict)
     disks: list[tuple[str, str, int]] = field(default_factory=list)
     host: dict[str, str] = field(default_factory=dict)
+    host_name: str = "sd-scripts"
     host_version: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -220,16 +224,22 @@ def trainer_class(folder: Path, script: str) -> type | None:
     return make(own[-1]) if own else None
 
 
-def host_release(folder: Path) -> str:
-    """`git describe` of a checkout, else the newest version that its README's change log names."""
+def _described(folder: Path) -> str:
+    """`git describe` of a checkout; empty where it is none, or git is not here."""
     if (folder / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(folder), "describe", "--tags", "--always"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-            if done.returncode == 0 and done.stdout.strip():
-                return done.stdout.strip()
+            return done.stdout.strip() if done.returncode == 0 else ""
         except (OSError, subprocess.TimeoutExpired):
             pass
+    return ""
+
+
+def host_release(folder: Path) -> str:
+    """`git describe` of a checkout, else which training loop its source has."""
+    if described := _described(folder):
+        return described
     source = (folder / "train_network.py").read_text(encoding="utf-8", errors="replace")
     return "process_batch loop (2025 on)" if "def process_batch" in source else "monolithic loop (up to v0.9.1)"
 
@@ -268,6 +278,32 @@ def look_at_host(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     return host_release(folder), said, problems
 
 
+def look_at_musubi(folder: Path) -> tuple[str, dict[str, str], list[str]]:
+    """A musubi-tuner folder: release, what SPF says of each LoRA trainer, and problems."""
+    package = folder / "src" / "musubi_tuner"
+    if not package.is_dir():
+        return "", {}, [f"{folder} is not a copy of musubi-tuner: src/musubi_tuner is missing. Give its top folder."]
+    problems = []
+    loop = package / "training" / "trainer_base.py"
+    if "def process_batch" not in _text(loop):
+        problems.append(f"{folder} is older than what SPF supports (no process_batch). Update it (tested: v0.3.4).")
+    there = [script for script in musubi.SCRIPTS if (package / script.file).is_file()]
+    said = {} if problems else {s.file: f"SPF fits ({s.said})" for s in there if s.supported}
+    unknown = [
+        f"{script.name.removesuffix('_train_network')} ({script.said})" for script in there if not script.supported
+    ]
+    if unknown:
+        said["refused"] = f"{', '.join(unknown)}: SPF does not know their models"
+    if not (package / "networks" / "lora.py").is_file():
+        problems.append(f"{package / 'networks' / 'lora.py'} is missing: the copy of musubi-tuner is not complete.")
+    pinned = re.search(r'^version = "([^"]+)"', _text(folder / "pyproject.toml"), re.M)
+    return _described(folder) or (pinned[1] if pinned else ""), said, problems
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 # -- all --------------------------------------------------------------------------------------------------------------
 
 
@@ -302,26 +338,34 @@ def _homely(path: Path) -> str:
         return str(path)
 
 
-def examine(host: Path | None = None, progress: Callable[[str], None] = lambda what: None) -> Doctor:
+def examine(
+    host: Path | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+    *,
+    name: Literal["sd-scripts", "musubi-tuner"] = "sd-scripts",
+) -> Doctor:
     """Everything.
 
     Args:
-        host: a folder of sd-scripts, or None.
+        host: a folder of a trainer, or None.
         progress: called with what is being looked at.
+        name: of that trainer.
     """
-    found = Doctor(system=_system(), disks=list(_disks()))
+    found = Doctor(system=_system(), disks=list(_disks()), host_name=name)
     progress("packages")
     found.packages, found.torch = look_at_packages()
     for package in found.packages:
         if package.name in NEEDED and (package.error or not package.version):
             found.problems.append(f"{package.name} is needed: {package.state}")
         elif package.error and package.name in STOPS:
-            found.problems.append(f"{package.name} is broken, and {STOPS[package.name]}: {package.error}")
+            stops = STOPS[package.name].replace("sd-scripts", name)
+            found.problems.append(f"{package.name} is broken, and {stops}: {package.error}")
     low = [f"{what} ({folder})" for what, folder, free in found.disks if free < _GIB]
     if low:
         found.problems.append(f"less than 1 GiB is free in {', '.join(low)}")
     if host is not None:
-        progress("sd-scripts")
-        found.host_version, found.host, problems = look_at_host(host)
+        progress(name)
+        look = look_at_host if name == "sd-scripts" else look_at_musubi
+        found.host_version, found.host, problems = look(host)
         found.problems += problems
     return found

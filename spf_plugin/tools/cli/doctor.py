@@ -56,7 +56,7 @@ def _sections(found: Doctor) -> dict[str, list[tuple[str, str]]]:
         "free disk": [(what, f"{free / _GIB:.1f} GiB ({folder})") for what, folder, free in found.disks],
     }
     if found.host or found.host_version:
-        sections["sd-scripts"] = [("release", found.host_version), *found.host.items()]
+        sections[found.host_name] = [("release", found.host_version), *found.host.items()]
     sections["problems"] = [(str(i), text) for i, text in enumerate(found.problems, 1)] or [("none", "")]
     return sections
 
@@ -66,17 +66,25 @@ def doctor(
     sd_scripts: Annotated[
         Path | None, typer.Option("--sd-scripts", metavar="DIR", help="Look at this copy of sd-scripts too.")
     ] = None,
+    musubi_tuner: Annotated[
+        Path | None, typer.Option("--musubi-tuner", metavar="DIR", help="Look at this copy of musubi-tuner too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what is installed here, whether it works, and whether sd-scripts fits. Paste the page into a bug report.
+    """Say what is installed here, whether it works, and whether the trainer fits. Paste the page into a bug report.
 
     Run it in the Python environment that trains. Nothing is sent anywhere; user names in paths are left out.
 
     Exit status: 0 nothing stands against a run, 1 something does.
     """
+    if sd_scripts and musubi_tuner:
+        raise typer.BadParameter("--sd-scripts and --musubi-tuner have environments of their own: look at one in each")
+    folder = sd_scripts or musubi_tuner
     with Console(stderr=True).status("looking") as status:
         found = examine(
-            expanded(sd_scripts) if sd_scripts else None, lambda what: status.update(f"looking at {escape(what)}")
+            expanded(folder) if folder else None,
+            lambda what: status.update(f"looking at {escape(what)}"),
+            name="musubi-tuner" if musubi_tuner else "sd-scripts",
         )
     if as_json:
         say(json.dumps(found.as_json(), indent=2))
