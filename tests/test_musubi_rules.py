@@ -133,6 +133,18 @@ def test_items_of_two_data_sets_may_share_a_name() -> None:
     assert not found(data=[DATA, Dataset(DATA.items, "[[datasets]] 2")]).errors
 
 
+def test_data_sets_with_one_cache_by_two_names(tmp_path: Path) -> None:
+    """The host stops where the names are the same."""
+    (tmp_path / "cache").mkdir()
+    first, second, third = (
+        Dataset(DATA.items, f"[[datasets]] {i}", cache=str(tmp_path / name))
+        for i, name in enumerate(("cache", "elsewhere/../cache", "other"), 1)
+    )
+    (tmp_path / "elsewhere").mkdir()
+    (error,) = found(data=[first, second, third]).errors
+    assert error.startswith("[[datasets]] 1 and [[datasets]] 2 have one cache folder, ")
+
+
 def test_captions_without_the_target_are_said() -> None:
     told = found(data=[Dataset((*DATA.items, Item("a/3.png", "a man, red wall")))])
     assert not told.errors
@@ -202,8 +214,12 @@ def test_the_hosts_data_sets() -> None:
         def get_caption(self, i: int) -> tuple[str, str]:
             return self[i]
 
-    images = SimpleNamespace(datasource=Source([("a/1.png", "a man")]), has_control=False, multiple_target=True)
-    clips = SimpleNamespace(datasource=Source([("b/1.mp4", "a dog")]), has_control=True, target_frames=(1,))
+    images = SimpleNamespace(
+        datasource=Source([("a/1.png", "a man")]), has_control=False, multiple_target=True, cache_directory="a"
+    )
+    clips = SimpleNamespace(
+        datasource=Source([("b/1.mp4", "a dog")]), has_control=True, target_frames=(1,), cache_directory=None
+    )
     first, second = of_host(SimpleNamespace(datasets=[images, clips]))
-    assert first == Dataset((Item("a/1.png", "a man"),), multiple_target=True)
+    assert first == Dataset((Item("a/1.png", "a man"),), multiple_target=True, cache="a")
     assert second == Dataset((Item("b/1.mp4", "a dog"),), "[[datasets]] 2", video=True, control=True)

@@ -36,6 +36,7 @@ class Dataset:
         control: it has control images or videos.
         multiple_target: an item may be several images.
         one_frame: settings of one-frame training (`fp_1f_...`).
+        cache: the folder of its latents and text; empty where it is looked at elsewhere.
     """
 
     items: tuple[Item, ...] = ()
@@ -44,6 +45,7 @@ class Dataset:
     control: bool = False
     multiple_target: bool = False
     one_frame: tuple[str, ...] = ()
+    cache: str = ""
 
     @property
     def captions(self) -> list[str]:
@@ -71,6 +73,7 @@ def _of_host(dataset: Any, label: str) -> Dataset:
         bool(dataset.has_control),
         bool(getattr(dataset, "multiple_target", False)),
         tuple(name for name in ONE_FRAME if getattr(dataset, name, None)),
+        str(dataset.cache_directory or ""),
     )
 
 
@@ -78,6 +81,13 @@ def _items(source: Any) -> Iterator[Item]:
     for i in range(len(source)):
         path, caption = source.get_caption(i)
         yield Item(str(path), str(caption))
+
+
+def in_one_cache(datasets: Sequence[Dataset]) -> list[tuple[Dataset, Dataset]]:
+    """Data sets whose cache is one folder, by whatever names."""
+    first: dict[str, Dataset] = {}
+    pairs = ((first.setdefault(os.path.realpath(each.cache), each), each) for each in datasets if each.cache)
+    return [(one, other) for one, other in pairs if one is not other]
 
 
 def clashes(datasets: Sequence[Dataset]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 from spf_plugin.config import SPFConfig
 from spf_plugin.core import coverage
 from spf_plugin.hosts.looking import Found, folder_problems, name_problems
-from spf_plugin.hosts.musubi.dataset import Dataset, clashes
+from spf_plugin.hosts.musubi.dataset import Dataset, clashes, in_one_cache
 from spf_plugin.hosts.musubi.scripts import SUPPORTED, Script, script_of
 
 HOST = "musubi-tuner"
@@ -250,6 +250,11 @@ def _dataset_problems(datasets: Sequence[Dataset], script: Script | None) -> lis
             found.append(
                 f"{dataset.label}: {dataset.one_frame[0]} is for training that begins with an image. Take it out."
             )
+    for one, other in in_one_cache(datasets):
+        found.append(
+            f"{one.label} and {other.label} have one cache folder, {other.cache}, and {HOST} trains all that it finds "
+            "there with each. It compares the names only. Give each a cache_directory of its own."
+        )
     together = clashes(datasets)
     if together:
         first, second = together[0]

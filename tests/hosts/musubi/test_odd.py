@@ -37,3 +37,16 @@ def test_odd_captions(musubi: Musubi, tmp_path: Path) -> None:
     assert "prompts of 0 items encoded, of 9 current already" in musubi.cache_prompts(config).said
     trained = musubi.train(*EVERY_STEP, module=SPY, dataset_config=config, max_train_steps=12)
     assert {pair["target"] for pair in pairs(trained)} >= {True}
+
+
+@pytest.mark.kinds("zimage")
+def test_one_cache_by_two_names(musubi: Musubi, tmp_path: Path) -> None:
+    """The host stops where the names are the same, and would train all that lies there with either data set."""
+    config = tmp_path / "data.toml"
+    text = (musubi.data / "data.toml").read_text(encoding="utf-8")
+    block = text[text.index("[[datasets]]") :]
+    config.write_text(f"{text}\n{block.replace('/cache', '/images/../cache')}", encoding="utf-8")
+    refused = musubi.train(*EVERY_STEP, dataset_config=config)
+    assert refused.returncode != 0
+    assert "running training" not in refused.log
+    assert "[[datasets]] 1 and [[datasets]] 2 have one cache folder" in refused.said
