@@ -148,7 +148,7 @@ def presets() -> Mapping[str, list[str]]:
     """Trainer's file -> the presets whose first lines start it."""
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "presets").rglob("*.toml")):
-        started = re.search(r"^# Use: accelerate launch (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        started = re.search(r"^# Use: accelerate launch (?:\S+/)?(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         if started:
             found.setdefault(started[1], []).append(path.stem)
     return found

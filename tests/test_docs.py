@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Container
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +20,14 @@ import install
 from spf_plugin import config
 from spf_plugin.families.base import Family
 from spf_plugin.hosts.base import Host
+from spf_plugin.hosts.musubi import scripts as musubi_scripts
 from spf_plugin.tools import cli
 from spf_plugin.tools.check.host_options import OPTIONS
+from spf_plugin.tools.check.musubi import options as musubi
 from tests.documents import PAGES, ROOT, Command, blocks, commands, is_command
 from tests.hosts.conftest import HOSTS
 from tests.hosts.dits.kinds import KINDS, kind
+from tests.hosts.musubi.classes import checkouts
 
 COMMANDS = commands()
 GPU, NETWORK, HOURS, GUI = "needs a GPU", "needs a network", "takes hours", "needs the GUI's own environment"
@@ -61,6 +65,8 @@ RUN_BY = {
     "python -m benchmarks.dit_cost": "tests/test_plan_dits.py::test_activations_are_those_that_are_tracked",
     "python networks/": "sd-scripts' own tools, on real LoRAs; their options are compared with its source below",
     "python -m venv": "Python's own",
+    "python src/musubi_tuner/": "tests/hosts/musubi/test_walk.py::test_the_commands_of_the_page",
+    "accelerate launch src/musubi_tuner/": "tests/hosts/musubi/test_walk.py::test_the_commands_of_the_page",
     "accelerate launch": "tests/hosts/test_training.py::test_sd15_writes_an_ordinary_lora",
     "spf check": "tests/test_check.py::test_planted_mistake",
     "spf plan": "tests/test_plan.py::test_it_fits",
@@ -179,10 +185,18 @@ def test_python(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     elif words[0] == "-m":
         assert find_spec(words[1]) is not None
     else:
-        if not HOSTS:
-            pytest.skip("NO sd-scripts CHECKOUT FOUND (see README, Tests): its tools' options are not compared")
-        for host in HOSTS:
+        theirs = words[0].startswith("src/musubi_tuner/")
+        hosts = checkouts() if theirs else HOSTS
+        if not hosts:
+            name = "musubi-tuner" if theirs else "sd-scripts"
+            pytest.skip(f"NO {name} CHECKOUT FOUND (see README, Tests): its tools' options are not compared")
+        for host in hosts:
             source = (host / words[0]).read_text(encoding="utf-8")
+            if "_cache_" in words[0]:  # what the scripts of all models have is in another file
+                source += "".join(
+                    (host / "src" / "musubi_tuner" / f"cache_{what}.py").read_text(encoding="utf-8")
+                    for what in ("latents", "text_encoder_outputs")
+                )
             for option in (word for word in words if word.startswith("--")):
                 assert f'"{option}"' in source, (host.name, option)
 
@@ -197,17 +211,22 @@ TRAINERS = {"train_network.py", "sdxl_train_network.py", *(kind(name).SCRIPT for
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.program == "accelerate"], ids=str)
 def test_launch_lines(command: Command) -> None:
     assert command.words[1] == "launch"
-    assert command.words[2] in TRAINERS
     existing(list(command.words))
-    host_words(list(command.words[3:]))
+    if command.words[2].startswith("src/musubi_tuner/"):
+        script = musubi_scripts.named(command.words[2])
+        assert script is not None
+        host_words(list(command.words[3:]), musubi.known(script))
+    else:
+        assert command.words[2] in TRAINERS
+        host_words(list(command.words[3:]))
 
 
-def host_words(words: list[str]) -> None:
-    """Options that sd-scripts knows, and settings that SPF knows."""
+def host_words(words: list[str], known: Container[str] = OPTIONS) -> None:
+    """Options that the trainer knows (`known`), and settings that SPF knows."""
     ours: list[str] = []
     for i, word in enumerate(words):
         if word.startswith("--"):
-            assert word[2:] in OPTIONS, word
+            assert word[2:] in known, word
         if word == "--network_args":
             ours = words[i + 1 :]
     assert ours or "--network_args" not in words
