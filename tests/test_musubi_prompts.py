@@ -116,6 +116,9 @@ def test_faults(tmp_path: Path) -> None:
     assert found(captions=()) is None  # the data set has no such item any more
     assert found(captions=["another"]) is Fault.CAPTION
     assert found(targets=(Target("hair", "hat"),)) is Fault.TARGET
+    assert found(targets=(Target("blonde hair", "hat"),)) is Fault.TARGET
+    assert found(targets=(*TARGETS, Target("hat"))) is Fault.TARGET
+    assert found(targets=(Target("Blonde_hair"), *TARGETS)) is None  # the same in captions
     content = Path(text).read_bytes()
     Path(text).write_bytes(content)  # another time
     assert found() is None

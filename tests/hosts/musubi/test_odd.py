@@ -50,3 +50,10 @@ def test_one_cache_by_two_names(musubi: Musubi, tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "running training" not in refused.log
     assert "[[datasets]] 1 and [[datasets]] 2 have one cache folder" in refused.said
+
+
+@pytest.mark.kinds("zimage")
+def test_a_target_may_be_written_otherwise(musubi: Musubi) -> None:
+    """As a GUI without spaces has it. What was recorded is of the same phrase."""
+    result = musubi.train("spf_target=Blonde_hair", *EVERY_STEP[1:], max_train_steps=1)
+    assert "drift=" in result.log, result.log[-2000:]
