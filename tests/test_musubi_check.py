@@ -273,3 +273,12 @@ def test_a_preset_says_nothing_that_a_run_would_refuse(folder: Path, preset: str
 def test_a_presets_data_set(folder: Path, name: str) -> None:
     report = check(PRESETS / f"{name}.toml", [], script=None, target="blonde hair")
     assert set(codes(report)) == {"no-folder"}  # it is for the user to name them
+
+
+def test_every_finding_is_on_the_page() -> None:
+    sources = (Path(__file__).parents[1] / "spf_plugin" / "tools" / "check" / "musubi").glob("*.py")
+    made = r'(?:Finding\(|\.add\()\s*(?:"\w+"|level),\s*"([a-z0-9-]+)"'
+    found = {code for path in sources for code in re.findall(made, path.read_text(encoding="utf-8"))}
+    assert len(found) > 20
+    page = (Path(__file__).parents[1] / "docs" / "check.md").read_text(encoding="utf-8")
+    assert found <= set(re.findall(r"^\| `([a-z0-9-]+)`", page, re.MULTILINE))
