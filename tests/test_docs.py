@@ -60,6 +60,7 @@ RUN_BY = {
     "python -m benchmarks.step_cost --time": GPU,
     "python -m benchmarks.step_cost": "takes an hour; tests/test_cost.py::test_flops_of_a_pair_and_of_the_default_run",
     "python -m benchmarks.base_error": "tests/test_quantised.py::test_distance_from_the_unquantised_model",
+    "python -m benchmarks.plain_step": "takes minutes; it stops where a step that should be a plain one is none",
     "python -m benchmarks.reencoding": "tests/test_cached_text.py::test_bf16_is_far_from_another_caption",
     "python -m benchmarks.response_cost": "takes minutes and counts what tests/test_cost.py counts",
     "python -m benchmarks.dit_cost": "tests/test_plan_dits.py::test_activations_are_those_that_are_tracked",
