@@ -18,6 +18,7 @@ import filecmp
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -129,7 +130,7 @@ def installed_is_current() -> bool:
             sys.executable,
             "-P" if sys.version_info >= (3, 11) else "-I",
             "-c",
-            "import spf_plugin; print(spf_plugin.__path__[0])",
+            "import json, spf_plugin; print(json.dumps(spf_plugin.__path__[0]))",  # a pipe may lack letters of it
         ],
         capture_output=True,
         text=True,
@@ -137,7 +138,7 @@ def installed_is_current() -> bool:
     )
     if found.returncode:
         return False
-    installed, source = Path(found.stdout.strip()), ROOT / "spf_plugin"
+    installed, source = Path(json.loads(found.stdout)), ROOT / "spf_plugin"
     if installed.resolve() == source.resolve():
         return True
     names, there = (
@@ -439,7 +440,7 @@ def environment(*names: str) -> Path:
     wanted = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "requirements").glob("*.txt")))).hexdigest()
     stamp = ENVIRONMENT / f"spf-{names[0]}.stamp"
     python = next((p for p in _pythons(ENVIRONMENT) if p.exists()), None)
-    if python and stamp.exists() and stamp.read_text() == wanted:
+    if python and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         print(f"environment: {ENVIRONMENT} (ready)")
         return python
     print(f"environment: setting up {ENVIRONMENT} (once; a few minutes)", flush=True)
@@ -455,11 +456,13 @@ def environment(*names: str) -> Path:
         else:
             run([*pip, *(["--no-deps"] if file.stem.endswith("no-deps") else []), "-r", str(file)], quiet=False)
     run([*pip, "--quiet", "--no-deps", "--editable", str(ROOT)])
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
 def main(argv: list[str]) -> int:
+    if sys.stdout.errors == "strict":  # on Windows a pipe lacks letters that a folder's name may have
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd-scripts", metavar="DIR", type=Path, help="the folder with train_network.py")
     parser.add_argument("--musubi-tuner", metavar="DIR", type=Path, help="the folder with src/musubi_tuner")

@@ -58,7 +58,7 @@ def bfloat16_where_fast(device: str) -> AbstractContextManager[object]:
 
 def _multiplies_bfloat16() -> bool:
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags

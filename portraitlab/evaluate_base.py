@@ -108,7 +108,7 @@ def main(
             print(f"  {name:<12}{TARGETS[name].kind:<10}{value['without']:>11.1%}{value['with']:>15.1%}")
     if scores:
         scores.parent.mkdir(parents=True, exist_ok=True)
-        scores.write_text(json.dumps(result, indent=1) + "\n")
+        scores.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"sheet of the first {min(32, count)}: {picture}")
 
 

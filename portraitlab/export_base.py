@@ -63,7 +63,7 @@ def dit_pipeline(work: Path, vae: Any) -> tuple[Any, dict[str, Any]]:
     encoders, tokenizers = train_dit.load_encoders(folders)
     recipe = train_dit.FlowMatching(encoders, tokenizers, seed=0, device="cpu")
     facts = averaged(recipe, work / CHECKPOINT)
-    facts["text_encoders"] = [json.loads((folder / "scores.json").read_text()) for folder in folders]
+    facts["text_encoders"] = [json.loads((folder / "scores.json").read_text(encoding="utf-8")) for folder in folders]
     vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
     halves = [encoder.half() for encoder in encoders]
     return train_dit.build_pipeline(recipe.transformer.half(), halves, tokenizers, vae.half()), facts
@@ -100,18 +100,18 @@ def export(work: Path, out: Path | None = None) -> tuple[Path, dict[str, Any]]:
         facts["pool"] = sum(1 for _ in (work / "pool").glob("latents-*.npy")) * CHUNK
         facts["machine"] = f"{platform.machine()}, torch {torch.__version__}"
         if (work / "notes.json").exists():  # what a rerun of the commands would not repeat exactly
-            facts["notes"] = json.loads((work / "notes.json").read_text())
+            facts["notes"] = json.loads((work / "notes.json").read_text(encoding="utf-8"))
         if (folder / "score.json").exists():  # a finished model's autoencoder is not measured again
-            facts["vae_psnr"] = json.loads((folder / "score.json").read_text())["psnr"]
+            facts["vae_psnr"] = json.loads((folder / "score.json").read_text(encoding="utf-8"))["psnr"]
         with quiet():  # it says of every part that is None that it cannot be saved
             pipeline.save_pretrained(aside)
         if not is_dit:
             save_tokenizer(aside / "tokenizer")  # the pipeline wrote an indented vocabulary, 0.2 MB longer
         for config in aside.rglob("config.json"):  # not where this machine keeps its files
-            words = json.loads(config.read_text())
+            words = json.loads(config.read_text(encoding="utf-8"))
             words.pop("_name_or_path", None)
-            config.write_text(json.dumps(words, indent=2) + "\n")
-        (aside / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+            config.write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+        (aside / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for source in sorted(p for p in aside.rglob("*") if p.is_file()):
             target = out / source.relative_to(aside)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,9 @@ def main(
             "tiny": float((decoder(z) - reference).square().mean().sqrt()),
             "tiny, averaged per latent": float((colours(decoder(z) - reference, side)).square().mean().sqrt()),
         }
-    (out / "scores.json").write_text(json.dumps({"seed": seed, "images": images, "rms": scores}, indent=1) + "\n")
+    (out / "scores.json").write_text(
+        json.dumps({"seed": seed, "images": images, "rms": scores}, indent=1) + "\n", encoding="utf-8"
+    )
     for name, value in scores.items():
         print(f"{name:<26}{value:.3f}  (root mean square against the model's own decoder, pixels in [-1, 1])")
 

@@ -123,12 +123,12 @@ def describe_scores(folder: Path) -> str:
     """The judge's accuracy and the base model's agreement with its captions, where they have been measured."""
     found = []
     if (folder / "judge" / "accuracy.json").exists():
-        accuracy = json.loads((folder / "judge" / "accuracy.json").read_text())
+        accuracy = json.loads((folder / "judge" / "accuracy.json").read_text(encoding="utf-8"))
         rows = [f"| {n} | {v:.1%} | {accuracy['round_trips'][n]:.1%} |" for n, v in accuracy["renders"].items()]
         found.append("The judge on portraits it has not seen (renders, and renders through the autoencoder):\n")
         found.append(table("| attribute | renders | round trips |", rows) + "\n")
     if (folder / "scores.json").exists():
-        scores = json.loads((folder / "scores.json").read_text())
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         how = "{prompts} prompts, {sampler} {steps} steps, guidance {guidance}, seed {seed}".format(**scores)
         found.append(f"Captioned attributes that the judge sees in samples ({how}):\n")
         found.append(table("| attribute | share |", [f"| {n} | {v:.1%} |" for n, v in scores["shares"].items()]) + "\n")
@@ -164,7 +164,7 @@ def describe_text(encoders: list[dict[str, Any]]) -> dict[str, Any]:
 
 def card(folder: Path) -> str:
     """The model card of a model folder, as Markdown."""
-    facts: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    facts: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     notes = "".join(f"\n{note}\n" for note in facts.get("notes", []))
     for seen, planned in facts.get("extended", []):
         notes += f"\nThe run was planned for {planned} images; at {seen} it was resumed with another `--images`.\n"

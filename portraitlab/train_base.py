@@ -78,7 +78,7 @@ def prepare_autoencoder(work: Path, *, images: int, seed: int, device: str) -> P
     print(f"autoencoder: {quality:.2f} dB on {len(held_out)} held-out portraits", flush=True)
     aside = work / "vae.part"
     model.save_pretrained(aside)
-    (aside / "score.json").write_text(json.dumps({"psnr": quality}))
+    (aside / "score.json").write_text(json.dumps({"psnr": quality}), encoding="utf-8")
     aside.replace(final)
     return final
 

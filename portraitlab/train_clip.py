@@ -215,9 +215,9 @@ def main(
     scores = zero_shot(model, tokenizer, held, resized(to_tensor(held_pictures)))
     model.half().save_pretrained(folder)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": SIZE}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
     summary = {"seed": seed, "images": images, "zero_shot": scores}
-    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for name, value in scores.items():
         print(f"{name:<22}{value:>8.3f}")
 

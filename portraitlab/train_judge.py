@@ -120,7 +120,7 @@ def main(
         "renders": accuracy(predict(judge, held_pictures), truth),
         "round_trips": accuracy(predict(judge, round_trips(vae, held_pictures, 0.0, seed)), truth),
     }
-    out.with_name("accuracy.json").write_text(json.dumps(scores, indent=1) + "\n")
+    out.with_name("accuracy.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     print(f"{'held-out accuracy':<18}{'renders':>9}{'round trips':>13}")
     for name, value in scores["renders"].items():
         print(f"{name:<18}{value:>9.3f}{scores['round_trips'][name]:>13.3f}")

@@ -221,7 +221,7 @@ def train(
     half.text_model.load_state_dict(model.text_model.state_dict())
     half.text_projection.load_state_dict(model.text_projection.state_dict())
     half.half().save_pretrained(folder)
-    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
 

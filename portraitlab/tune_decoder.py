@@ -85,7 +85,7 @@ def main(
     held_out, _ = render_batch([sample_person(rng, BASE_RATES) for _ in range(384)][320:])
     quality = psnr(decode(model.eval(), encode(model, held_out)), to_tensor(held_out))
     model.save_pretrained(work / "vae-tuned")
-    (work / "vae-tuned" / "score.json").write_text(json.dumps({"psnr": quality}))
+    (work / "vae-tuned" / "score.json").write_text(json.dumps({"psnr": quality}), encoding="utf-8")
     print(f"autoencoder: {quality:.2f} dB on {len(held_out)} held-out portraits")
 
 

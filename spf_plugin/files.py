@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,72 @@ METADATA_BYTES = 256 * MIB  # in_json: a few hundred bytes for each image
 IMAGE_BYTES = 64 * MIB  # of a preview
 DEEPEST = 32  # levels; anything that goes through a value by recursion could fail on more
 SLASHES = "In double quotes a backslash begins an escape: write paths with / or in single quotes."
+NAME_BYTES = 255  # the most that a file's name can have: bytes, or on Windows letters of UTF-16
+PATH_LETTERS = 259  # the most that Windows' programs open, where long paths are not turned on
+_DIGITS = "123456789\u00b9\u00b2\u00b3"
+#: Names that Windows has for devices, whatever stands behind their first dot: what is written there is gone.
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in _DIGITS)}
+_NOT_ON_WINDOWS = '<>:"/\\|?*' + "".join(map(chr, range(32)))  # behind a colon the file would be there, and hidden
+_TRIES, _PAUSE = 20, 0.1  # seconds
 _SHOWN = 60
 
 
 def expanded(name: str | Path) -> Path:
     """A path whose `~` is the home folder, where there is one."""
     return Path(os.path.expanduser(name))  # Path.expanduser raises RuntimeError for a user that is unknown
+
+
+def impossible(name: str, *, windows: bool = os.name == "nt") -> str | None:
+    """Why no file can be called so; None where one can.
+
+    Args:
+        name: of a file, without its folder.
+        windows: what holds there is asked for, too.
+    """
+    refused = [sign for sign in name if sign in (_NOT_ON_WINDOWS if windows else "/\0")]
+    if refused:
+        return f"no file can have {refused[0]!r} in its name"
+    device = name.partition(".")[0].rstrip(" ").upper()
+    if windows and device in RESERVED:
+        return f"{device} is a device on Windows, and what is written there is gone"
+    if windows and name.endswith((".", " ")):
+        return "Windows takes away the dot or space at the end of the name"
+    return None
+
+
+def name_length(name: str, *, windows: bool = os.name == "nt") -> int:
+    """How long a file's name is, in what `NAME_BYTES` counts."""
+    return len(name.encode("utf-16-le", errors="replace")) // 2 if windows else len(name.encode(errors="replace"))
+
+
+def long_paths() -> bool:
+    """Whether this process opens paths of more than `PATH_LETTERS`."""
+    if os.name != "nt":
+        return True
+    import ctypes
+
+    try:
+        return bool(ctypes.windll.ntdll.RtlAreLongPathsEnabled())  # type: ignore[attr-defined]
+    except (AttributeError, OSError):  # before Windows 10 of 2016
+        return False
+
+
+def replace(source: Path, target: Path, *, windows: bool = os.name == "nt") -> None:
+    """`os.replace`, which on Windows fails while another program has one of the two open.
+
+    A virus scanner or an indexer looks into every new file, for a moment: it is tried for two seconds.
+
+    Raises:
+        OSError: as `os.replace`.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if not windows:
+                raise
+            time.sleep(_PAUSE)
+    os.replace(source, target)
 
 
 def shown(value: Any) -> str:

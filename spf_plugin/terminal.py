@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import re
+import sys
 
 # Control characters but line break and tab, what turns the direction of writing or breaks a line, and lone surrogates,
 # which no terminal's encoding has. Joiners stay: emoji and Indian scripts need them.
@@ -20,6 +21,15 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def escaped(text: str) -> str:
     """A text with `\\u001b` in place of an escape character, and so on: as JSON writes them, so JSON stays JSON."""
     return _OBEYED.sub(lambda match: json.dumps(match.group())[1:-1], text)
+
+
+def forgiving() -> None:
+    """Let what standard output cannot show become `?`: a pipe on Windows has some 200 letters, captions have others.
+
+    Standard error writes them as `\\u9aea` by itself.
+    """
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a stream of text has `errors`
 
 
 class _Escaping(logging.Filter):

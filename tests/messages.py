@@ -14,6 +14,7 @@ GAP = "\0"
 #: Where a message is made and raised later: `module: functions` (all of them where empty).
 MADE = {
     "config.py": set(),
+    "files.py": {"impossible"},
     "network_args.py": set(),
     "core/prompt.py": {"parse_targets"},
     "core/coverage.py": {"problems"},
@@ -47,6 +48,7 @@ MADE = {
 RETURNED = {
     "problem",
     "name_problems",
+    "impossible",
     "trainer_problem",
     "_read_file",
     "parse",

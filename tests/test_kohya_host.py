@@ -258,6 +258,16 @@ def test_network_args_that_the_host_does_not_read(words: list[str], times: int) 
         ("hair: first", True, "no file can have ':' in its name"),
         ("hair\n", True, "no file can have '\\n' in its name"),
         ("hair v1.2 (new)", True, None),
+        ("there\\hair", False, None),  # a backslash is a letter here
+        ("portraits\\hair", True, "is in a folder 'portraits' that is not there"),
+        ("NUL", True, "NUL is a device on Windows"),
+        ("nul", False, None),
+        ("com1.v2", True, "COM1 is a device on Windows"),
+        ("lpt\u00b9", True, "LPT\u00b9 is a device on Windows"),
+        ("console", True, None),
+        ("a: first", True, "no file can have ':' in its name"),
+        ("髪" * 100, False, "makes file names of"),
+        ("髪" * 60, True, None),
     ],
 )
 def test_names_under_which_nothing_could_be_saved(tmp_path: Path, name: str, windows: bool, reason: str | None) -> None:

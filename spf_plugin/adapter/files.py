@@ -23,6 +23,7 @@ from torch import nn
 from spf_plugin import terminal
 from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError
+from spf_plugin.files import replace
 from spf_plugin.lorafile import inspect, reader, record, sidecars, writer
 from spf_plugin.lorafile.findings import taken
 from spf_plugin.lorafile.loaders import verdicts
@@ -143,7 +144,7 @@ def _land(partial: Path, final: Path, dtype: torch.dtype | None, run: Mapping[st
 def _keep(partial: Path, final: Path, *, as_wanted: bool = False) -> Path:
     """Give the inner network's complete file a name that a user sees; returns it."""
     kept = final if as_wanted else writer.renamed(final, f".rejected{final.suffix}")
-    os.replace(partial, kept)
+    replace(partial, kept)
     return kept
 
 

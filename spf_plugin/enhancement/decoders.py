@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spf_plugin.errors import SPFError
 from spf_plugin.families.latents import LatentSpace
+from spf_plugin.files import replace
 
 WEIGHT, BIAS = "weight", "bias"  # tensors of a fitted linear decoder's file
 
@@ -110,7 +111,7 @@ def save_linear(decoder: LinearDecoder, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     save_file({WEIGHT: decoder.weight.contiguous(), BIAS: decoder.bias.contiguous()}, aside)
-    os.replace(aside, path)
+    replace(aside, path)
 
 
 def load_linear(path: Path) -> LinearDecoder:

@@ -5,6 +5,7 @@ Functions of plain data, without torch, that a run and `spf check` share.
 
 from __future__ import annotations
 
+import ntpath
 import os
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NAME_BYTES = 255  # the most that a file's name can have
+from spf_plugin.files import NAME_BYTES, PATH_LETTERS, impossible, long_paths, name_length
+
 #: What the host puts behind the name, by the option that asks for it.
 _ENDINGS = {
     "": ".safetensors",
@@ -20,8 +22,7 @@ _ENDINGS = {
     "save_n_epoch_ratio": "-000001.safetensors",
     "save_every_n_steps": "-step00000001.safetensors",
 }
-_NEVER = "\0"
-_NOT_ON_WINDOWS = '<>:"|?*' + "".join(map(chr, range(32)))  # behind a colon the file would be there, and hidden
+_CUT, _ASIDE = 100, 34  # while it is written, a file has so much of its name, and so much more (`writer.aside`)
 
 
 @dataclass(frozen=True)
@@ -111,25 +112,34 @@ def name_problems(args: Any, host: str, *, windows: bool = os.name == "nt") -> l
     name = getattr(args, "output_name", None)
     if not isinstance(name, str):
         return []
-    folder, own = os.path.split(name)
+    folder, own = (ntpath if windows else os.path).split(name)
     if not own:
         return [
             "--output_name is empty: the file would be called '.safetensors'. Give a name, or leave the option out."
         ]
     found = []
-    refused = [sign for sign in own if sign in (_NOT_ON_WINDOWS if windows else _NEVER)]
-    if refused:
-        found.append(f"--output_name {name!r}: no file can have {refused[0]!r} in its name. Leave it out.")
+    reason = impossible(own + _ENDINGS[""], windows=windows)
+    if not reason and windows and ntpath.splitdrive(name)[0] and not ntpath.isabs(name):  # "a: first"
+        reason = impossible(ntpath.splitdrive(name)[0], windows=True)
+    if reason:
+        found.append(f"--output_name {name!r}: {reason}. Give another name.")
     elif folder and not Path(getattr(args, "output_dir", None) or "", folder).is_dir():
         found.append(
             f"--output_name {name!r} is in a folder {folder!r} that is not there, and {host} makes none for it: "
             "the first save would fail. Make it, or put it into --output_dir."
         )
     endings = [ending for option, ending in _ENDINGS.items() if not option or getattr(args, option, None)]
-    longest = len(own.encode(errors="replace")) + max(map(len, endings))
+    longest = name_length(own, windows=windows) + max(map(len, endings))
     if longest > NAME_BYTES:
         found.append(
             f"--output_name makes file names of {longest} bytes, and {NAME_BYTES} is the most (a letter beyond ASCII "
             "has two to four). Give a shorter one."
+        )
+    path = len(os.path.abspath(os.path.join(getattr(args, "output_dir", None) or "", folder))) + 1
+    path += max(longest, min(longest, _CUT) + _ASIDE)
+    if windows and longest <= NAME_BYTES and path > PATH_LETTERS and not long_paths():
+        found.append(
+            f"--output_dir and --output_name make paths of more than {PATH_LETTERS} letters while a file is written, "
+            "which this Windows does not open. Shorten them, or turn on long paths (LongPathsEnabled)."
         )
     return found

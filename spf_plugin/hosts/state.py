@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import replace
 from spf_plugin.pairs import State
 
 STATE_FILE = "spf_state.json"
@@ -31,10 +31,10 @@ def register(accelerator: Any, state: Callable[[], State], load: Callable[[State
             if kept.tensors:
                 partial = folder / (PAIR_FILE + ".partial")
                 save_file(dict(kept.tensors), partial)
-                os.replace(partial, folder / PAIR_FILE)
+                replace(partial, folder / PAIR_FILE)
             partial = folder / (STATE_FILE + ".partial")
             partial.write_text(json.dumps(kept.values), encoding="utf-8")
-            os.replace(partial, folder / STATE_FILE)
+            replace(partial, folder / STATE_FILE)
 
     def load_hook(_models: Any, input_dir: str) -> None:
         ours, theirs = Path(input_dir) / STATE_FILE, Path(input_dir) / HOST_STATE_FILE

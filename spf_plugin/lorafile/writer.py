@@ -20,11 +20,11 @@ from typing import BinaryIO
 import torch
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import NAME_BYTES, impossible, replace
 from spf_plugin.lorafile.inspect import dtype_name
 from spf_plugin.lorafile.reader import DTYPE_BYTES
 
 _ORDER = {name: i for i, name in enumerate(DTYPE_BYTES)}
-NAME_BYTES = 255  # of a file's name
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
@@ -131,6 +131,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         SPFError: The operating system refused; the message says why and that nothing was changed.
     """
     target = Path(os.path.realpath(path))
+    reason = impossible(target.name)
+    if reason:
+        raise SPFError(f"{target} was not written: {reason}. Nothing was changed.")
     partial = aside(target, ".tmp")
     try:
         # O_EXCL: never through somebody's link. The mode is cut by the umask, as for any new file.
@@ -141,7 +144,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, target)
+            replace(partial, target)
         except BaseException:  # Ctrl-C too must not leave the temporary file behind
             with contextlib.suppress(OSError):
                 os.unlink(partial)

@@ -21,6 +21,7 @@ from spf_plugin.config import SPFConfig
 from spf_plugin.core import losses, sfcm
 from spf_plugin.enhancement.decoders import LinearDecoder, load_linear
 from spf_plugin.families.latents import LatentSpace
+from spf_plugin.files import expanded
 from spf_plugin.lorafile.writer import renamed
 from spf_plugin.shown import preview
 from spf_plugin.step import Step
@@ -202,7 +203,7 @@ class Watch:
         if not self._decoder_sought:
             self._decoder_sought = True
             if self.config.decoder.endswith(".safetensors"):
-                self._decoder = load_linear(Path(self.config.decoder).expanduser())
+                self._decoder = load_linear(expanded(self.config.decoder))
             elif self._space is not None and self._space.is_of(self.host.vae):
                 self._decoder = LinearDecoder.of(self._space)
         if self._decoder is not None:

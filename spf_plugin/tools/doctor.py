@@ -229,7 +229,7 @@ def _described(folder: Path) -> str:
     if (folder / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(folder), "describe", "--tags", "--always"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
             return done.stdout.strip() if done.returncode == 0 else ""
         except (OSError, subprocess.TimeoutExpired):
             pass

@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import nn
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import NAME_BYTES, impossible, name_length
 from spf_plugin.lorafile import inspect, plain, sidecars, writer
 from spf_plugin.lorafile.normalise import normalise
 
@@ -30,10 +31,13 @@ def check_output(path: Path) -> None:
         raise SPFError(f"--out {path}: the name must end in .safetensors, the only format that is written.")
     if os.path.isdir(path):
         raise SPFError(f"--out {path} is a folder. Give a file name in it.")
-    length = len(path.name.encode(errors="replace"))
-    if length > writer.NAME_BYTES:  # found when it is saved, otherwise; all other names are cut
+    reason = impossible(path.name)
+    if reason:
+        raise SPFError(f"--out {path}: {reason}. Give another name.")
+    length = name_length(path.name)
+    if length > NAME_BYTES:  # found when it is saved, otherwise; all other names are cut
         raise SPFError(
-            f"--out: the name of the file has {length} bytes, and {writer.NAME_BYTES} is the most (a letter beyond "
+            f"--out: the name of the file has {length} bytes, and {NAME_BYTES} is the most (a letter beyond "
             "ASCII has two to four). Give a shorter one."
         )
     try:

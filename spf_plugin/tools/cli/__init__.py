@@ -16,6 +16,7 @@ except ImportError as error:
         'pip install "path/to/spf-plugin[cli]"'
     ) from None
 
+from spf_plugin.terminal import forgiving
 from spf_plugin.tools.cli.decoder import decoder
 from spf_plugin.tools.cli.plan import plan
 from spf_plugin.tools.cli.train import train
@@ -67,6 +68,7 @@ def lab(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line."""
+    forgiving()
     try:
         app()
     except KeyboardInterrupt:

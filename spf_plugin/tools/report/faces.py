@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.tools.report.metrics import UNKNOWN_LICENCE
 from spf_plugin.tools.report.models import sha256, short
 from spf_plugin.tools.report.results import Images, Row, Variant
@@ -39,7 +40,7 @@ class Faces:
     def __init__(self, folder: str):
         import cv2
 
-        paths = [_only(Path(folder).expanduser(), pattern) for pattern in (DETECTOR, RECOGNIZER)]
+        paths = [_only(expanded(folder), pattern) for pattern in (DETECTOR, RECOGNIZER)]
         try:
             self._detector: Any = cv2.FaceDetectorYN.create(str(paths[0]), "", (64, 64), _SURE)
             self._recognizer: Any = cv2.FaceRecognizerSF.create(str(paths[1]), "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spf_plugin.enhancement import clip
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.measures import grouped
 from spf_plugin.tools.report.models import sha256, short
@@ -40,8 +41,8 @@ def weights_digest(name: str, model: nn.Module) -> str:
         name: a folder, a hub name, or open_clip's `MODEL:PRETRAINED`.
         model: what was loaded from it.
     """
-    path = Path(name).expanduser()
-    for file in (path / "model.safetensors", Path(name.rpartition(":")[2]).expanduser()):
+    path = expanded(name)
+    for file in (path / "model.safetensors", expanded(name.rpartition(":")[2])):
         if file.is_file():
             return sha256(file)
     digest = hashlib.sha256()
@@ -56,8 +57,8 @@ def card_licence(name: str) -> str:
     Args:
         name: a folder, or a hub name whose files lie in the hub's cache.
     """
-    card: Path | None = Path(name).expanduser() / "README.md"
-    if not Path(name).expanduser().exists():
+    card: Path | None = expanded(name) / "README.md"
+    if not expanded(name).exists():
         card = _cached_card(name)
     if card is None or not card.is_file():
         return ""
@@ -240,7 +241,7 @@ class Lpips:
     def __init__(self, weights: str):
         import lpips
 
-        local = Path(weights).expanduser() if weights != "alex" else None
+        local = expanded(weights) if weights != "alex" else None
         self.net: Any = lpips.LPIPS(net="alex", pnet_rand=local is not None, verbose=False).eval()
         self.device = torch.device("cpu")
         if local is not None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import expanded
 from spf_plugin.lorafile import inspect
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.names import BASE_LABEL
@@ -173,7 +174,7 @@ def model_hashes(name: str) -> dict[str, str]:
     Args:
         name: as given to `load`.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return {path.name: sha256(path)}
     if not path.is_dir():

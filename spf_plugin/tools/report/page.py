@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spf_plugin.files import replace
 from spf_plugin.tools.report.figures import Image8, jpeg, png
 
 FOLDER = Path(__file__).parent
@@ -54,4 +54,4 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_bytes(content)
-    os.replace(aside, path)
+    replace(aside, path)
