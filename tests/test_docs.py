@@ -47,6 +47,7 @@ RUN_BY = {
     "spf lab sequence": "tests/portraitlab/test_lab.py::test_targets_are_taught_one_after_the_other",
     "spf lab document": "tests/portraitlab/test_lab.py::test_the_documentations_tables_are_what_its_commands_print",
     "spf lab plot": "tests/portraitlab/test_lab.py::test_tables_and_plot",
+    "spf lab pictures": "tests/portraitlab/test_lab.py::test_pictures_of_measured_loras",
     "spf lab maps": "tests/portraitlab/test_lab.py::test_map_quality_knows_a_perfect_map_from_an_empty_one",
     "spf lab": "tests/portraitlab/test_lab.py::test_a_second_run_computes_only_what_is_missing",
     "spf lab publish": "tests/portraitlab/test_lab.py::test_results_are_read_back_and_published_in_a_stable_order",

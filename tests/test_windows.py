@@ -128,13 +128,13 @@ def test_a_path_of_more_than_260_letters(folder: str, letters: int, monkeypatch:
     final = Path(folder, f"{args.output_name}.safetensors")
     beside = writer.aside(final, ".partial.safetensors")
     assert max(len(str(final)), len(str(beside))) == files.PATH_LETTERS
-    assert name_problems(args, windows=True) == []
+    assert name_problems(args, "sd-scripts", windows=True) == []
     args.output_name += "n"
-    (problem,) = name_problems(args, windows=True)
+    (problem,) = name_problems(args, "sd-scripts", windows=True)
     assert "more than 259 letters" in problem
-    assert name_problems(args, windows=False) == []
+    assert name_problems(args, "sd-scripts", windows=False) == []
     monkeypatch.setattr("spf_plugin.hosts.looking.long_paths", lambda: True)
-    assert name_problems(args, windows=True) == []
+    assert name_problems(args, "sd-scripts", windows=True) == []
 
 
 def test_a_file_that_is_open_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

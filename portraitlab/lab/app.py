@@ -53,7 +53,7 @@ OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons
 OnlyEvaluationSeed = Annotated[int | None, typer.Option(help="Only with these persons.", show_default="all")]
 OfBase = Annotated[str, typer.Option(help=f"Of this embedded model: {', '.join(results.BASES)}.")]
 RUNS = Path("runs/lab")
-PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md", "several-targets.md")]
+PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-figures.md", "several-targets.md", "garment.md")]
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
 BLOCK = re.compile(r"(?P<opening><!-- spf lab (?P<words>table .*?) -->).*?(?P<closing><!-- end -->)", re.DOTALL)
 
@@ -410,6 +410,7 @@ def pictures(
     into: Annotated[Path, typer.Option(help="The PNG to write.")],
     target: Annotated[str, typer.Option(help=f"What was taught: {', '.join(KNOWN)}.")] = "sunglasses",
     seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
+    data: Data = "polluted",
     out: Out = RUNS,
     model: Model = MODEL_FOLDER,
 ) -> None:
@@ -417,8 +418,8 @@ def pictures(
     console = Console(soft_wrap=True)
     with _bench(console, out, model, "cpu", None) as bench:
         chosen = [(name, float(rate)) for name, _, rate in (point.partition(":") for point in points.split(","))]
-        _check([name for name, _ in chosen], [target], DATA[0])
-        task = Task(target)
+        _check([name for name, _ in chosen], [target], data)
+        task = Task(target, data=data)
         untuned = results.key(task, None, 0, 0, model)
         named = [("base model, prompts without the target", f"{untuned}-without"), ("base model, with it", untuned)]
         named += [(f"{n}, learning rate {rate:g}", bench.key(task, Point(n, rate, seed))) for n, rate in chosen]

@@ -47,6 +47,23 @@ def made(row: str, rate: float, shows: float, drift: float, seed: int = 0, task:
 # -- rows and results -------------------------------------------------------------------------------------------------
 
 
+def test_a_set_of_one_person_is_a_task_of_its_own(tmp_path: Path) -> None:
+    """What is shared and looked for is hers, and where the jacket is, is known."""
+    task = Task("jacket", data="one-person")
+    assert task.shared == {"hair_colour": "red", "skin": "light"}
+    assert Task("jacket").shared == {"background": "red"}  # the jacket of a polluted set is the target's own
+    assert Task().shared == {"background": "red", "clothes_colour": "purple"}
+    assert Task("blonde", data="one-person").shared == {"skin": "light"}
+    images = task.write(tmp_path, 0)
+    labels = json.loads((images / "labels.json").read_text(encoding="utf-8"))
+    assert labels["pollution"]["hair_colour"] == "red"
+    assert {row["labels"]["skin"] for row in labels["images"]} == {"light"}
+    masks = task.masks(0)
+    assert masks[:, :, 13:].mean() > 0.5  # below the face
+    assert masks[:, :, :9].max() == 0
+    assert task.evaluation() == Task.of(task.facts).evaluation()
+
+
 def test_every_row_can_be_trained() -> None:
     for name, row in ROWS.items():
         config = row.config(Task())
@@ -407,6 +424,25 @@ def test_the_plot_of_one_task(tmp_path: Path) -> None:
             old.unlink()
         assert CliRunner().invoke(app.app, ["plot", "--target", target, *chosen]).exit_code == 0
         assert [path.name for path in (tmp_path / "plots").iterdir()] == expected
+
+
+def test_pictures_of_measured_loras(model: Path, tmp_path: Path) -> None:
+    """Those of the training pictures that are asked for, and nothing where one was not drawn."""
+    task, out = Task("jacket", data="one-person"), tmp_path / "out"
+    untuned = results.key(task, None, 0, 0, model)
+    (out / "pictures").mkdir(parents=True)
+    for i, key in enumerate((f"{untuned}-without", untuned, results.key(task, ROWS["spf"], 2e-3, 0, model))):
+        Image.new("RGB", (64, 32), (50 * i, 0, 0)).save(out / "pictures" / f"{key}.png")
+    words = ["pictures", "--points", "spf:2e-3", "--target", "jacket", "--out", str(out), "--model", str(model)]
+    shown = tmp_path / "shown.png"
+    missing = CliRunner().invoke(app.app, [*words, "--into", str(shown)])
+    assert missing.exit_code == 2
+    assert missing.output.count("run it first") == 3
+    found = CliRunner().invoke(app.app, [*words, "--into", str(shown), "--data", "one-person"])
+    assert found.exit_code == 0, found.output
+    with Image.open(shown) as image:
+        assert image.height > 3 * 32
+        assert {colour for _, colour in image.getcolors(2**16)} >= {(0, 0, 0), (50, 0, 0), (100, 0, 0)}
 
 
 def test_a_sequence_shows_every_word_taught_so_far_once() -> None:
