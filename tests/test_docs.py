@@ -56,8 +56,9 @@ RUN_BY = {
     "python -m portraitlab.export_base": "needs the training state, which is not shipped; "
     "tests/portraitlab/test_model.py::test_export_without_a_checkpoint_says_what_to_do",
     "python -m portraitlab.train_judge": f"{HOURS}: it made the shipped judge",
-    "python -m portraitlab.evaluate_base": "takes ten minutes: it made the shipped scores",
-    "python -m portraitlab.model_card": "writes into the repository",
+    "python -m portraitlab.evaluate_base": "tests/portraitlab/test_commands.py::test_scores_of_the_base_model",
+    "python -m portraitlab.model_card": "tests/portraitlab/test_commands.py::"
+    "test_the_shipped_card_is_what_its_command_writes",
     "python -m benchmarks.step_cost --time": GPU,
     "python -m benchmarks.step_cost": "takes an hour; tests/test_cost.py::test_flops_of_a_pair_and_of_the_default_run",
     "python -m benchmarks.base_error": "tests/test_quantised.py::test_distance_from_the_unquantised_model",

@@ -1,0 +1,45 @@
+"""Commands of the embedded model that write what is shipped: here into another folder, and small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from portraitlab import evaluate_base, model_card
+from portraitlab.judge import CHOICES
+from portraitlab.model_files import MODEL_FOLDER
+from portraitlab.portraits import FLAGS
+
+
+def test_the_shipped_card_is_what_its_command_writes(tmp_path: Path) -> None:
+    for name in ("training.json", "scores.json", "judge/accuracy.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(MODEL_FOLDER / name, tmp_path / name)
+    done = CliRunner().invoke(model_card.app, ["--model", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for file in (tmp_path, MODEL_FOLDER):
+        assert (file / "README.md").is_file()
+    assert (tmp_path / "README.md").read_bytes() == (MODEL_FOLDER / "README.md").read_bytes()
+    assert not (tmp_path / "README.part").exists()
+
+
+def test_scores_of_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures of two steps: what is written is a share for each attribute, and a sheet."""
+    monkeypatch.chdir(tmp_path)  # the default picture is the shipped one
+    words = ["--count", "2", "--targets", "0", "--steps", "2", "--picture", "a/sheet.png", "--scores", "b/scores.json"]
+    done = CliRunner().invoke(evaluate_base.app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "b" / "scores.json").read_text(encoding="utf-8"))
+    assert (found["prompts"], found["steps"]) == (2, 2)
+    assert set(found["shares"]) <= {*CHOICES, *FLAGS, "all"}
+    assert len(found["shares"]) > 4
+    assert all(share in (0, 0.5, 1) or 0 < share < 1 for share in found["shares"].values())
+    with Image.open(tmp_path / "a" / "sheet.png") as sheet:
+        assert sheet.height >= 128
+        assert len(set(sheet.convert("L").getdata())) > 20  # something is drawn
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("a", "b")] == []
