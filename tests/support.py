@@ -150,7 +150,7 @@ def presets() -> Mapping[str, list[str]]:
     for path in sorted((ROOT / "presets").rglob("*.toml")):
         started = re.search(r"^# Use: accelerate launch (?:\S+/)?(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         if started:
-            found.setdefault(started[1], []).append(path.stem)
+            found.setdefault(started[1].rpartition("/")[2], []).append(path.stem)
     return found
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from spf_plugin.errors import SPFError
+from spf_plugin.files import replace
 
 TEXT, OURS = "_te.safetensors", "_spf.safetensors"
 FORMAT = 1
@@ -117,7 +118,7 @@ def write(path: str, record: Record, base: Mapping[str, Tensor], vectors: Tensor
     partial_ = f"{path}.partial"
     try:
         save_file(tensors, partial_, {_KEY: json.dumps(said)})
-        os.replace(partial_, path)
+        replace(Path(partial_), Path(path))
     except (OSError, SafetensorError) as error:
         Path(partial_).unlink(missing_ok=True)
         raise SPFError(f"{path} was not written: {error}.") from error
