@@ -191,8 +191,7 @@ def test_captions_and_settings_with_windows_line_ends(tmp_path: Path) -> None:
     assert one == two == {"spf_target": "blonde hair", "spf_map_gain": 2}
 
 
-@pytest.mark.parametrize("words", [["check", "DATA", "--target", "blonde hair"], ["check", "DATA", "--target", "微笑"]])
-def test_a_console_that_lacks_the_letters(tmp_path: Path, words: list[str]) -> None:
+def test_a_console_that_lacks_the_letters(tmp_path: Path) -> None:
     """As a pipe has on a Western Windows: what it lacks is a question mark, and the command ends as it would."""
     folder = tmp_path / "写真"
     folder.mkdir()
@@ -200,7 +199,7 @@ def test_a_console_that_lacks_the_letters(tmp_path: Path, words: list[str]) -> N
         Image.new("RGB", (512, 512), (80 * i, 20, 20)).save(folder / f"髪{i}.png")
         (folder / f"髪{i}.txt").write_text(f"{CHINESE}, {i} trees\n", encoding="utf-8")
     program = "import sys; sys.argv[0] = 'spf'; from spf_plugin.tools.cli import main; main()"
-    arguments = [str(folder) if word == "DATA" else word for word in words]
+    arguments = ["check", str(folder), "--target", "微笑"]
 
     def run(encoding: str) -> subprocess.CompletedProcess[bytes]:
         environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -211,8 +210,7 @@ def test_a_console_that_lacks_the_letters(tmp_path: Path, words: list[str]) -> N
     assert b"Traceback" not in there.stderr + there.stdout
     assert "blonde hair" in there.stdout.decode("cp1252")
     assert "?" in there.stdout.decode("cp1252")
-    if "微笑" in words:
-        assert "微笑" in here.stdout.decode()
+    assert "微笑" in here.stdout.decode()
 
 
 def test_installing_says_what_it_does_on_such_a_console(tmp_path: Path) -> None:
