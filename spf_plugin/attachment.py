@@ -277,7 +277,7 @@ class Attachment:
         if link is not None:
             self._pending = self._pending + link
         self._preserving = True
-        return family.output(output, torch.zeros_like(present, dtype=prediction.dtype, requires_grad=False))
+        return family.output(output, torch.zeros_like(present, dtype=prediction.dtype, requires_grad=False), call)
 
     def _dual_path(self, call: Call, text: BatchText) -> Generator[Call, Any, Any]:
         config, family, trained = self.config, self.family, self.host.text_encoder_trained
@@ -345,7 +345,7 @@ class Attachment:
         # gradient passes where the map is open, as that of a mean over the map.
         everywhere = torch.ones_like(result.map)
         gate = torch.where(aligned.view(-1, 1, 1, 1), sfcm.gate(result.map), everywhere).to(prediction.dtype)
-        return family.output(output, torch.lerp(prediction.detach(), prediction, gate))
+        return family.output(output, torch.lerp(prediction.detach(), prediction, gate), call)
 
     def _reference(self, call: Call, text: BatchText) -> Pass:
         """The reference path: the base prompts in the base model, without a graph."""

@@ -76,7 +76,7 @@ def test_packed_latents() -> None:
                         patches[:, 3 * row + column, 4 * channel + 2 * i + j] = value
     family, call = Flux(model()), Call((), {"img": patches, "img_ids": ids(2, 3)})
     assert torch.equal(family.noisy_latents(call), image)
-    assert torch.equal(family.output(None, image), patches)
+    assert torch.equal(family.output(None, image, call), patches)
     assert torch.equal(family.prediction(patches, call), image)
     assert family.grid(6, (4, 6)) == (2, 3)
 

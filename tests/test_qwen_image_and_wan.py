@@ -31,7 +31,7 @@ def test_packed_latents_of_qwen_image() -> None:
                         patches[:, 3 * row + column, 4 * channel + 2 * i + j] = value
     family, call = QwenImage(nn.Module()), Call((), {"hidden_states": patches, "img_shapes": [[(1, 2, 3)]]})
     assert torch.equal(family.noisy_latents(call), image)
-    assert torch.equal(family.output(None, image), patches)
+    assert torch.equal(family.output(None, image, call), patches)
     assert torch.equal(family.prediction(patches, call), image)
     assert family.grid(6, (4, 6)) == (2, 3)
 
@@ -75,7 +75,12 @@ def test_frames_of_wan_lie_one_above_the_other() -> None:
     assert family.frames(call) == 5
     output = list(noisy)
     assert torch.equal(family.prediction(output, call), image)
-    assert all(map(torch.equal, family.output(output, image), output))
+    assert all(map(torch.equal, family.output(output, image, call), output))
+    # The second step of a pair shows another call: a clip where the batch is of pictures, or the other way round.
+    for frames in (1, 3):
+        other = torch.randn(2, 3, frames, 8, 4)
+        call = Call((other,), {})
+        assert all(map(torch.equal, family.output(output, family.noisy_latents(call), call), other))
 
 
 def test_whose_latents_they_are() -> None:

@@ -407,7 +407,7 @@ def stepping(
         prediction, extra = _finished(work, family.prediction(output, call).float())
         if extra is not None:
             pending.append(extra)
-        return family.output(output, prediction)
+        return family.output(output, prediction, call)
 
     def around(call: Call) -> Generator[Call, Any, Any] | None:
         # A call without a graph is no training step: SPF's reference pass is one, and so is sampling.

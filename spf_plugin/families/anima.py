@@ -97,7 +97,7 @@ class Anima:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return output.squeeze(2)
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return prediction.unsqueeze(2)
 
     # -- the rest -------------------------------------------------------------------------------------------------

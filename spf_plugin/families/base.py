@@ -172,8 +172,9 @@ class Family(Protocol):
         """`[B, C, h, w]` from what the denoiser returned for a call, with its graph."""
         ...
 
-    def output(self, like: Any, prediction: Tensor) -> Any:
-        """What the denoiser would return with this prediction `[B, C, h, w]`, in the shape of `like`."""
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Any:
+        """What the denoiser would return for a call with this prediction `[B, C, h, w]`, of the kind of `like`: what it
+        did return, maybe for a call of other sizes."""
         ...
 
     def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:

@@ -147,7 +147,7 @@ class Flux:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return unpacked(output, call.kwargs[_IDS], PATCH)
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return packed(prediction, PATCH)
 
     # -- the rest -------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Flux2:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return unpacked(output, call.kwargs[_IDS], PATCH)
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return packed(prediction, PATCH)
 
     # -- the rest -------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class HunyuanImage:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return output
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return prediction
 
     # -- the rest -------------------------------------------------------------------------------------------------

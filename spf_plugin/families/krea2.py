@@ -120,7 +120,7 @@ class Krea2:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return unpacked(output, self._patch_ids(call), PATCH)
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return packed(prediction, PATCH)
 
     # -- the rest -------------------------------------------------------------------------------------------------

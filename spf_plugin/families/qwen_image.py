@@ -112,7 +112,7 @@ class QwenImage:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return _unpacked(output, call)
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return F.pixel_unshuffle(prediction, PATCH).flatten(2).transpose(1, 2)
 
     # -- the rest -------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class SD3:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return output
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return prediction
 
     # -- the rest -------------------------------------------------------------------------------------------------

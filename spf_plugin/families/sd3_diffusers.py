@@ -102,7 +102,7 @@ class DiffusersSD3:
     def prediction(self, output: Any, call: Call) -> Tensor:
         return unwrapped(output)
 
-    def output(self, like: Any, prediction: Tensor) -> Any:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Any:
         return wrapped(like, prediction)
 
     # -- the rest -------------------------------------------------------------------------------------------------

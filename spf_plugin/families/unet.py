@@ -122,7 +122,7 @@ class UNet:
     def prediction(self, output: Any, call: Call) -> Tensor:
         return unwrapped(output)
 
-    def output(self, like: Any, prediction: Tensor) -> Any:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Any:
         return wrapped(like, prediction)
 
     # -- the rest -------------------------------------------------------------------------------------------------

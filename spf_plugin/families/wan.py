@@ -116,8 +116,8 @@ class Wan:
     def prediction(self, output: Sequence[Tensor], call: Call) -> Tensor:
         return torch.stack(list(output)).flatten(2, 3)  # of each sample [C, F, h, w]
 
-    def output(self, like: Any, prediction: Tensor) -> list[Tensor]:
-        return list(prediction.unflatten(2, (like[0].shape[1], -1)))
+    def output(self, like: Any, prediction: Tensor, call: Call) -> list[Tensor]:
+        return list(prediction.unflatten(2, (self.frames(call), -1)))
 
     # -- the rest -------------------------------------------------------------------------------------------------
 

@@ -122,7 +122,7 @@ class ZImage:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return -output[:, :, 0]
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return -prediction[:, :, None]
 
     # -- the rest -------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class Toy:
     def prediction(self, output: Tensor, call: Call) -> Tensor:
         return unpack(output, call.kwargs["grid"])
 
-    def output(self, like: Any, prediction: Tensor) -> Tensor:
+    def output(self, like: Any, prediction: Tensor, call: Call) -> Tensor:
         return pack(prediction)
 
     def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:

@@ -93,7 +93,7 @@ def test_latents_are_packed_as_the_host_does_it(models: Any) -> None:
         output = call.on(made)
     prediction = family.prediction(output, call)
     assert torch.equal(prediction, output.transpose(1, 2).unflatten(2, SIZE))
-    assert torch.equal(family.output(output, prediction), output)
+    assert torch.equal(family.output(output, prediction, call), output)
     assert family.grid(96, SIZE) == SIZE
     assert family.frames(call) == 1
     assert family.timesteps(call) is call.kwargs["timesteps"]

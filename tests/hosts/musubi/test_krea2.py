@@ -101,7 +101,7 @@ def test_latents_are_packed_as_the_host_does_it(sampling: Any) -> None:
         output = call.on(made)
     prediction = family.prediction(output, call)
     assert prediction.shape == noisy.shape
-    assert torch.equal(family.output(output, prediction), output)
+    assert torch.equal(family.output(output, prediction, call), output)
     assert torch.equal(sampling.prepare(prediction, 1, 2, torch.ones(2, 1).bool())[0], output)
     assert family.grid(PATCHES, SIZE) == (4, 6)
     assert family.frames(call) == 1

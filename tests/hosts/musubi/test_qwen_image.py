@@ -105,7 +105,7 @@ def test_packed_latents_are_unpacked_as_the_host_does_it(utils: Any) -> None:
         output = call.on(made)
     prediction = family.prediction(output, call)
     assert torch.equal(prediction, utils.unpack_latents(output, 8 * 8, 12 * 8, 8, is_layered=False)[:, :, 0])
-    assert torch.equal(family.output(output, prediction), output)
+    assert torch.equal(family.output(output, prediction, call), output)
     assert family.frames(call) == 1
     assert family.timesteps(call) is call.kwargs["timestep"]
 

@@ -48,6 +48,19 @@ def test_clips(musubi: Musubi, clips: Path) -> None:
     assert equal(measured.tensors(), plain.tensors())
 
 
+def test_pictures_beside_clips(musubi: Musubi, clips: Path, tmp_path: Path) -> None:
+    """In one run, as in `presets/musubi/dataset-wan.toml`: a pair begins with a clip while the next batch is of
+    pictures, and the other way round."""
+    general, pictures = (musubi.data / "data.toml").read_text(encoding="utf-8").split("[[datasets]]")
+    ours = clips.read_text(encoding="utf-8").split("[[datasets]]")[1]
+    config = tmp_path / "both.toml"
+    config.write_text(f"{general}[[datasets]]{pictures}[[datasets]]{ours}", encoding="utf-8")
+    seen = pairs(musubi.train(*EVERY_STEP, module=SPY, dataset_config=config, max_train_steps=16))
+    assert len({pair["shape"][-2] > 24 for pair in seen}) == 2  # frames lie one above the other
+    measured = musubi.train(TARGET, *OFF, dataset_config=config)
+    assert equal(measured.tensors(), musubi.plain(dataset_config=config).tensors())
+
+
 def test_pictures_of_a_clip_show_its_frames(musubi: Musubi, clips: Path) -> None:
     from PIL import Image
 

@@ -101,7 +101,7 @@ def test_frames_lie_one_above_the_other() -> None:
         output = call.on(made)
     prediction = family.prediction(output, call)
     assert torch.equal(prediction, torch.cat(torch.stack(output).unbind(2), dim=2))
-    back = family.output(output, prediction)
+    back = family.output(output, prediction, call)
     assert type(back) is type(output)
     assert all(map(torch.equal, back, output))
     assert family.timesteps(call) is call.kwargs["t"]

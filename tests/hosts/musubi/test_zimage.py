@@ -86,7 +86,7 @@ def test_its_latents_and_its_time() -> None:
         output = call.on(made)
     prediction = family.prediction(output, call)
     assert torch.equal(prediction, -output[:, :, 0])  # noise - image, as `Flow` has it
-    assert torch.equal(family.output(output, prediction), output)
+    assert torch.equal(family.output(output, prediction, call), output)
     assert family.frames(call) == 1
 
 
