@@ -137,9 +137,10 @@ def compare(
         SPFError: the model or the judge is missing.
     """
     goal = TARGETS[target]
-    for needed, fix in ((model / "model_index.json", "train_base and export_base"), (judge, "train_judge")):
+    trained = "train_dit" if model == BASES["dit"] else "train_base"
+    for needed, fix in ((model / "model_index.json", f"{trained} and export_base"), (judge, "train_judge")):
         if not needed.exists():
-            raise SPFError(f"{needed} is missing. It is part of the repository; portraitlab's {fix} make it anew.")
+            raise SPFError(f"{needed} is missing. portraitlab's {fix} make it.")
     reader = load_judge(judge)
     prompts = evaluation_prompts(target, count=prompts_per_kind, seed=EVALUATION_SEED)
     noise = [prompt.seed for prompt in prompts]
