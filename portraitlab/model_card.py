@@ -69,10 +69,10 @@ the portraits that `portraitlab.portraits` draws: no foreign images or weights w
 |---|---|
 | transformer | `SD3Transformer2DModel`: {layers} joint blocks of width {width}, {heads} heads, patches \
 of {patch}x{patch} latents, queries and keys normalised (RMS); 3.5 M parameters |
-| text encoders | two CLIPs from two seeds, 2 layers of width 96, 40 tokens, the part of CLIP's vocabulary that \
+| text encoders | two CLIPs from two seeds, 4 layers of width 96, 40 tokens, the part of CLIP's vocabulary that \
 captions use; their last states but one side by side, then 40 zeros in T5's place, as SD3 without T5 |
 | autoencoder | the first model's, weight for weight (`shift_factor` 0 is added to its configuration) |
-| schedule | rectified flow, velocity prediction; the folder's scheduler is Euler without a shift |
+| schedule | rectified flow, velocity prediction; the folder's scheduler is Euler with a shift of {shift:g} |
 | judge | the first model's (`../model/judge/judge.safetensors`) |
 
 Weights are half precision safetensors. Licence: that of the project.
@@ -91,8 +91,9 @@ with every part and every word; each weak or new part is in a fifth of them or m
 (batch {text_batch}) |
 | optimiser | AdamW (.9, .99), learning rate {lr} with 300 warm-up steps, cosine; moving average .998 | \
 AdamW (.9, .98), learning rate {text_lr} with 60 warm-up steps, cosine |
-| loss | velocity, times drawn logit-normal (0, 1) | contrast of pictures and texts; the image half, a small \
-convolutional network, is thrown away, and the text half frozen |
+| loss | velocity, times drawn evenly and shifted by {shift:g} | contrast of pictures and texts, and what \
+each phrase says, read off its last word; the image half, a small convolutional network, is thrown away, and the text \
+half frozen |
 | seed | {seed} | {text_seeds} |
 | machine | {machine} | |
 

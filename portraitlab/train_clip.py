@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from portraitlab.autoencoder import to_tensor
 from portraitlab.captions import DROP, FLAG_WORDS, TARGETS, caption, phrases
@@ -40,7 +40,7 @@ def words() -> list[str]:
     return sorted({word for text in texts for word in re.findall(r"[a-z]+|[^\sa-z]+", text.lower())})
 
 
-def build(vocabulary: int) -> Any:
+def build(vocabulary: int, text_layers: int = 2) -> Any:
     """A fresh `CLIPModel`: a vision transformer on 96 px and a text transformer, 1.1 million parameters."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -48,7 +48,7 @@ def build(vocabulary: int) -> Any:
         "vocab_size": vocabulary,
         "hidden_size": 96,
         "intermediate_size": 192,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": text_layers,
         "num_attention_heads": 3,
         "max_position_embeddings": TOKENS,
         "projection_dim": PROJECTION,
@@ -143,6 +143,7 @@ def fit(
     lr: float,
     warm_up: int = 200,
     title: str,
+    readout: nn.Module | None = None,
 ) -> None:
     """Train a `CLIPModel` on the contrast of pictures and texts.
 
@@ -156,10 +157,13 @@ def fit(
         lr: peak learning rate.
         warm_up: steps until it is reached.
         title: what the progress calls it.
+        readout: a further loss, a scalar, of the text half's states before the last layer `[T, 40, E]` and the texts;
+            trained along.
     """
+    parameters = [*model.parameters(), *(readout.parameters() if readout else ())]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
     model.train()
@@ -172,10 +176,13 @@ def fit(
                 group["lr"] = (
                     lr * min(1, (step + 1) / warm_up) * max(0.01, 0.5 * (1 + math.cos(math.pi * done / images)))
                 )
-            logits = model(pixel_values=pixels, **tokens(tokenizer, texts)).logits_per_text
+            outputs = model(pixel_values=pixels, **tokens(tokenizer, texts), output_hidden_states=readout is not None)
+            logits = outputs.logits_per_text
             per_text = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
             per_image = F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
             loss = (per_text + per_image) / 2
+            if readout:
+                loss = loss + readout(outputs.text_model_output.hidden_states[-2], texts)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

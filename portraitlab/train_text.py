@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -50,10 +51,12 @@ from portraitlab.portraits import (
     sample_person,
 )
 from portraitlab.text import clip_merges, merges_for, save_tokenizer
-from portraitlab.train_clip import PROJECTION, auc, build, embed_images, embed_texts, fit, words
+from portraitlab.train_clip import PROJECTION, TOKENS, auc, build, embed_images, embed_texts, fit, words
 from portraitlab.train_judge import draw
 from portraitlab.training import prepare_process
 
+#: The transformer reads the states before the last layer, and what lies below must tell whose colour a colour is.
+LAYERS = 4
 WARM_UP = 60
 GROUP = 4  # a person and its counterparts
 SINGLE = 0.5  # share of texts that are one phrase alone
@@ -69,8 +72,14 @@ CHANGES: Mapping[str, tuple[str, ...]] = {
 
 
 def counterpart(person: Person, rng: np.random.Generator) -> Person:
-    """The same person with one attribute changed: a flag (6 of 10 times), or another value of a choice."""
-    if rng.random() < 0.6:
+    """The same person with clothes and background in each other's colour (2 of 10 times, where both can have both), or
+    with one attribute changed: a flag (5 of 10 times), or another value of a choice.
+    """
+    kind = rng.random()
+    clothes, background = person.background, person.clothes_colour
+    if kind >= 0.8 and clothes != background and clothes in CLOTHES_COLOURS and background in BACKGROUNDS:
+        return person.with_(clothes_colour=clothes, background=background)
+    if kind < 0.5:
         possible = [flag for flag in FLAGS if flag != "beard" or person.presentation == "man"]
         flag = possible[int(rng.integers(len(possible)))]
         return person.with_(**{flag: not getattr(person, flag)})
@@ -114,19 +123,24 @@ def claims() -> dict[str, dict[str, Any]]:
     return found | {word: {flag: True} for flag, synonyms in FLAG_WORDS.items() for word in synonyms}
 
 
-def says(text: str) -> dict[str, Any]:
-    """What a caption, or a phrase of one, says of a person: attribute -> value."""
+def phrases_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """A caption's parts in order, commas and "with" between them included, and what each says: attribute -> value."""
     styles = {word: {"hair_style": value} for value, word in HAIR_STYLE_WORDS.items()}
     textures = {word: {"texture": value} for value, adjectives in TEXTURE_WORDS.items() for word in adjectives}
-    found: dict[str, Any] = {}
-    for part in re.split(", | with ", text):
-        phrase = part.removeprefix("wearing a ")
+    found = []
+    for part in re.split("(, | with )", text):
+        phrase, said = part.removeprefix("wearing a "), {}
         for word, what in {**styles, **textures}.items():
             if phrase.removeprefix(f"{word} ") in claims() and phrase not in claims():
                 phrase = phrase.removeprefix(f"{word} ")
-                found |= what
-        found |= claims().get(phrase, {})
+                said |= what
+        found.append((part, said | claims().get(phrase, {})))
     return found
+
+
+def says(text: str) -> dict[str, Any]:
+    """What a caption, or a phrase of one, says of a person: attribute -> value."""
+    return {name: value for _, said in phrases_of(text) for name, value in said.items()}
 
 
 def is_true(said: Mapping[str, Any], person: Person) -> bool:
@@ -142,6 +156,44 @@ def text_of(person: Person, rng: np.random.Generator) -> str:
     flags = [part for part in parts if part.topic in FLAG_WORDS]
     chosen = flags if flags and rng.random() < FLAG else parts
     return chosen[int(rng.integers(len(chosen)))].text
+
+
+class Readout(nn.Module):
+    """Reads what a phrase says off the state of its last word, so that "jacket" in "red jacket" comes to hold the red.
+
+    The contrast asks that of the last word of all only. Encoders of T5's and Qwen's size do it unasked.
+
+    Args:
+        tokenizer: the text encoder's.
+        width: channels of its states.
+    """
+
+    def __init__(self, tokenizer: Any, width: int) -> None:
+        super().__init__()
+        self.columns = {
+            pair: i for i, pair in enumerate(dict.fromkeys(p for s in claims().values() for p in s.items()))
+        }
+        self.linear = nn.Linear(width, len(self.columns))
+        self.length = functools.cache(lambda part: len(tokenizer(part, add_special_tokens=False).input_ids))
+
+    def places(self, text: str) -> list[tuple[int, list[int]]]:
+        """For each phrase that says something: its last token's place, and the columns of what it says."""
+        end, found = 0, []
+        for part, said in phrases_of(text):
+            end += self.length(part)
+            columns = [self.columns[pair] for pair in said.items() if pair in self.columns]
+            if columns and end < TOKENS - 1:
+                found.append((end, columns))  # the first token is that of the start
+        return found
+
+    def forward(self, states: Tensor, texts: Sequence[str]) -> Tensor:
+        """Binary cross-entropy, summed over all that can be said, mean over phrases; of states `[N, 40, E]`."""
+        found = [(row, *place) for row, text in enumerate(texts) for place in self.places(text)]
+        target = torch.zeros(len(found), len(self.columns))
+        for index, (_, _, columns) in enumerate(found):
+            target[index, columns] = 1
+        chosen = states[[row for row, *_ in found], [place for _, place, _ in found]]
+        return F.binary_cross_entropy_with_logits(self.linear(chosen), target, reduction="sum") / max(len(found), 1)
 
 
 class Locked(nn.Module):
@@ -200,7 +252,7 @@ def train(
 
     torch.manual_seed(seed)
     tokenizer = save_tokenizer(folder, merges_for(words(), clip_merges()))
-    model = build(len(tokenizer))
+    model = build(len(tokenizer), LAYERS)
     persons, pictures = draw_groups(seed, 61, portraits)
     features = seen(pictures)
     model.vision_model = Locked(features)
@@ -213,7 +265,18 @@ def train(
         fits = [[is_true(said, persons[i]) for i in chosen] for said in map(says, texts)]
         return features[torch.from_numpy(chosen)], texts, torch.tensor(fits).float()
 
-    fit(model, tokenizer, batch_of, seed=seed, images=images, lr=lr, warm_up=WARM_UP, title="text encoder")
+    readout = Readout(tokenizer, model.config.text_config.hidden_size)
+    fit(
+        model,
+        tokenizer,
+        batch_of,
+        seed=seed,
+        images=images,
+        lr=lr,
+        warm_up=WARM_UP,
+        title="text encoder",
+        readout=readout,
+    )
     held, held_pictures = draw(seed, 64, 1000)
     facts = {"seed": seed, "portraits": portraits, "images": images, "batch": batch, "lr": lr}
     summary = {**facts, "separation": separation(model, tokenizer, held, seen(held_pictures))}

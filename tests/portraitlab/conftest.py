@@ -10,7 +10,7 @@ import torch
 from portraitlab.text import clip_merges, merges_for, save_tokenizer
 from portraitlab.train_clip import build, words
 from portraitlab.train_dit import ENCODERS
-from portraitlab.train_text import claims
+from portraitlab.train_text import LAYERS, claims
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def random_encoders(tmp_path_factory):
         tokenizer = save_tokenizer(folder, merges_for(words(), clip_merges()))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            CLIPTextModelWithProjection(build(len(tokenizer)).config.text_config).half().save_pretrained(folder)
+            CLIPTextModelWithProjection(build(len(tokenizer), LAYERS).config.text_config).half().save_pretrained(folder)
         facts = {"seed": seed, "portraits": 0, "images": 0, "batch": 1, "lr": 0.0}
         (folder / "scores.json").write_text(json.dumps({**facts, "separation": dict.fromkeys(claims(), 0.5)}))
     return folders
