@@ -26,6 +26,7 @@ from spf_plugin.enhancement import limits
 from spf_plugin.enhancement.term import Enhancement
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Family
+from spf_plugin.hosts import resuming
 from spf_plugin.hosts.base import Host
 from spf_plugin.pairs import Partner, State, linked
 from spf_plugin.probe import Capture, capture, pass_of
@@ -132,6 +133,7 @@ class Attachment:
         if self._final is not None:
             return self._final
         values: dict[str, Any] = {"step": self.step, "stage": self.stage, "run": self.numbers.state()}
+        values |= resuming.kept(self.config, self.host.subset_targets)
         if self._partner is None:
             return State(values)
         shown = 0.0 if self._shown_loss is None else float(self._shown_loss)
@@ -139,6 +141,10 @@ class Attachment:
         return State(values) if kept is None else State({**values, "pair": {**kept[0], "loss": shown}}, kept[1])
 
     def _load_state(self, state: State) -> None:
+        if problems := resuming.problems(state.values, self.config, self.host.subset_targets):
+            raise SPFError(problems)
+        for change in resuming.changes(state.values, self.config):
+            logger.warning(f"SPF: {change}")
         self.step, waiting = int(state.values["step"]), state.values.get("pair")
         if "run" in state.values:
             self.numbers.load_state(state.values["run"])

@@ -35,6 +35,7 @@ MADE = {
     "hosts/musubi/loop.py": {"problems"},
     "hosts/musubi/replay.py": {"problems"},
     "hosts/musubi/caching.py": {"problems"},
+    "hosts/resuming.py": set(),
     "hosts/looking.py": {"repeated", "folder_problems", "name_problems"},
     "adapter/quantised.py": {"problems", "device_problems"},
     "lorafile/record.py": {"problem"},

@@ -23,6 +23,7 @@ LEVELS: list[set[str]] = [
     {"enhancement"},
     {"shown"},
     {"hosts.base", "hosts.frames", "hosts.looking"},
+    {"hosts.resuming"},
     {"hosts.postfix", "hosts.state"},
     {"attachment", "hosts.kohya", "hosts.musubi"},
     {"lora"},

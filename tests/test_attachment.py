@@ -18,7 +18,7 @@ from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import parse
 from spf_plugin.core import losses, objective, sfcm
-from spf_plugin.core.prompt import Target
+from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.core.schedule import Discrete
 from spf_plugin.errors import SPFError
 from spf_plugin.families import known
@@ -89,6 +89,7 @@ class ToyHost:
     noise_schedule = Discrete(torch.linspace(0.999, 0.005, 1000), "epsilon")
     captions_before_training = None
     prefix = ""
+    subset_targets: Sequence[Target] = ()
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.trainer, self.accelerator, self.denoiser = Trainer(), Accelerator(), denoiser
@@ -436,7 +437,7 @@ def test_a_run_resumed_within_a_pair_goes_on_as_an_uninterrupted_one() -> None:
     assert first.spf._partner is None
     assert first.host.saved().values == state.values
     assert first.host.saved().tensors.keys() == state.tensors.keys()
-    assert set(state.values) == {"step", "stage", "pair", "run"}
+    assert set(state.values) == {"step", "stage", "pair", "run", "settings", "subset_targets"}
     second = Run(CAPTIONS)
     with torch.no_grad():
         second.weight.copy_(first.weight)
@@ -658,9 +659,29 @@ def test_state() -> None:
         run.step()
     assert run.host.saved is not None
     saved = run.host.saved()
-    assert saved == State({"step": 3, "stage": 2, "run": saved.values["run"]})
+    assert (saved.values["step"], saved.values["stage"], saved.tensors) == (3, 2, {})
     run.spf._load_state(State({"step": 8}))
     assert run.spf.step == 8
+
+
+def test_a_state_of_another_target_stops_and_other_settings_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    first = Run(CAPTIONS)
+    first.host.subset_targets = parse_targets("hat")
+    first.step()
+    assert first.host.saved is not None
+    state = first.host.saved()
+    same = Run(CAPTIONS, spf_log_every="5")
+    same.host.subset_targets = parse_targets("Hat")
+    same.spf._load_state(state)
+    assert "other settings" not in caplog.text
+    same.host.subset_targets = ()
+    with pytest.raises(SPFError, match=r"with the target blonde hair\|hat, and this run's is blonde hair:"):
+        same.spf._load_state(state)
+    other = Run(CAPTIONS, spf_map="paper")
+    other.host.subset_targets = parse_targets("hat")
+    other.spf._load_state(state)
+    assert "spf_map=paper (was soft)" in caplog.text
+    assert other.spf.step == 1
 
 
 def test_more_steps_do_not_take_a_resumed_run_back_to_plain_training(caplog: pytest.LogCaptureFixture) -> None:
@@ -669,7 +690,7 @@ def test_more_steps_do_not_take_a_resumed_run_back_to_plain_training(caplog: pyt
         first.step()
     assert first.host.saved is not None
     state = first.host.saved()
-    assert state.values == {"step": 6, "stage": 2, "run": state.values["run"]}
+    assert (state.values["step"], state.values["stage"]) == (6, 2)
     for reached, stage in ((state, 2), (State({"step": 6, "stage": 1}), 1), (State({"step": 6}), 1)):
         caplog.clear()
         second = Run(CAPTIONS, **UNPAIRED, spf_stage2_start="0.5")

@@ -55,6 +55,11 @@ class Host(TextHost, ImageHost, WatchedHost, Protocol):
         """The captions of a batch as they were encoded, `[B]`."""
         ...
 
+    @property
+    def subset_targets(self) -> Sequence[Target]:
+        """All that `targets` may give, for the whole data set; may be empty."""
+        ...
+
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         """Per-sample targets that replace the run's, or None; may be empty."""
         ...

@@ -1,4 +1,5 @@
-"""What any trainer's run can get wrong, whichever trainer it is: where it would write, and options given twice.
+"""What any trainer's run can get wrong, whichever trainer it is: where it would write, options given twice, one
+target or another.
 
 Functions of plain data, without torch, that a run and `spf check` share.
 """
@@ -8,11 +9,12 @@ from __future__ import annotations
 import ntpath
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spf_plugin.core.prompt import Target
 from spf_plugin.files import NAME_BYTES, PATH_LETTERS, impossible, long_paths, name_length
 
 #: What the host puts behind the name, by the option that asks for it.
@@ -32,6 +34,11 @@ class Found:
     errors: list[str]
     warnings: list[str]
     of_captions: list[str]
+
+
+def sought(targets: Iterable[Target]) -> set[tuple[str, str]]:
+    """What is looked for in captions, and what takes its place: `blonde_hair` is `Blonde hair`, in any order."""
+    return {(replace(target, phrase=target.phrase.lower()).pattern.pattern, target.replacement) for target in targets}
 
 
 def repeated(words: Sequence[str], host: str) -> list[str]:

@@ -22,6 +22,7 @@ class ReferenceHost:
     """A running reference trainer, as `spf_plugin.hosts.base.Host`."""
 
     prefix = ""
+    subset_targets: Sequence[Target] = ()
 
     def __init__(self, trainer: Trainer):
         self.trainer: Any = trainer

@@ -9,10 +9,10 @@ from typing import Any
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import replace
+from spf_plugin.hosts.resuming import STATE_FILE
 from spf_plugin.pairs import State
 
-STATE_FILE = "spf_state.json"
-PAIR_FILE = "spf_pair.safetensors"  # beside it, where a pair waits for its second step
+PAIR_FILE = "spf_pair.safetensors"  # beside `STATE_FILE`, where a pair waits for its second step
 HOST_STATE_FILE = "train_state.json"  # sd-scripts'; musubi-tuner has none, and begins to count anew
 
 
@@ -20,7 +20,7 @@ def register(accelerator: Any, state: Callable[[], State], load: Callable[[State
     """Keep `state()` with every training state that the accelerator saves, and call `load` when it loads one.
 
     Raises:
-        SPFError: (when it loads) the file is damaged.
+        SPFError: (when it loads) the file is damaged, or `load` refuses it.
     """
     from safetensors import SafetensorError  # type: ignore[attr-defined]
     from safetensors.torch import load_file, save_file
@@ -44,6 +44,8 @@ def register(accelerator: Any, state: Callable[[], State], load: Callable[[State
                 values = json.loads(ours.read_text(encoding="utf-8"))
                 # Every process goes on with the main one's pair: they alternate together.
                 load(State(values, load_file(pair) if "pair" in values and pair.is_file() else {}))
+            except SPFError:
+                raise
             except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
                 raise SPFError(
                     f"{ours} is damaged ({type(error).__name__}: {error}). Delete it, and the run goes on from the "

@@ -68,6 +68,25 @@ def test_resume_in_the_middle_of_stage_2(host: Host) -> None:
     assert "drift=" in second.log.split("running training")[1].split("saving checkpoint")[0]
 
 
+@pytest.mark.one_host
+def test_a_state_of_another_target_is_refused_and_other_settings_are_said(host: Host) -> None:
+    """The run asks before it makes a network; and again when the host loads it, as it does of one from the hub."""
+    flags: dict[str, Any] = {"save_state": True, "save_every_n_steps": 1, "max_train_steps": 1}
+    first = host.train(TARGET, "spf_preview_every=0", **flags)
+    (state,) = (path for path in first.folder.glob("out-step*-state") if path.is_dir())
+    flags = {"resume": state, "max_train_steps": 2}
+    refused = host.train("spf_target=jacket", "spf_nonsense=1", **flags)
+    assert refused.returncode != 0
+    assert "running training" not in refused.log
+    assert "with the target blonde hair, and this run's is jacket" in refused.said
+    assert "unknown setting 'spf_nonsense'" in refused.said
+    again = host.train(TARGET, "spf_map=paper", "spf_preview_every=0", **flags)
+    assert again.returncode == 0, again.log[-3000:]
+    said = "this run goes on with its own: spf_map=paper (was soft)"
+    assert said in again.said.split("running training")[0]
+    assert again.said.count(said) == 1
+
+
 @contract
 def test_a_resumed_run_whose_steps_are_all_skipped_says_so(host: Host) -> None:
     """The host takes the steps of its state times the accumulated batches for steps, and skips every epoch."""

@@ -20,7 +20,7 @@ class LoopHost:
     """A running `Loop`. What SPF may ask and this loop has no answer to is None."""
 
     text_encoder_trained, first_step, noise_schedule, vae, vae_scaling_factor = False, None, None, None, 1.0
-    output, prefix = Path("toy"), ""
+    output, prefix, subset_targets = Path("toy"), "", ()
 
     def __init__(self, loop: Loop):
         self.trainer: Any = loop

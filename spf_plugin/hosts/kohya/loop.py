@@ -216,6 +216,10 @@ class KohyaHost:
     def captions(self, batch: Any) -> list[str]:
         return [str(caption or "") for caption in batch["captions"]]
 
+    @property
+    def subset_targets(self) -> Sequence[Target]:
+        return own_targets.of_images([image for _, image in self._entries()])
+
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
         attributes = batch.get("custom_attributes") or []
         return [own_targets.of_attributes(a) for a in attributes]

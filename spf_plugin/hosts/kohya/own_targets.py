@@ -22,6 +22,12 @@ def of_attributes(attributes: Any) -> tuple[Target, ...] | None:
     return read_targets(own) if own else None
 
 
+def of_images(images: Sequence[Image]) -> tuple[Target, ...]:
+    """Those of a data set, each once, whose images are `readable`."""
+    said = dict.fromkeys(target for image in images if image.target for target in read_targets(image.target))
+    return tuple(said)
+
+
 def readable(images: Sequence[Image]) -> tuple[list[Image], list[str]]:
     """The images without the targets that cannot be read, and what is wrong with those."""
     problems: list[str] = []

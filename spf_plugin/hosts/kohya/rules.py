@@ -15,7 +15,8 @@ from spf_plugin.config import SPFConfig
 from spf_plugin.core import coverage
 from spf_plugin.core.coverage import Coverage
 from spf_plugin.core.prompt import Target, parse_targets, split
-from spf_plugin.hosts.kohya import cached_text
+from spf_plugin.hosts import resuming
+from spf_plugin.hosts.kohya import cached_text, own_targets
 from spf_plugin.hosts.kohya.images import Image, dropped_targets
 from spf_plugin.hosts.kohya.scripts import LENGTHS, text_tokens
 from spf_plugin.hosts.kohya.trainers import Dit, dit_of
@@ -134,6 +135,7 @@ def look(
             "subset's custom_attributes. Name the target in --network_args, or train without masks."
         )
     errors += _base_problems(args, config, wrong, device, dit)
+    errors += resuming.problems(resuming.of_run(args), config, own_targets.of_images(images), wrong)
     steps = getattr(args, "max_train_steps", None)
     # Of epochs the host makes steps later, and what is resumed may be aligned already.
     later = getattr(args, "max_train_epochs", None) or getattr(args, "resume", None)

@@ -84,6 +84,7 @@ class MusubiHost:
     #: It trains no text encoder, begins to count at 0, and its models have no table of noise levels.
     text_encoder_trained, first_step, noise_schedule = False, None, None
     vae, vae_scaling_factor, is_unet = None, 1.0, False
+    subset_targets: Sequence[Target] = ()  # its data sets take no settings but their own
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class MusubiHost:
         return [self._replay.captions[text] for text in batch[items.ITEMS]]
 
     def targets(self, batch: Any) -> Sequence[Sequence[Target] | None]:
-        return ()  # its data sets take no settings but their own
+        return ()
 
     def sample_weights(self, batch: Any) -> Tensor | None:
         return None

@@ -5,9 +5,8 @@ The caching command asks the same `fault`, so what it leaves alone a run takes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from spf_plugin.core.prompt import Target, parse_targets
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Family, Text
+from spf_plugin.hosts.looking import sought
 from spf_plugin.hosts.musubi import prompts
 from spf_plugin.hosts.musubi.architectures import Architecture
 from spf_plugin.hosts.musubi.prompts import Record
@@ -126,12 +126,6 @@ class _Covered:
         return of_vector(torch.zeros(1))
 
 
-def _found(targets: Iterable[str]) -> set[tuple[str, str]]:
-    """What is looked for in captions, and what takes its place: `blonde_hair` is `Blonde hair`, in any order."""
-    found = parse_targets(list(targets))
-    return {(replace(target, phrase=target.phrase.lower()).pattern.pattern, target.replacement) for target in found}
-
-
 def fault(text: str, captions: Sequence[str], targets: Sequence[Target], family: Family) -> Fault | Record:
     """Why the record of an item cannot be used; else the record.
 
@@ -143,12 +137,12 @@ def fault(text: str, captions: Sequence[str], targets: Sequence[Target], family:
     """
     try:
         record = prompts.read(prompts.beside(text))
-        recorded = _found(record.target)
+        recorded = sought(parse_targets(record.target))
     except FileNotFoundError:
         return Fault.MISSING
     except ValueError:
         return Fault.DAMAGED
-    if recorded != _found(map(str, targets)):
+    if recorded != sought(targets):
         return Fault.TARGET
     if captions and record.caption not in captions:
         return Fault.CAPTION

@@ -12,6 +12,7 @@ from typing import Any
 
 from spf_plugin.config import SPFConfig
 from spf_plugin.core import coverage
+from spf_plugin.hosts import resuming
 from spf_plugin.hosts.looking import Found, folder_problems, name_problems
 from spf_plugin.hosts.musubi.dataset import Dataset, clashes, in_one_cache
 from spf_plugin.hosts.musubi.scripts import SUPPORTED, Script, script_of
@@ -98,6 +99,7 @@ def look(
         *_option_problems(args, script),
         *_saving_problems(args, trying),
         *_setting_problems(config),
+        *resuming.problems(resuming.of_run(args), config, (), wrong),
     ]
     steps = getattr(args, "max_train_steps", None)
     # Of epochs the host makes steps later, and what is resumed may be aligned already.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spf_plugin.config import Read
 from spf_plugin.core.prompt import Target
+from spf_plugin.hosts import resuming
 from spf_plugin.hosts.kohya import own_targets, rules
 from spf_plugin.hosts.kohya.captions import dropout, shuffled
 from spf_plugin.hosts.kohya.images import Image
@@ -200,6 +201,10 @@ def together(args: HostArgs, spf: Read, data: Data) -> list[Finding]:
                 "Lower spf_stage2_start: below 1 it is a share of the run, from 1 on a step.",
             )
         )
+    found += [
+        Finding("warning", "resumed-otherwise", change)
+        for change in resuming.changes(resuming.of_run(args), config, wrong)
+    ]
     if not config.active:
         found.append(Finding("note", "measures-only", "all weights are 0: the LoRA will be plain, SPF only measures"))
     package = config.network.split(".")[0]

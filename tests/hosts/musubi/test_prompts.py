@@ -162,6 +162,27 @@ def test_a_run_of_another_target_is_refused(musubi: Musubi) -> None:
     assert '--target "red hat"' in refused.said
 
 
+def test_a_state_of_another_target_is_refused_and_other_settings_are_said(musubi: Musubi, tmp_path: Path) -> None:
+    first = musubi.train(*EVERY_STEP, max_train_steps=1, save_state_on_train_end=True)
+    (state,) = (path for path in first.folder.glob("*-state") if path.is_dir())
+    config = copied(musubi, tmp_path / "data")
+    assert musubi.cache_prompts(config, "brown jacket").returncode == 0
+    flags = {"dataset_config": config, "max_train_steps": 1, "resume": state}
+    other = ("spf_target=brown jacket", "spf_map=paper")
+    refused = musubi.train(*other, **flags)
+    assert refused.returncode != 0
+    assert "running training" not in refused.log
+    assert "with the target blonde hair, and this run's is brown jacket" in refused.said
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    checked = musubi.run("spf", ["check", musubi.kind.SCRIPT, *words, "--network_args", *other])
+    assert "with the target blonde hair, and this run's is brown jacket" in checked.said
+    said = "this run goes on with its own: spf_map=paper (was soft)"
+    assert said in checked.said
+    again = musubi.train(*EVERY_STEP, "spf_map=paper", resume=state, max_train_steps=1)
+    assert again.returncode == 0, again.log[-4000:]
+    assert again.said.count(said) == 1
+
+
 def test_items_that_are_only_in_the_cache_are_trained_with_what_was_cached(musubi: Musubi, tmp_path: Path) -> None:
     """musubi-tuner trains what it has cached, whatever the folder of images has now."""
     config = copied(musubi, tmp_path / "data")
