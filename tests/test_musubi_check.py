@@ -189,7 +189,13 @@ def test_what_is_cached_is_held_against_the_data_set(folder: Path) -> None:
     assert found["stale-cache"].images == ("gone",)
     assert "the prompts of all 3 cached items are missing" in found["no-prompts"].message
     wanted = 'spf cache-prompts --arch zimage --target "blonde hair" --dataset_config sets.toml --text_encoder PATH'
-    assert wanted in found["no-prompts"].fix
+    script = "Run zimage_cache_text_encoder_outputs.py first, which caches the text itself. "
+    assert found["no-prompts"].fix == f"{script}Run {wanted}"  # empty files are no text of any caption
+    for name in "012":
+        caption = (folder / "images" / f"{name}.txt").read_text(encoding="utf-8")
+        save_file({}, folder / "images" / f"{name}_zi_te.safetensors", {"caption1": caption})
+    (fix,) = (finding.fix for finding in look().findings if finding.code == "no-prompts")
+    assert fix == f"Run {wanted}"
 
 
 def test_the_other_model_of_a_trainer_has_a_cache_of_its_own(folder: Path) -> None:

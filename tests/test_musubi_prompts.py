@@ -153,6 +153,37 @@ def test_records_of_two_tokenizers_do_not_go_together(tmp_path: Path) -> None:
         assert "another" in errors[0]
 
 
+@pytest.mark.parametrize("record", ["current", "missing", "damaged", "of another target"])
+@pytest.mark.parametrize("text", ["current", "changed", "cached again", "damaged"])
+def test_the_hosts_text_script_is_named_where_its_text_is_stale_and_only_there(
+    tmp_path: Path, record: str, text: str
+) -> None:
+    files = recorded(tmp_path, CAPTIONS[:2])
+    now = {file: [caption] for file, caption in zip(files, CAPTIONS, strict=False)}
+    path = Path(prompts.beside(files[0]))
+    if record == "missing":
+        path.unlink()
+    elif record == "damaged":
+        path.write_bytes(b"half")
+    targets = (Target("red hat"),) if record == "of another target" else TARGETS
+    if text != "current":
+        now[files[0]] = ["a woman, blonde hair, red hat"]
+    if text == "cached again":
+        tensors = {"varlen_llm_embed_bfloat16": encode(now[files[0]][0])["llm_embed"]}
+        save_file(tensors, files[0], {"caption1": now[files[0]][0]})
+    elif text == "damaged":
+        Path(files[0]).write_bytes(b"half")
+    family = ZImage(nn.Module())
+    errors, _ = replay.problems(Replay(named("zimage")), files, now, targets, family, "COMMAND")
+    assert bool(errors) == (record != "current" or text != "current")
+    assert all("Run: COMMAND" in error for error in errors)
+    named_ = ["zimage_cache_text_encoder_outputs.py first" in error for error in errors]
+    assert any(named_) == (text in ("changed", "damaged"))
+    # What the command itself says of the item is the same: what it names is what must be done.
+    unfit = caching._Unfit(named("zimage"))
+    assert unfit.takes(files[0], now[files[0]]) != any(named_)
+
+
 def test_encodings_of_another_caption_are_not_near() -> None:
     same, other = encode("a red hat, blonde hair"), encode("a blue hat, blonde hair")
     names = ("llm_embed",)
@@ -168,11 +199,11 @@ def test_the_hosts_names_are_read(tmp_path: Path) -> None:
     path = str(tmp_path / "a_te.safetensors")
     written = ("varlen_llm_embed_float8_e4m3fn", "ctx_vec_bfloat16", "llm_mask")
     save_file({name: torch.zeros(2) for name in written}, path, {"caption1": "a, b"})
-    caption, tensors = prompts.host_text(path)
-    assert caption == "a, b"
-    assert set(tensors) == {"llm_embed", "ctx_vec", "llm_mask"}
+    assert prompts.host_caption(path) == "a, b"
+    assert set(prompts.host_text(path)) == {"llm_embed", "ctx_vec", "llm_mask"}
     with pytest.raises(ValueError, match="nothing"):
         prompts.host_text(str(tmp_path / "nothing"))
+    assert prompts.host_caption(str(tmp_path / "nothing")) is None
 
 
 def test_batches_name_their_items() -> None:

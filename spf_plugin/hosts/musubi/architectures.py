@@ -56,6 +56,16 @@ class Architecture:
     code: Callable[[Any], str]
     shown: str = ""
 
+    @property
+    def text_script(self) -> str:
+        """The host's script that caches text."""
+        return f"{self.caching[0].rpartition('.')[2]}.py"
+
+    @property
+    def latents_script(self) -> str:
+        """The one that caches latents."""
+        return self.text_script.replace("text_encoder_outputs", "latents")
+
 
 POOLED = "pooled"  # what our encoder may add to the host's tensors: the vector of a prompt
 

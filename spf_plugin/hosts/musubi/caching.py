@@ -199,26 +199,25 @@ class _Unfit:
         if not os.path.isfile(text):
             self.missing.append(text)
             return False
-        try:
-            said, _ = prompts.host_text(text)
-        except ValueError:
-            said = None
-        if said != captions[0]:
+        if prompts.host_caption(text) != captions[0]:
             self.stale.append(text)
             return False
         return True
 
     def matches(self, text: str, caption: str, live: Live) -> bool:
         """Whether what is cached is what the encoder makes of the caption."""
-        _, theirs = prompts.host_text(text)
         start = len(live.tokenize(live.prefix)) if live.prefix else 0
+        try:
+            theirs = prompts.host_text(text)
+        except ValueError:  # its tensors: what it says of the caption was read
+            theirs = {}
         if prompts.near(live.tensors(caption), theirs, self._architecture.tensors, start):
             return True
         self.other.append(text)
         return False
 
     def problems(self) -> list[str]:
-        script = f"{self._architecture.caching[0].rpartition('.')[2]}.py"
+        script = self._architecture.text_script
         found = []
         if self.several:
             found.append(

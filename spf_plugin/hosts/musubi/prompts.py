@@ -189,8 +189,19 @@ def _tensors(path: str) -> dict[str, Tensor]:
         raise SPFError(f"{path} cannot be read: {error}. Delete it, and run spf cache-prompts again.") from error
 
 
-def host_text(path: str) -> tuple[str | None, dict[str, Tensor]]:
-    """What the host has cached of a caption: the caption, and the tensors by their names in a batch.
+def host_caption(path: str) -> str | None:
+    """Of which caption the host has cached the text; None where that cannot be read."""
+    from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
+
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
+            return (file.metadata() or {}).get("caption1")
+    except (SafetensorError, *DAMAGED):
+        return None
+
+
+def host_text(path: str) -> dict[str, Tensor]:
+    """What the host has cached of a caption: the tensors by their names in a batch.
 
     Raises:
         ValueError: it is damaged.
@@ -199,8 +210,7 @@ def host_text(path: str) -> tuple[str | None, dict[str, Tensor]]:
 
     try:
         with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-            tensors = {_plain(name): file.get_tensor(name) for name in list(file.keys())}
-            return (file.metadata() or {}).get("caption1"), tensors
+            return {_plain(name): file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, *DAMAGED) as error:
         raise ValueError(f"{path}: {error}") from error
 

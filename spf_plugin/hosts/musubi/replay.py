@@ -174,6 +174,7 @@ def problems(
         command: the one that encodes prompts, as the user should type it.
     """
     found: dict[Fault, list[str]] = {}
+    first: set[Fault] = set()
     gone = 0
     for text in items:
         told = fault(text, captions.get(text, ()), targets, family)
@@ -181,13 +182,14 @@ def problems(
             told = Fault.TOKENS
         if isinstance(told, Fault):
             found.setdefault(told, []).append(prompts.beside(text))
+            first |= {told} if text_is_stale(text, captions.get(text, ())) else set()
             continue
         gone += text not in captions
         replay.add(text, told)
     errors: list[str] = []
     warnings: list[str] = []
     for kind, paths in found.items():
-        before = _before(kind, replay.architecture)
+        before = text_first(replay.architecture) if kind in first else ""
         errors.append(
             f"the prompts of {len(paths)} of {len(items)} trained items {kind.value}, e.g. {paths[0]}. {before}Run: "
             f"{command}"
@@ -199,6 +201,12 @@ def problems(
     return errors, warnings
 
 
-def _before(kind: Fault, architecture: Architecture) -> str:
-    script = architecture.caching[0].rpartition(".")[2]
-    return f"Run {script}.py first, which caches the text itself. " if kind is Fault.CAPTION else ""
+def text_is_stale(text: str, captions: Sequence[str]) -> bool:
+    """Whether the host must cache an item's text again, before its prompts can be made; the arguments are those of
+    `fault`."""
+    return bool(captions) and prompts.host_caption(text) not in captions
+
+
+def text_first(architecture: Architecture) -> str:
+    """What must be done then, before the command that encodes prompts."""
+    return f"Run {architecture.text_script} first, which caches the text itself. "

@@ -58,9 +58,8 @@ def test_base_prompts_are_what_the_host_would_cache_of_them(musubi: Musubi, tmp_
         record = prompts.read(str(path))
         if record.base != record.caption:
             text = config.parent / "cache" / path.name.replace("_spf.", "_te.")
-            caption, wanted = prompts.host_text(str(text))
-            assert caption == record.base
-            assert equal(prompts.base_tensors(str(path)), wanted)
+            assert prompts.host_caption(str(text)) == record.base
+            assert equal(prompts.base_tensors(str(path)), prompts.host_text(str(text)))
 
 
 def test_what_is_current_is_left_alone(musubi: Musubi, tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def _other_caption(config: Path) -> None:
 
 def _other_text(config: Path) -> None:
     path = next((config.parent / "cache").glob("a_*_te.safetensors"))
-    caption, tensors = prompts.host_text(str(path))
+    caption, tensors = prompts.host_caption(str(path)), prompts.host_text(str(path))
     save_file({f"varlen_{name}_bfloat16": tensor * 1.01 for name, tensor in tensors.items()}, path,
               {"caption1": str(caption)})  # fmt: skip
 
@@ -147,11 +146,14 @@ def test_a_run_refuses_prompts_that_are_not_its_own(
     assert "running training" not in refused.log
     assert f"the prompts of 1 of 8 trained items {said}" in refused.said
     assert f'spf cache-prompts --arch {musubi.kind.ARCH} --target "blonde hair" --dataset_config' in refused.said
+    assert ("caches the text itself" in refused.said) == (spoil is _other_caption)
     if spoil is _other_caption:
-        assert "caches the text itself" in refused.said
         stale = musubi.cache_prompts(config)
         assert "are of another caption than the data set has now" in stale.said
         assert musubi.cache_text(config).returncode == 0
+        again = musubi.train(*EVERY_STEP, dataset_config=config)
+        assert f"the prompts of 1 of 8 trained items {said}" in again.said
+        assert "caches the text itself" not in again.said  # it is done
     assert musubi.cache_prompts(config).returncode == 0
     assert musubi.train(*EVERY_STEP, dataset_config=config, max_train_steps=1).returncode == 0
 

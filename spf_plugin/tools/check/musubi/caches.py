@@ -72,8 +72,7 @@ def _files(found: Found, code: str) -> list[str]:
 
 
 def _missing(missing: dict[str, list[str]], items: int, architecture: architectures.Architecture) -> list[Finding]:
-    text = f"{architecture.caching[0].rpartition('.')[2]}.py"
-    scripts = {"latents": text.replace("text_encoder_outputs", "latents"), "text": text}
+    scripts = {"latents": architecture.latents_script, "text": architecture.text_script}
     findings = []
     for what, stems in missing.items():
         if not stems:
@@ -93,15 +92,16 @@ def _prompts(
     from torch import nn
 
     from spf_plugin.families import known
-    from spf_plugin.hosts.musubi.replay import Fault, fault
+    from spf_plugin.hosts.musubi.replay import Fault, fault, text_first, text_is_stale
 
     family = known.named(architecture.family)(nn.Module())
     wrong: dict[Fault, list[str]] = {}
+    stale: set[Fault] = set()
     for text, captions in texts.items():
         told = fault(text, captions, targets, family)
         if isinstance(told, Fault):
             wrong.setdefault(told, []).append(os.path.basename(text).removesuffix("_te.safetensors"))
-    first = f"Run {architecture.caching[0].rpartition('.')[2]}.py, which caches the text itself. "
+            stale |= {told} if text_is_stale(text, captions) else set()
     said = "|".join(map(str, targets))
     options = "".join(f" --{name} {getattr(args, name, None) or 'PATH'}" for name in architecture.required)
     command = (
@@ -113,7 +113,7 @@ def _prompts(
             "error",
             "no-prompts",
             f"the prompts of {of(len(stems), len(texts), 'cached items')} {kind.value}",
-            f"{first if kind is Fault.CAPTION else ''}Run {command}",
+            f"{text_first(architecture) if kind in stale else ''}Run {command}",
             tuple(stems),
         )
         for kind, stems in wrong.items()
