@@ -7,6 +7,7 @@ its trainer, accelerator or UNet (`left.json`: what was).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,20 @@ from spf_plugin.hosts.frames import training_frame
 
 
 def create_network(*args: Any, **kwargs: Any) -> nn.Module:
+    return _watched(lora.create_network, *args, **kwargs)
+
+
+def create_arch_network(*args: Any, **kwargs: Any) -> nn.Module:
+    return _watched(lora.create_arch_network, *args, **kwargs)
+
+
+def _watched(create: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     frame = training_frame()
     assert frame is not None
     trainer, accelerator, unet = frame.f_locals["self"], frame.f_locals["accelerator"], args[5]
     output = Path(frame.f_locals["args"].output_dir)
     before = set(vars(trainer)), set(vars(accelerator))
-    network = lora.create_network(*args, **kwargs)
+    network = create(*args, **kwargs)
     end_training, save_weights = accelerator.end_training, network.save_weights
 
     def ending() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ class Server:
         assert answer, "the test launcher died"
         return int(json.loads(answer)["returncode"])
 
+    def start(self, command: Sequence[str], job: Mapping[str, Any], out: Path) -> int:
+        """A process of its own, or several, on the CPU: what `command` makes of `-m MODULE ARGS`."""
+        (out / "job.json").write_text(json.dumps(job, default=str), encoding="utf-8")
+        launched = [*command, "-m", "tests.hosts.musubi.launcher", str(self.folder), str(out / "job.json")]
+        environment = {**self.environment(), "ACCELERATE_USE_CPU": "true"}
+        with open(job["log"], "wb") as log:
+            return subprocess.run(launched, stdout=log, stderr=log, env=environment, cwd=REPOSITORY).returncode
+
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
@@ -100,14 +109,17 @@ class Musubi:
         self.data = Path()  # a data set whose text and prompts are cached: to be read only
         self._count = 0
 
-    def run(self, script: str, arguments: list[str], out: Path | None = None) -> Result:
-        """One of the host's scripts, or what the launcher knows besides."""
+    def run(self, script: str, arguments: list[str], out: Path | None = None, command: Sequence[str] = ()) -> Result:
+        """One of the host's scripts, or what the launcher knows besides.
+
+        With `command` that starts the launcher in place of the shared server, which forks and so is one process.
+        """
         self._count += 1
         out = out or self.work / f"{self._count:03d}"
         out.mkdir(parents=True, exist_ok=True)
         log = out / f"{Path(script).stem}.txt"
         job = {"kind": self.name, "models": self.models, "script": script, "args": arguments, "log": log}
-        code = self.server.ask(job)
+        code = self.server.ask(job) if not command else self.server.start(command, job, out)
         return Result(code, log.read_text(encoding="utf-8", errors="replace"), out)
 
     def done(self, script: str, *arguments: Any) -> Result:
@@ -155,9 +167,14 @@ class Musubi:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(
-        self, *network_args: str, module: str = "spf_plugin.lora", out: Path | None = None, **flags: Any
+        self,
+        *network_args: str,
+        module: str = "spf_plugin.lora",
+        out: Path | None = None,
+        command: Sequence[str] = (),
+        **flags: Any,
     ) -> Result:
-        """Train. `network_args` are the words after `--network_args`."""
+        """Train. `network_args` are the words after `--network_args`; `command` as for `run`."""
         out = out or self.work / f"{self._count:03d}-run"
         options = {
             **self.kind.options(self.models),
@@ -178,7 +195,7 @@ class Musubi:
             "network_args": list(network_args) or None,
             **flags,
         }
-        return self.run(str(options.pop("script", self.kind.SCRIPT)), words(options), out)
+        return self.run(str(options.pop("script", self.kind.SCRIPT)), words(options), out, command)
 
     def plain(self, *network_args: str, **flags: Any) -> Result:
         return self.train(*network_args, module=self.kind.NETWORK, **flags)
@@ -235,6 +252,14 @@ def musubi(
 
     made.data = made_once(f"musubi-data-{name}-{folder.name}", encoded)
     return made
+
+
+def copied(musubi: Musubi, folder: Path) -> Path:
+    """A data set of one's own, with cached text and prompts; returns its configuration."""
+    shutil.copytree(musubi.data, folder)
+    config = folder / "data.toml"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(musubi.data), str(folder)), encoding="utf-8")
+    return config
 
 
 def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:

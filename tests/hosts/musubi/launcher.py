@@ -3,6 +3,7 @@
     launcher.py --serve HOST       many runs in the musubi-tuner folder HOST, one JSON job a line on standard input:
                                    {"kind": ..., "models": ..., "script": ..., "args": [...], "log": ...} ->
                                    {"returncode": ...}; a script is one of the host's, or `make`, `latents` or `spf`
+    launcher.py HOST JOB           one of them, which is written in the file JOB
 
 Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
 
@@ -33,6 +34,8 @@ def prepare(host: Path) -> None:
     """Make the host importable as its scripts expect."""
     torch.set_num_threads(1)
     launcher._torchvision_importable()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        launcher._frozen_models_without_ddp()
     if find_spec("av") is None:
         sys.modules["av"] = module_from_spec(ModuleSpec("av", None))
     sys.path.insert(0, str(host / "src"))
@@ -113,4 +116,9 @@ def serve(host: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[2]).resolve())
+    if sys.argv[1] == "--serve":
+        serve(Path(sys.argv[2]).resolve())
+    else:
+        place, wanted = Path(sys.argv[1]).resolve(), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+        prepare(place)
+        run(place, wanted)

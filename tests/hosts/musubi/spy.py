@@ -60,7 +60,8 @@ def watched(network: nn.Module, unet: nn.Module) -> nn.Module:
             pristine.train(model.training).to(like.device, like.dtype)
             with accelerator.autocast():
                 base = family.prediction(pristine(*args, **kwargs), call)
-            target = any("blonde hair" in caption for caption in host.captions(host.batch))
+            said = [target.phrase for target in network.spf.config.target]  # type: ignore[union-attr]
+            target = any(words in caption for caption in host.captions(host.batch) for words in said)
             seen.append({"equal": bool(torch.equal(base.float(), prediction.float())), "target": target})
             last["reference"] = prediction
         (output / "spy.json").write_text(json.dumps(seen))

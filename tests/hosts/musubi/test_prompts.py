@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,17 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from spf_plugin.core.prompt import Target, split
 from spf_plugin.hosts.musubi import prompts
-from tests.hosts.musubi.conftest import CAPTIONS, EVERY_STEP, Musubi, equal
+from tests.hosts.musubi.conftest import CAPTIONS, EVERY_STEP, Musubi, copied, equal
 
 pytestmark = pytest.mark.kinds("zimage")
-
-
-def copied(musubi: Musubi, folder: Path) -> Path:
-    """A data set of one's own, with cached text and prompts."""
-    shutil.copytree(musubi.data, folder)
-    config = folder / "data.toml"
-    config.write_text(config.read_text(encoding="utf-8").replace(str(musubi.data), str(folder)), encoding="utf-8")
-    return config
 
 
 def files(config: Path) -> list[Path]:

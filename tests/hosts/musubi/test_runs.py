@@ -4,6 +4,7 @@ its module here says; here is what must be true of all."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.hosts.conftest import Result
-from tests.hosts.musubi.conftest import EVERY_STEP, TARGET, Musubi, equal, relative_error, words
+from tests.hosts.musubi.conftest import EVERY_STEP, TARGET, Musubi, copied, equal, relative_error, words
 
 OFF = tuple(f"spf_{name}_multiplier=0" for name in ("text_consistent", "fine_grained", "output", "base_preservation"))
 SPY = "tests.hosts.musubi.spy"
@@ -99,6 +100,7 @@ def test_the_reference_is_the_base_model_bit_for_bit(musubi: Musubi, flags: dict
         pytest.param({"max_data_loader_n_workers": 2, "persistent_data_loader_workers": True}, id="workers"),
     ],
 )
+@pytest.mark.kinds("zimage", "wan")
 def test_the_reference_of_other_runs(musubi: Musubi, flags: dict[str, Any]) -> None:
     assert len(pairs(musubi.train(*EVERY_STEP, module=SPY, **flags))) >= 2
 
@@ -159,8 +161,9 @@ def test_resume_between_the_two_steps_of_a_pair(musubi: Musubi) -> None:
     assert len(pairs(second)) == 1  # the second of a pair, and a pair
 
 
+@pytest.mark.kinds("zimage", "wan")
 def test_samples_are_drawn_without_spf(musubi: Musubi, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a woman, smiling --w 64 --h 64 --s 2\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a woman, smiling --w 64 --h 64 --s 2 --f 1\n", encoding="utf-8")
     flags = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 1, "sample_at_first": True}
     flags["mixed_precision"] = "bf16"  # the host cannot draw in float32
     result = musubi.train(*EVERY_STEP, module=SPY, max_train_steps=2, **flags)
@@ -213,12 +216,37 @@ def test_another_network_of_the_hosts(musubi: Musubi) -> None:
         assert "spf_target" in json.loads(file.metadata()["ss_network_args"])
 
 
+@pytest.mark.kinds("zimage", "wan")
+def test_several_targets(musubi: Musubi, tmp_path: Path) -> None:
+    """Of which a caption may have one, both or none."""
+    config = copied(musubi, tmp_path / "data")
+    assert musubi.cache_prompts(config, "blonde hair|blue shirt").returncode == 0
+    settings = ("spf_target=blonde hair|blue shirt", *EVERY_STEP[1:])
+    result = musubi.train(*settings, module=SPY, dataset_config=config, max_train_steps=6)
+    assert all(pair["target"] for pair in pairs(result))  # each caption has one of them
+    assert "target blonde hair|blue shirt; " in result.said
+    assert json.loads(result.metadata()["ss_network_args"])["spf_target"] == "blonde hair|blue shirt"
+
+
+@pytest.mark.kinds("zimage", "wan")
 def test_one_image_a_step(musubi: Musubi, tmp_path: Path) -> None:
     """Then the host pads nothing."""
     config = (musubi.data / "data.toml").read_text(encoding="utf-8").replace("batch_size = 2", "batch_size = 1")
     (tmp_path / "one.toml").write_text(config, encoding="utf-8")
     seen = pairs(musubi.train(*EVERY_STEP, module=SPY, dataset_config=tmp_path / "one.toml", max_train_steps=20))
     assert {pair["target"] for pair in seen} == {True, False}
+
+
+def test_two_processes_train_the_same_lora(musubi: Musubi) -> None:
+    """With `--cpu` accelerate would leave the second one to MPI."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    result = musubi.train(*EVERY_STEP, module="tests.hosts.rank_spy", command=launch, max_train_steps=3)
+    assert result.returncode == 0, result.log[-4000:]
+    ranks = [load_file(result.folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert equal(ranks[0], ranks[1])
+    assert any(bool(tensor.abs().max() > 0) for name, tensor in ranks[0].items() if "lora_up" in name)
+    assert "drift=" in result.log
 
 
 def test_every_mistake_is_said_before_the_first_step(musubi: Musubi) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import toml
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.documents import commands
 from tests.hosts.conftest import REPOSITORY
 from tests.hosts.musubi.conftest import EVERY_STEP, Musubi, words
+from tests.hosts.musubi.test_runs import SPY
 
 PAGE = "docs/musubi.md"
 #: What the preset says and tiny models or a CPU do not want.
@@ -59,6 +63,63 @@ def test_the_commands_of_the_page(musubi: Musubi, tmp_path: Path) -> None:
     assert ran == ["spf check", *caching, "spf check", "zimage_train_network", "spf lora", "spf lora"]
     theirs = load_file(tmp_path / "out" / "hair-comfyui.safetensors")
     assert all(name.startswith("diffusion_model.layers.") for name in theirs)
+
+
+FRAMES, SIDES = 17, (64, 48)
+
+
+def clip(place: Path, tint: int, *, film: bool) -> Path:
+    """A bar that wanders, as a film or as a folder of pictures: both are videos to musubi-tuner."""
+    pictures = []
+    for i in range(FRAMES):
+        picture = Image.new("RGB", SIDES, (tint, 90, 120))
+        picture.paste((230, 200, 40), (3 * i, 0, 3 * i + 8, SIDES[1]))
+        pictures.append(picture)
+    if not film:
+        place.mkdir()
+        for i, picture in enumerate(pictures):
+            picture.save(place / f"{i:03d}.png")
+        return place
+    av = pytest.importorskip("av", reason="NO av IN THIS PYTHON: films are not read")
+    path = place.with_suffix(".mp4")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = *SIDES, "yuv420p"
+        for picture in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.mark.kinds("wan")
+@pytest.mark.parametrize("film", [False, True], ids=["pictures", "film"])
+def test_clips_from_the_file_to_the_lora(musubi: Musubi, tmp_path: Path, film: bool) -> None:
+    """Latents by the host's own script, of one frame and of nine; text, prompts, training, ComfyUI's names."""
+    (tmp_path / "clips").mkdir()
+    rows = []
+    for i, caption in enumerate(("a woman walks, blonde hair, street", "a man with blonde hair, red hat", "a harbour")):
+        path = clip(tmp_path / "clips" / str(i), 60 * i, film=film)
+        rows.append(json.dumps({"video_path": str(path), "caption": caption}))
+    (tmp_path / "clips.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    said = {"video_jsonl_file": str(tmp_path / "clips.jsonl"), "cache_directory": str(tmp_path / "cache"),
+            "resolution": list(SIDES), "target_frames": [1, 9], "frame_extraction": "head"}  # fmt: skip
+    config = tmp_path / "clips.toml"
+    config.write_text(toml.dumps({"datasets": [said]}), encoding="utf-8")
+    options = musubi.kind.options(musubi.models)
+    latents = musubi.kind.TEXT_SCRIPT.replace("text_encoder_outputs", "latents")
+    musubi.done(latents, *words({"dataset_config": config, "vae": options["vae"], "num_workers": 1}))
+    assert len(list((tmp_path / "cache").glob("*_wan.safetensors"))) == 2 * len(rows)
+    for done in (musubi.cache_text(config), musubi.cache_prompts(config)):
+        assert done.returncode == 0, done.log[-4000:]
+    trained = musubi.train(*EVERY_STEP, module=SPY, dataset_config=config, max_train_steps=11)
+    assert trained.returncode == 0, trained.log[-4000:]
+    seen = json.loads((trained.folder / "spy.json").read_text(encoding="utf-8"))
+    assert all(pair["equal"] and pair.get("repeats", True) for pair in seen)
+    assert all(pair["response"] > 0 for pair in seen if pair["target"] and "response" in pair)
+    assert {pair["shape"][2] for pair in seen if "shape" in pair} == {SIDES[1] // 8, 3 * SIDES[1] // 8}
+    theirs = tmp_path / "comfyui.safetensors"
+    musubi.done("spf", "lora", "convert", trained.file, theirs, "--to", "comfyui")
+    assert all(name.startswith("diffusion_model.blocks.") for name in load_file(theirs))
 
 
 @pytest.mark.kinds("zimage")
