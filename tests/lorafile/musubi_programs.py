@@ -24,7 +24,7 @@ if __name__ == "__main__":  # started as a program, `tests` is found from the re
 
 from tests.lorafile import programs
 from tests.lorafile.dit_programs import deltas, original, patched
-from tests.lorafile.musubi_kinds import MLP, TEXT, WIDTH, diffusers_paths, shapes
+from tests.lorafile.musubi_kinds import MLP, TEXT, WIDTH, diffusers_paths
 from tests.lorafile.programs import Apply, Deltas, Model, Weights
 
 CONFIG: dict[str, dict[str, Any]] = {  # of the tiny models, as ComfyUI keeps them
@@ -49,17 +49,17 @@ def comfyui(checkout: Path, base: str, config: dict[str, Any]) -> Apply:
     for name in {*COMFY.values()} - {COMFY[base]}:
         setattr(sys.modules["comfy.model_base"], name, type(name, (), {}))
     convert = importlib.import_module("comfy.lora_convert").convert_lora
-    table: dict[str, Any] = {f"{path}.weight": f"diffusion_model.{path}.weight" for path in shapes(base)}
-    if base == "zimage":  # its checkpoint has q, k and v in one
-        for i in range(2):
-            block = f"layers.{i}.attention"
-            for third, part in enumerate("qkv"):
-                rows = (f"diffusion_model.{block}.qkv.weight", (0, third * WIDTH, WIDTH))
-                table[f"{block}.to_{part}.weight"] = rows
-            table[f"{block}.to_out.0.weight"] = f"diffusion_model.{block}.out.weight"
+
+    def place(path: str, weight: torch.Tensor) -> Any:
+        """Where its checkpoint has a module of musubi-tuner's."""
+        block, last = path.rsplit(".attention.to_", 1) if base == "zimage" and ".attention.to_" in path else (path, "")
+        if last in ("q", "k", "v"):  # in one
+            width = len(weight)
+            return f"diffusion_model.{block}.attention.qkv.weight", (0, "qkv".index(last) * width, width)
+        return f"diffusion_model.{f'{block}.attention.out' if last else path}.weight"
 
     def apply(file: Path, weights: Weights) -> tuple[Deltas, list[str]]:
-        before, places = original(table, weights)
+        before, places = original({f"{path}.weight": place(path, weight) for path, weight in weights.items()}, weights)
         model = kind(list(before), config)
         model.weights = before
         key_map = lora.model_lora_keys_unet(model, {})
