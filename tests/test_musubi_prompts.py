@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
+from spf_plugin.families.krea2 import Krea2
 from spf_plugin.families.zimage import ZImage
 from spf_plugin.hosts.musubi import caching, prompts, replay
 from spf_plugin.hosts.musubi.architectures import ARCHITECTURES, named, of_trainer
@@ -99,9 +101,44 @@ def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
     host = played(recorded(tmp_path))
     with pytest.raises(SPFError, match="was not tokenized when the prompts were cached"):
         host.tokenize("green hat")
-    for beside in ((), ("green hat, blonde hair",)):
+    for prompt, beside in (
+        ("green hat", ()),
+        ("green hat", ("green hat, blonde hair",)),
+        ("brown jacket", ("brown jacket, blonde hair",)),  # which is known as a phrase alone
+        ("a woman, brown jacket", ()),  # and this as a base prompt
+    ):
         with pytest.raises(SPFError, match="was not encoded when the prompts were cached"):
-            host.encode(["green hat"], beside=beside)
+            host.encode([prompt], beside=beside)
+
+
+def test_a_caption_that_is_the_base_prompt_and_a_phrase_of_another(tmp_path: Path) -> None:
+    captions = ("red hat", "red hat, blonde hair")
+    host = played(recorded(tmp_path, captions))
+    rows = [encode(caption)["llm_embed"].float() for caption in captions]
+    text = {"hidden": nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            "hidden_mask": torch.arange(len(rows[1])) < torch.tensor([[len(row)] for row in rows])}  # fmt: skip
+    ours, theirs = side(host), side(live())
+    a, b = ours.for_batch(captions, text), theirs.for_batch(captions, text)
+    bases = [each.base_text(batch, text, text_encoder_trained=False) for each, batch in ((ours, a), (theirs, b))]
+    assert all(torch.equal(bases[0][name], bases[1][name]) for name in bases[0])
+    assert torch.equal(ours.distances(a), theirs.distances(b))
+
+
+def test_the_vector_that_an_encoder_has_of_the_words_is_the_phrases(tmp_path: Path) -> None:
+    """And not the mean of all states, in which a template drowns them. The host's own file has no such tensor."""
+
+    def pooled(prompt: str) -> Tensor:
+        return torch.tensor([float(sum(tokenize(prompt))), 1.0])
+
+    host = caching.Live(named("krea2"), Encoder(tokenize, lambda text: {
+        "krea2_vl_embed": encode(text)["llm_embed"][:, None], "pooled": pooled(text)}))  # fmt: skip
+    text = str(tmp_path / "0_kr2_te.safetensors")
+    save_file({"varlen_krea2_vl_embed_bfloat16": host.tensors(CAPTIONS[0])["krea2_vl_embed"]}, text)
+    family = Krea2(nn.Module())
+    caching.write(text, CAPTIONS[0], TARGETS, family, host, TextSide(host, family, TARGETS, nullcontext))
+    record, found = prompts.read(prompts.beside(text)), prompts.phrase_vectors(prompts.beside(text))
+    assert {"a woman", "brown jacket", "blonde hair"} <= set(record.phrases)
+    assert torch.equal(found, torch.stack([pooled(phrase) for phrase in record.phrases]))
 
 
 def test_faults(tmp_path: Path) -> None:
@@ -193,6 +230,15 @@ def test_encodings_of_another_caption_are_not_near() -> None:
     assert not prompts.near(same, encode("a red hat"), names, 1)
     assert not prompts.near(same, {}, names, 1)
     assert not prompts.near(same, {"llm_embed": same["llm_embed"] * float("nan")}, names, 1)
+    # What stands before the words is the same in all prompts, and may be larger than all of them.
+    loud = [
+        {"llm_embed": torch.cat([torch.full((1, WIDTH), 1e3), each["llm_embed"].float()])} for each in (same, other)
+    ]
+    assert prompts.near(loud[0], loud[0], names, 2)
+    assert not prompts.near(*loud, names, 2)
+    ids = {"ids": torch.tensor([1, 2])}
+    assert prompts.near(ids, {"ids": torch.tensor([1, 2])}, ("ids",), 0)
+    assert not prompts.near(ids, {"ids": torch.tensor([1, 3])}, ("ids",), 0)
 
 
 def test_the_hosts_names_are_read(tmp_path: Path) -> None:
@@ -226,6 +272,8 @@ def test_batches_name_their_items() -> None:
     assert named_.batch_size == 2
     assert [named_[i][ITEMS] for i in range(2)] == [["c"], ["a", "b"]]
     assert named_[1]["latents"] == 1
+    again = copy.copy(named_)  # as a loader's worker makes one, which has nothing yet
+    assert (len(again), again.batch_size, again[1]) == (2, 2, named_[1])
 
 
 def test_the_architectures() -> None:

@@ -36,10 +36,10 @@ def test_packed_latents_of_qwen_image() -> None:
     assert family.grid(6, (4, 6)) == (2, 3)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_words_of_qwen_image_are_padded_to_the_longest(masked: bool) -> None:
+@pytest.mark.parametrize("masked", [torch.bool, torch.int64, None], ids=str)
+def test_words_of_qwen_image_are_padded_to_the_longest(masked: torch.dtype | None) -> None:
     like = torch.zeros(2, 9, 5, dtype=torch.bfloat16)
-    mask = torch.ones(2, 9, dtype=torch.bool) if masked else None
+    mask = torch.ones(2, 9, dtype=masked) if masked else None
     call = Call(
         (), {"encoder_hidden_states": like, "encoder_hidden_states_mask": mask, "txt_seq_lens": [9, 7], "guidance": 1}
     )
@@ -48,10 +48,14 @@ def test_words_of_qwen_image_are_padded_to_the_longest(masked: bool) -> None:
     assert found["txt_seq_lens"] == [3, 6]
     assert torch.equal(found["encoder_hidden_states"], new["hidden"][:, :6].bfloat16())
     if masked:
-        assert found["encoder_hidden_states_mask"].tolist() == [[True] * 3 + [False] * 3, [True] * 6]
+        assert found["encoder_hidden_states_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+        assert found["encoder_hidden_states_mask"].dtype == masked
     else:
         assert found["encoder_hidden_states_mask"] is None
     assert found["guidance"] == 1
+    nothing = QwenImage(nn.Module()).with_text(call, {**new, "hidden_mask": torch.zeros(2, 8, dtype=torch.bool)})
+    assert nothing.kwargs["txt_seq_lens"] == [1, 1]  # the model has no positions for none
+    assert nothing.kwargs["encoder_hidden_states"].shape == (2, 1, 5)
 
 
 def test_words_of_wan_are_a_list() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from spf_plugin.families.base import Family
 from spf_plugin.seam import Call
 from tests.hosts.dits.common import random_weights
 
@@ -50,6 +52,12 @@ def filled(model: nn.Module, seed: int) -> nn.Module:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(random_weights(shapes, seed))
     return model.eval()
+
+
+def crossing(model: nn.Module, family: Family) -> list[str]:
+    """The linear layers that `spf_train=cross_attention` means, by the names that the host's networks give them."""
+    names = (name for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    return [name for name in names if re.search(family.cross_attention, f"lora_unet_{name.replace('.', '_')}")]
 
 
 def same(a: Call, b: Call) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,12 +141,11 @@ def test_the_layers() -> None:
     assert all(type(layer) is nn.Linear for layer in family.linear_layers())
     assert len(list(family.linear_layers())) == 8 * 8  # queries, keys, values, gate, out; three of the MLP
     family.before_pass()  # nothing is swapped
-    names = [
-        f"lora_unet_{name.replace('.', '_')}" for name, part in made.named_modules() if isinstance(part, nn.Linear)
+    assert classes.crossing(made, family) == [
+        f"blocks.{i}.attn.{name}" for i in range(8) for name in ("wq", "wk", "wv", "gate", "wo")
     ]
-    cross = [name for name in names if re.search(family.cross_attention, name)]
-    assert len(cross) == 8 * 5
-    assert all(name.startswith("lora_unet_blocks_") for name in cross)
+    del made.txtfusion
+    assert not Krea2.fits(made)
 
 
 class Echo(nn.Module):

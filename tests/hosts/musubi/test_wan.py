@@ -178,11 +178,15 @@ def test_a_planted_key_is_where_it_was_planted(where: str) -> None:
 
 
 def test_the_layers() -> None:
-    family = Wan(model(layers=8))
+    made = model(layers=8)
+    family = Wan(made)
     assert len(family.layers("all")) == 8
     assert [layer.name for layer in family.layers("last")] == [f"blocks.{i}.cross_attn" for i in (4, 5, 6)]
     assert len(list(family.linear_layers())) == 8 * (4 + 4 + 2)
     family.before_pass()  # nothing is swapped
+    assert classes.crossing(made, family) == [f"blocks.{i}.cross_attn.{name}" for i in range(8) for name in "qkvo"]
+    del made.text_len
+    assert not Wan.fits(made)
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "base"])

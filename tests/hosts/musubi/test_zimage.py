@@ -26,9 +26,10 @@ WIDTH = 64  # of the text
 SIZE = (16, 24)
 
 
-def model(layers: int = 4) -> nn.Module:
+def model(layers: int = 4, *, keys: int = 4) -> nn.Module:
+    """Of four heads of queries, and so many of keys; as published they are as many."""
     made = classes.module("zimage.zimage_model").ZImageTransformer2DModel(
-        dim=96, n_layers=layers, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=WIDTH, axes_dims=[8, 8, 8]
+        dim=96, n_layers=layers, n_refiner_layers=1, n_heads=4, n_kv_heads=keys, cap_feat_dim=WIDTH, axes_dims=[8, 8, 8]
     )
     return classes.filled(made, 3)
 
@@ -74,6 +75,11 @@ def test_a_call_with_another_text_is_the_model_with_it() -> None:
     assert family.text_mask(changed).shape == (2, family.length(shorter)) == (2, LENGTH)
     longer = {"hidden": torch.stack(words(50, 50)), "hidden_mask": torch.ones(2, 50, dtype=torch.bool)}
     assert family.with_text(two, longer).kwargs["cap_feats"].shape[1] == 50
+    most = call_of(words(WORDS, 3), torch.randn(2, 16, 2, 66))  # 33 patches: nothing needs more padding
+    assert most.kwargs["cap_feats"].shape[1] == WORDS + 31
+    assert family.text_mask(most).shape == (2, LENGTH)
+    counted = family.text_mask(most.with_part(most.kwargs["cap_mask"].long(), 3, "cap_mask"))
+    assert torch.equal(counted, family.text_mask(most))
 
 
 def test_its_latents_and_its_time() -> None:
@@ -90,12 +96,12 @@ def test_its_latents_and_its_time() -> None:
     assert family.frames(call) == 1
 
 
-@pytest.mark.parametrize("lengths", [(9,), (9, 17)], ids=["one", "two"])
-def test_queries_and_keys_are_those_of_the_models_own_attention(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("lengths", "keys"), [((9,), 4), ((9, 17), 4), ((9, 17), 2)], ids=["one", "two", "shared"])
+def test_queries_and_keys_are_those_of_the_models_own_attention(lengths: tuple[int, ...], keys: int) -> None:
     torch.manual_seed(0)
     call = call_of(words(*lengths), torch.randn(len(lengths), 16, *SIZE))
     patches = SIZE[0] * SIZE[1] // 4
-    assert off(Joint(model(), call, [0] * len(lengths), [patches] * len(lengths), lengths)) < 1e-5
+    assert off(Joint(model(keys=keys), call, [0] * len(lengths), [patches] * len(lengths), lengths)) < 1e-5
 
 
 def test_a_planted_key_is_where_it_was_planted() -> None:
@@ -118,11 +124,17 @@ def test_a_planted_key_is_where_it_was_planted() -> None:
 
 
 def test_the_layers() -> None:
-    family = ZImage(model(layers=8))
+    made = model(layers=8)
+    family = ZImage(made)
     assert len(family.layers("all")) == 8
     assert [layer.name for layer in family.layers("last")] == [f"layers.{i}.attention" for i in (4, 5, 6)]
     assert len(list(family.linear_layers())) == 8 * (4 + 3 + 1)  # attention, MLP, modulation
     family.before_pass()  # nothing is swapped
+    assert classes.crossing(made, family) == [
+        f"layers.{i}.attention.{name}" for i in range(8) for name in ("to_q", "to_k", "to_v", "to_out.0")
+    ]
+    del made.context_refiner
+    assert not ZImage.fits(made)
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "base"])
