@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -289,6 +290,7 @@ def test_the_command_without_musubi_tuner(tmp_path: Path, monkeypatch: pytest.Mo
     from spf_plugin.tools.cli.prompts import app
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "musubi_tuner", None)  # a checkout that another test has put there
     for target, said in (("blonde hair", "musubi-tuner cannot be imported here"), ("a->a", "replaces 'a' by itself")):
         result = CliRunner().invoke(app, ["--arch", "zimage", "--target", target, "--dataset_config", "x.toml"])
         assert result.exit_code == 2
