@@ -53,6 +53,26 @@ def test_words_of_the_target_are_left_out(target: str, out: set[str]) -> None:
     assert left(target) == out
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("puppy", "puppies", True),
+        ("blond", "blonde", True),
+        ("hair", "haired", True),
+        ("glass", "glasses", True),
+        ("curl", "curling", True),
+        ("car", "carpet", False),
+        ("party", "partisan", False),
+    ],
+)
+def test_words_are_the_same_but_for_an_ending(one: str, other: str, same: bool) -> None:
+    assert held_out.same_word(one, other) is held_out.same_word(other, one) is same
+
+
+def test_letters_are_no_words_but_where_they_are() -> None:
+    assert held_out.own_words(parse_targets("t-shirt|猫")) == {"shirt", "猫"}
+
+
 def test_what_was_trained_is_left_out() -> None:
     assert left("beard", ("Two  women", "a chair with a beard")) == {"two women"}
 

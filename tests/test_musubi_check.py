@@ -75,6 +75,8 @@ def test_a_run_that_is_right_but_for_what_is_not_cached(folder: Path) -> None:
 
 def test_a_data_set_alone(folder: Path) -> None:
     assert codes(look("--network_args", "spf_target=blonde hair", script=None, file="sets.toml")) == []
+    (folder / "sets.json").write_text(json.dumps(toml.load(folder / "sets.toml")), encoding="utf-8")
+    assert codes(look("--network_args", "spf_target=blonde hair", script=None, file="sets.json")) == []
     report = check(folder / "sets.toml", [], script=None, target="green hair")
     assert codes(report, "error") == ["stops"]
     assert "occurs in none of the 4 captions" in report.findings[0].message
@@ -106,11 +108,15 @@ def test_which_trainer_it_is_must_be_said(folder: Path) -> None:
         ({"output_name": None}, "stops", "no --output_name"),
         ({"network_args": ["spf_target=blonde hair", "spf_response=anchor"]}, "stops", "spf_response=anchor"),
         ({"network_args": ["spf_traget=blonde hair"]}, "setting", "spf_traget"),
+        ({"dim_from_weights": "old.safetensors"}, None, ""),  # a switch to the parser, a path to the trainer
         ({"max_train_epochs": 2, "network_args": [*RUN["network_args"], "spf_stage2_start=20"]}, "never-aligned", ""),
     ],
 )
-def test_mistakes_in_a_run(folder: Path, run: dict[str, Any], code: str, said: str) -> None:
+def test_mistakes_in_a_run(folder: Path, run: dict[str, Any], code: str | None, said: str) -> None:
     write(folder, run)
+    if code is None:
+        assert codes(look()) == NOT_CACHED
+        return
     found = [finding for finding in look().findings if finding.code == code]
     assert any(said in finding.message for finding in found), codes(look())
 
@@ -121,6 +127,7 @@ def test_mistakes_in_a_run(folder: Path, run: dict[str, Any], code: str, said: s
         ({"image_dir": "images"}, "dataset-config", "refuses 'image_dir'"),
         ({"batch_size": "2"}, "dataset-config", "must be a whole number"),
         ({"resolution": [64, 48, 3]}, "dataset-config", "must be one whole number, or two in a list"),
+        ({"batch_size": True}, "dataset-config", "counts as 1"),
         ({"num_repeats": 0}, "batch-size", "num_repeats = 0"),
         ({"resolution": None}, "no-resolution", "960 x 544"),
         ({"caption_extension": None}, "caption-extension", "has no caption_extension"),
@@ -134,12 +141,44 @@ def test_mistakes_in_a_run(folder: Path, run: dict[str, Any], code: str, said: s
         ({"image_directory": None, "video_directory": "images"}, "no-images", "there are no videos in images"),
         ({"image_directory": None, "video_directory": "images", "source_fps": 24}, "dataset-config", "with a point"),
         ({"image_directory": None, "video_directory": "images", "target_frames": [24]}, "frames", "rounds down"),
+        ({"image_directory": None, "video_directory": "images", "frame_extraction": "tail"}, "frames", "'tail'"),
     ],
 )
 def test_mistakes_in_a_data_set(folder: Path, own: dict[str, Any], code: str, said: str) -> None:
     write(folder, **own)
     found = [finding for finding in look().findings if finding.code == code]
     assert any(said in finding.message for finding in found), codes(look())
+
+
+def test_the_ending_that_captions_have_is_named(folder: Path) -> None:
+    write(folder, caption_extension=".caption")
+    (found,) = (finding for finding in look().findings if finding.code == "no-caption")
+    assert found.fix == 'Set caption_extension = ".txt".'
+
+
+def test_of_wan_samples_need_its_own_encoder(folder: Path) -> None:
+    write(folder, {"sample_prompts": "prompts.txt"})
+    (found,) = (f for f in look(script="wan_train_network.py").findings if f.code == "no-part")
+    assert "sample_prompts needs vae and t5" in found.message
+
+
+def test_clips(folder: Path) -> None:
+    """They are not opened as pictures. The host fails at one without a caption."""
+    (folder / "videos").mkdir()
+    for name in "ab":
+        (folder / "videos" / f"{name}.mp4").touch()
+        (folder / "videos" / f"{name}.txt").write_text(f"a woman, blonde hair, {name} street", encoding="utf-8")
+        (folder / "videos" / f"{name}_00000-009_0064x0048_wan.safetensors").touch()
+        (folder / "videos" / f"{name}_wan_te.safetensors").touch()
+    write(folder, image_directory=None, video_directory="videos", target_frames=[9], num_repeats=3)
+    report = look(script="wan_train_network.py")
+    assert codes(report) == ["no-prompts"]
+    assert "the prompts of all 2 cached items are missing" in report.findings[0].message
+    assert (report.images, report.steps_per_epoch) == (2, 6)
+    (folder / "videos" / "b.txt").unlink()
+    report = look(script="wan_train_network.py")
+    (found,) = (finding for finding in report.findings if finding.code == "no-caption")
+    assert (found.level, "fails at them" in found.message) == ("error", True)
 
 
 def test_images_without_a_caption_are_left_out(folder: Path) -> None:
@@ -152,10 +191,13 @@ def test_images_without_a_caption_are_left_out(folder: Path) -> None:
 def test_a_caption_is_all_lines_of_its_file(folder: Path) -> None:
     (folder / "images" / "0.txt").write_text("a woman, street,\nblonde hair\n", encoding="utf-8")
     assert look().rows[0].prompt.full == "a woman, street,\nblonde hair"
+    (folder / "images" / "0.txt").write_text("\ufeffa woman, street, blonde hair", encoding="utf-8")
+    assert "bom" in codes(look(), "warning")
 
 
 def lines(folder: Path, *rows: dict[str, Any]) -> None:
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "data.jsonl").write_text(text, encoding="utf-8")
 
 
 def test_json_lines(folder: Path) -> None:
@@ -164,6 +206,8 @@ def test_json_lines(folder: Path) -> None:
     lines(folder, {"image_path": "images/0.png", "caption": "a woman, blonde hair"})
     assert "no-cache" in codes(look(), "error")
     write(folder, **own, cache_directory="cache")
+    assert codes(look(), "error") == NOT_CACHED
+    lines(folder, {"image_path_0": "images/0.png", "caption": "a woman,\u2028blonde hair"})  # no end of a line
     assert codes(look(), "error") == NOT_CACHED
     lines(folder, {"image_path": "images/0.png", "caption": "blonde hair, a", "control_path": "images/1.png"})
     assert "stops" in codes(look(), "error")
@@ -182,6 +226,7 @@ def test_what_is_cached_is_held_against_the_data_set(folder: Path) -> None:
     for name in ("0", "1", "2", "gone"):
         (folder / "images" / f"{name}_0064x0048_zi.safetensors").touch()
         (folder / "images" / f"{name}_zi_te.safetensors").touch()
+    (folder / "images" / "3_zi_te.safetensors").touch()  # whose latents are not there
     report = look()
     found = {finding.code: finding for finding in report.findings}
     assert found["not-cached"].level == "warning"

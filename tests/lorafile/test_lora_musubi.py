@@ -229,6 +229,68 @@ def test_three_in_one_are_taken_apart_to_the_ranks_that_they_had() -> None:
     assert any("4 modules of ComfyUI's checkpoint taken apart" in note for note in notes)
 
 
+def of_zimage(*, alpha: bool, rows: float = 1.0) -> StateDict:
+    """q, k and v in one and what comes out, of ranks 12 and 4."""
+    draw = torch.Generator().manual_seed(0)
+    found = {}
+    for name, rank, out in (("qkv", 12, 192), ("out", 4, 64)):
+        module = f"lora_unet_layers_0_attention_{name}"
+        found[f"{module}.lora_down.weight"] = torch.randn(rank, 64, generator=draw)
+        found[f"{module}.lora_up.weight"] = torch.randn(out, rank, generator=draw) * rows
+        if alpha:
+            found[f"{module}.alpha"] = torch.tensor(rank / 2)
+    return found
+
+
+def test_three_in_one_without_an_alpha_or_without_a_delta() -> None:
+    told = {"ss_base_model_version": "z_image"}
+    for alpha, rows in ((False, 1.0), (True, 0.0)):
+        file = of_zimage(alpha=alpha, rows=rows)
+        (whole,) = (delta for name, delta in products(file).items() if name.endswith("qkv"))
+        found = products(convert.to_kohya(file, told, []))
+        assert len(found) == 4
+        parts = torch.cat([found[f"lora_unet_layers_0_attention_to_{part}"] for part in "qkv"])
+        assert close(parts, whole), (alpha, rows)
+
+
+def test_what_a_conversion_changed_is_said() -> None:
+    """Padding, alphas with what they are rounded to, and those that were added."""
+    told, notes = {"ss_base_model_version": "z_image"}, []
+    convert.to_diffusers(of_zimage(alpha=True), told, peft=True, notes=notes)
+    assert notes == [
+        "1 modules padded with zeros to rank 12, as diffusers 0.35 takes every rank for one",
+        "alpha / rank multiplied into 4 modules",
+    ]
+    halves = {key: tensor.half() for key, tensor in of_zimage(alpha=True).items()}
+    halves["lora_unet_layers_0_attention_out.alpha"] = torch.tensor(1.1)
+    notes.clear()
+    convert.to_diffusers(halves, told, peft=True, notes=notes)
+    assert notes[-1] == "alpha / rank multiplied into 4 modules, in 1 of them rounded to the file's dtype"
+    plain = {key: tensor for key, tensor in written("zimage", every=3).items() if not key.endswith("alpha")}
+    notes.clear()
+    convert.to_kohya(plain, told, notes)
+    assert notes == [f"the rank as alpha added to {len(plain) // 2} modules that had none"]
+    notes.clear()
+    convert.to_diffusers(plain, told, peft=True, notes=notes)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "said"),
+    [
+        ("zimage", "fused, diffusion_model", "2 modules hold q, k and v in one, which it leaves out: "),
+        ("zimage", "diffusers, default", "it takes the names for another program's"),
+        ("zimage", "fused, diffusion_model", "diffusers 0.36 give"),
+        ("qwen_image", "musubi, ranks differ", "diffusers 0.35 and 0.36 give"),
+        ("wan", "musubi, ranks differ", "diffusers 0.35 and 0.36 give"),
+    ],
+)
+def test_what_is_said_of_diffusers(base: str, kind: str, said: str) -> None:
+    file = musubi_kinds.build(kind, base, model(base))
+    said_of = [finding.message for finding in judged(file.tensors, file.metadata)["diffusers"].findings]
+    assert any(said in text for text in said_of), said_of
+
+
 def test_what_is_not_converted_is_refused_by_name() -> None:
     def file(kind: str, base: str = "zimage") -> StateDict:
         return dict(musubi_kinds.build(kind, base, model(base)).tensors)
