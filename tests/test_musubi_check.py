@@ -77,6 +77,9 @@ def test_a_data_set_alone(folder: Path) -> None:
     assert codes(look("--network_args", "spf_target=blonde hair", script=None, file="sets.toml")) == []
     (folder / "sets.json").write_text(json.dumps(toml.load(folder / "sets.toml")), encoding="utf-8")
     assert codes(look("--network_args", "spf_target=blonde hair", script=None, file="sets.json")) == []
+    (folder / "sets.json").write_text("{}", encoding="utf-8")
+    report = look(script=None, file="sets.json")
+    assert any("has no [[datasets]]" in finding.message for finding in report.findings), report.findings
     report = check(folder / "sets.toml", [], script=None, target="green hair")
     assert codes(report, "error") == ["stops"]
     assert "occurs in none of the 4 captions" in report.findings[0].message
@@ -134,6 +137,7 @@ def test_mistakes_in_a_run(folder: Path, run: dict[str, Any], code: str | None, 
         ({"caption_extension": ".caption"}, "no-caption", "4 of 4 images have no .caption file"),
         ({"image_directory": "elsewhere"}, "no-folder", "there is no such folder"),
         ({"image_directory": None}, "dataset-config", "names neither image_directory"),
+        ({"image_jsonl_file": "none.jsonl"}, "ignored-option", "image_jsonl_file is ignored beside image_directory"),
         ({"image_directory": None, "image_jsonl_file": "none.jsonl"}, "metadata", "none.jsonl"),
         ({"control_directory": "images"}, "stops", "has control images or videos"),
         ({"multiple_target": True}, "stops", "multiple_target"),
@@ -193,6 +197,8 @@ def test_a_caption_is_all_lines_of_its_file(folder: Path) -> None:
     assert look().rows[0].prompt.full == "a woman, street,\nblonde hair"
     (folder / "images" / "0.txt").write_text("\ufeffa woman, street, blonde hair", encoding="utf-8")
     assert "bom" in codes(look(), "warning")
+    (folder / "images" / "0.txt").write_bytes("a woman, straße, blonde hair".encode("cp1252"))
+    assert "not-utf8" in codes(look(), "error")
 
 
 def lines(folder: Path, *rows: dict[str, Any]) -> None:
@@ -211,6 +217,8 @@ def test_json_lines(folder: Path) -> None:
     assert codes(look(), "error") == NOT_CACHED
     lines(folder, {"image_path": "images/0.png", "caption": "blonde hair, a", "control_path": "images/1.png"})
     assert "stops" in codes(look(), "error")
+    (folder / "data.jsonl").write_text('{"image_path": "images/0.png"', encoding="utf-8")
+    assert any("a line is no JSON" in finding.message for finding in look().findings)
     lines(folder, {"image_path": "images/9.png", "caption": "a woman, blonde hair"}, {"image_path": "images/0.png"})
     assert {"metadata", "image-missing"} <= set(codes(look(), "error"))
 
@@ -272,6 +280,7 @@ def test_control_images_in_the_cache_are_shown_to_the_model(folder: Path) -> Non
         (["--mixed_precision", "bf8"], "--mixed_precision takes one of no, fp16, bf16"),
         (["--network_args", "a=b", "--network_args", "c=d"], "musubi-tuner reads only the last"),
         (["hair"], "stray word 'hair'"),
+        (["--network_dim"], "musubi-tuner would not take these options: argument --network_dim"),
     ],
 )
 def test_mistakes_on_a_command_line(folder: Path, words: list[str], said: str) -> None:
@@ -295,6 +304,18 @@ def test_the_command(folder: Path, words: list[str], code: int, said: str, monke
     done = CliRunner().invoke(app, ["check", *words])
     assert done.exit_code == code, done.output
     assert said in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [("sets.txt", "", "only as .toml or .json. Rename it."), ("sets.json", "[]", "is no data set configuration")],
+)
+def test_a_file_that_is_no_data_set(folder: Path, name: str, text: str, said: str) -> None:
+    (folder / name).write_text(text, encoding="utf-8")
+    write(folder, {"dataset_config": name})
+    with pytest.raises(SPFError) as caught:
+        look()
+    assert said in str(caught.value)
 
 
 def test_as_json(folder: Path) -> None:

@@ -160,16 +160,31 @@ def test_faults(tmp_path: Path) -> None:
     content = Path(text).read_bytes()
     Path(text).write_bytes(content)  # another time
     assert found() is None
-    Path(text).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert found() is Fault.TEXT
+    for other in (content[:-1] + bytes([content[-1] ^ 1]), content + b"0"):
+        Path(text).write_bytes(other)
+        assert found() is Fault.TEXT
     Path(text).unlink()
     assert found() is Fault.TEXT
     path.write_bytes(b"nothing")
     assert found() is Fault.DAMAGED
     save_file({"vectors": torch.zeros(1)}, path)
     assert found() is Fault.DAMAGED
+    save_file({"vectors": torch.zeros(1)}, path, {"spf_prompts": '{"format": 0}'})  # of another version
+    assert found() is Fault.DAMAGED
     path.unlink()
     assert found() is Fault.MISSING
+
+
+def test_files_that_cannot_be_written_or_read_any_more(tmp_path: Path) -> None:
+    text = recorded(tmp_path, CAPTIONS[:1])[0]
+    path = prompts.beside(text)
+    record = prompts.read(path)
+    with pytest.raises(SPFError, match="was not written"):
+        prompts.write(str(tmp_path / "nowhere" / "a_spf.safetensors"), record, {}, torch.zeros(1, 1))
+    Path(path).unlink()
+    for read in (prompts.base_tensors, prompts.phrase_vectors):
+        with pytest.raises(SPFError, match=r"cannot be read: .* Delete it"):
+            read(path)
 
 
 def test_records_of_two_tokenizers_do_not_go_together(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spf_plugin.enhancement.decoders import LinearDecoder, load
 from spf_plugin.errors import SPFError
-from spf_plugin.families import latents
+from spf_plugin.families import known, latents
 from spf_plugin.families.qwen_image import QwenImage
 from spf_plugin.families.wan import Wan
 from spf_plugin.seam import Call
@@ -85,6 +85,17 @@ def test_frames_of_wan_lie_one_above_the_other() -> None:
         other = torch.randn(2, 3, frames, 8, 4)
         call = Call((other,), {})
         assert all(map(torch.equal, family.output(output, family.noisy_latents(call), call), other))
+
+
+def test_models_with_the_names_and_other_blocks_are_of_no_family() -> None:
+    """Each is known by something of its own, and by attention that SPF can read."""
+    made = nn.Module()
+    for name in ("context_refiner", "double_stream_modulation_img", "pos_embed", "text_len", "txtfusion"):
+        setattr(made, name, nn.Identity())
+    for stack in ("blocks", "double_blocks", "layers", "single_blocks", "transformer_blocks"):
+        setattr(made, stack, nn.ModuleList([nn.Identity()]))
+    with pytest.raises(SPFError, match=r"found no cross-attention layers .* in this Module; SPF needs SD1\.x"):
+        known.find(made)
 
 
 def test_whose_latents_they_are() -> None:

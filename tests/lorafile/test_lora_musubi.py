@@ -291,6 +291,19 @@ def test_what_is_said_of_diffusers(base: str, kind: str, said: str) -> None:
     assert any(said in text for text in said_of), said_of
 
 
+def test_names_of_two_kinds_and_of_nobody_in_diffusers() -> None:
+    host, theirs = (musubi_kinds.build(kind, "zimage", model("zimage")) for kind in ("musubi", "diffusion_model"))
+    verdict = judged(host.tensors | theirs.tensors, host.metadata)["diffusers"]
+    assert any(finding.code == "mixed-names" for finding in verdict.findings), verdict
+    stranger = {f"lora_unet_blocks_99_x.{key}.weight": torch.ones(2, 2) for key in ("lora_up", "lora_down")}
+    file = musubi_kinds.build("musubi", "wan", model("wan"))
+    verdict = judged(file.tensors | stranger | {"lora_unet_blocks_99_x.alpha": torch.ones(())}, file.metadata)[
+        "diffusers"
+    ]
+    (found,) = (finding for finding in verdict.findings if finding.code == "names")
+    assert found.message == "1 modules are left out: lora_unet_blocks_99_x."
+
+
 def test_what_is_not_converted_is_refused_by_name() -> None:
     def file(kind: str, base: str = "zimage") -> StateDict:
         return dict(musubi_kinds.build(kind, base, model(base)).tensors)

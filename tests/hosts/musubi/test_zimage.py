@@ -79,6 +79,7 @@ def test_a_call_with_another_text_is_the_model_with_it() -> None:
     assert most.kwargs["cap_feats"].shape[1] == WORDS + 31
     assert family.text_mask(most).shape == (2, LENGTH)
     counted = family.text_mask(most.with_part(most.kwargs["cap_mask"].long(), 3, "cap_mask"))
+    assert counted.dtype == torch.bool
     assert torch.equal(counted, family.text_mask(most))
 
 
