@@ -25,7 +25,7 @@ from spf_plugin.core.schedule import Schedule
 from spf_plugin.enhancement import limits
 from spf_plugin.enhancement.term import Enhancement
 from spf_plugin.errors import SPFError
-from spf_plugin.families.base import Family
+from spf_plugin.families.base import Family, put_blocks_back
 from spf_plugin.hosts import resuming
 from spf_plugin.hosts.base import Host
 from spf_plugin.pairs import Partner, State, linked
@@ -355,11 +355,11 @@ class Attachment:
 
     def _reference(self, call: Call, text: BatchText) -> Pass:
         """The reference path: the base prompts in the base model, without a graph."""
-        self.family.before_pass()
+        put_blocks_back(self.family.denoiser)
         with torch.no_grad(), self.adapter.bypassed(), capture(self.layers) as seen:
             output = call.on(self.family.denoiser)
             found = pass_of(self.family, self.layers, call, output, seen, text.base_groups)
-        self.family.before_pass()
+        put_blocks_back(self.family.denoiser)
         return replace(found, eps=found.eps.detach())
 
     # -- the wrapped calls ----------------------------------------------------------------------------------------

@@ -115,6 +115,21 @@ def test_the_reference_is_the_base_model_for_the_base_prompts() -> None:
             assert torch.equal(seen[reference + 1][0][name], kwargs[name])
 
 
+def test_swapped_blocks_are_put_back_before_every_pass() -> None:
+    """The loop puts them back before its own; of the reference's pass SPF does, and behind it for the loop's."""
+    torch.manual_seed(0)
+    loop = Loop(CAPTIONS, 4)
+    happened: list[str] = []
+    loop.model.prepare_block_swap_before_forward = lambda: happened.append("back")  # type: ignore[assignment]
+    loop.model.register_forward_hook(lambda *_: happened.append("pass"))
+    toy, network = LoopHost(loop), Adapter(loop.model)
+    lora.attach(network, toy, parse({"spf_target": "blonde hair"}))
+    network.apply_to(None, loop.model)
+    loop.run([*network.parameters()])
+    own = ["pass"]  # and previews
+    assert happened == ["back", "pass", "back", *own, *own, *own, *own] * 2
+
+
 def test_text_that_does_not_fit_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "EARLY_BYTES", 900)  # one prompt
     with pytest.raises(SPFError, match="frees its text encoders before training"):

@@ -70,6 +70,14 @@ def linear_layers_of(*stacks: nn.Module) -> Iterator[nn.Linear]:
         yield from (module for module in stack.modules() if type(module) is nn.Linear)
 
 
+def put_blocks_back(denoiser: nn.Module) -> None:
+    """For passes that the loop does not make itself: with block swap a forward leaves the first blocks on the CPU, for
+    the backward pass to fetch. Nothing where the host cannot swap this model's blocks."""
+    prepare = getattr(denoiser, "prepare_block_swap_before_forward", None)  # sd-scripts' and musubi-tuner's name
+    if prepare is not None:
+        prepare()
+
+
 def unwrapped(output: Any) -> Tensor:
     """The prediction in what a denoiser returned: a tensor, a tuple, or diffusers' output."""
     if isinstance(output, Tensor):
@@ -180,10 +188,6 @@ class Family(Protocol):
     def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
         """Where each phrase lies in a text sequence of `length` positions; see `spf_plugin.core.prompt.spans`. A family
         of two tokenizers calls `tokenize(text, which=1)` for the second."""
-        ...
-
-    def before_pass(self) -> None:
-        """Called before each pass that the loop does not make itself (block swap puts its blocks back)."""
         ...
 
     def linear_layers(self) -> Iterator[nn.Linear]:

@@ -156,10 +156,6 @@ class Flux:
         """T5's tokens from position 0 on, `</s>` behind them (also where the rest is cut off), and padding."""
         return prompts.spans(prompt, tokenize, length - 1, full=full)
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
         return linear_layers_of(*(getattr(self.denoiser, stack) for stack in (DOUBLE, SINGLE)))

@@ -129,10 +129,6 @@ class Flux2:
             range(padding),
         )
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
         return linear_layers_of(*(getattr(self.denoiser, stack) for stack in (DOUBLE, SINGLE)))

@@ -143,10 +143,6 @@ class HunyuanImage:
             found.end,
         )
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model."""
         return linear_layers_of(self.denoiser.double_blocks, self.denoiser.single_blocks)  # type: ignore[arg-type]

@@ -130,10 +130,6 @@ class Krea2:
         and padding. What the template has before the prompt is no part of the sequence."""
         return prompts.spans(prompt, tokenize, length - BEHIND, full=full)
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the joint blocks: nearly all of the model."""
         return linear_layers_of(self.denoiser.blocks)  # type: ignore[arg-type]

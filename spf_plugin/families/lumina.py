@@ -123,10 +123,6 @@ class Lumina:
         """Gemma's tokens behind `<bos>`; padding behind them, no end token."""
         return prompts.spans(prompt, tokenize, length - 1, lambda token: 1 + token, full=full)
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the joint blocks: nearly all of the model."""
         return linear_layers_of(self.denoiser.layers)  # type: ignore[arg-type]

@@ -121,10 +121,6 @@ class QwenImage:
         """Qwen's tokens from position 0 on, then the end of the template (where the prompt leaves it room)."""
         return prompts.spans(prompt, tokenize, length, full=full)
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
         return linear_layers_of(self.denoiser.transformer_blocks)  # type: ignore[arg-type]

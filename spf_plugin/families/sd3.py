@@ -123,10 +123,6 @@ class SD3:
         t5 = prompts.spans(prompt, partial(tokenize, which=1), length - CLIP - 1, CLIP.__add__, full=full)
         return joined(clip, t5)
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model, and where the host's adapter is."""
         return linear_layers_of(self.denoiser.joint_blocks)  # type: ignore[arg-type]

@@ -116,9 +116,6 @@ class DiffusersSD3:
         t5 = prompts.spans(prompt, second, length - sd3.CLIP - 1, sd3.CLIP.__add__, full=full)
         return sd3.joined(clip, t5)
 
-    def before_pass(self) -> None:
-        """Nothing: diffusers swaps no blocks in training."""
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the blocks: nearly all of the model."""
         return linear_layers_of(self.denoiser.transformer_blocks)  # type: ignore[arg-type]

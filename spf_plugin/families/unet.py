@@ -130,9 +130,6 @@ class UNet:
     def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
         return clip_tokens.spans(prompt, tokenize, length, full=full)
 
-    def before_pass(self) -> None:
-        """Nothing: no loop swaps the blocks of a UNet."""
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the transformers: the same that networks.lora adapts, and most of a large UNet."""
         for transformer in self.denoiser.modules():

@@ -131,10 +131,6 @@ class ZImage:
         """Qwen3's tokens, behind those of the chat, which a loop puts before the prompt; the end of the chat behind."""
         return prompts.spans(prompt, tokenize, WORDS, full=full)
 
-    def before_pass(self) -> None:
-        """Put swapped blocks back: a forward leaves the first ones on the CPU, for the backward pass to fetch."""
-        self.denoiser.prepare_block_swap_before_forward()  # type: ignore[operator]
-
     def linear_layers(self) -> Iterator[nn.Linear]:
         """Of the joint blocks: nearly all of the model."""
         return linear_layers_of(self.denoiser.layers)  # type: ignore[arg-type]

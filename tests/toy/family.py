@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spf_plugin.core import prompt as prompts
@@ -101,9 +100,6 @@ class Toy:
 
     def spans(self, prompt: Prompt, tokenize: Callable[[str], Sequence[int]], length: int, *, full: bool) -> Spans:
         return prompts.spans(prompt, tokenize, length, full=full)  # no begin, padding at the end
-
-    def before_pass(self) -> None:
-        assert torch.is_tensor(next(self.denoiser.parameters()))
 
     def linear_layers(self) -> Iterator[nn.Linear]:
         yield from (module for module in self.denoiser.blocks.modules() if isinstance(module, nn.Linear))  # type: ignore

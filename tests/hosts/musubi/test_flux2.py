@@ -134,7 +134,6 @@ def test_the_layers(models: Any) -> None:
     ]
     assert all(type(layer) is nn.Linear for layer in family.linear_layers())
     assert len(list(family.linear_layers())) == 8 * 8 + 2 * 2
-    family.before_pass()  # nothing is swapped
     attention = [f"{side}_attn.{name}" for side in ("img", "txt") for name in ("qkv", "proj")]
     assert classes.crossing(made, family) == [f"double_blocks.{i}.{name}" for i in range(8) for name in attention]
     del made.double_stream_modulation_img

@@ -145,7 +145,6 @@ def test_the_layers() -> None:
     assert [layer.name for layer in family.layers("last")] == [f"transformer_blocks.{i}.attn" for i in (4, 5, 6)]
     assert all(type(layer) is nn.Linear for layer in family.linear_layers())
     assert len(list(family.linear_layers())) == 8 * (8 + 2 + 4)  # attention, modulation, two MLPs
-    family.before_pass()  # nothing is swapped
     inner = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out")
     assert classes.crossing(made, family) == [f"transformer_blocks.{i}.attn.{name}" for i in range(8) for name in inner]
     del made.pos_embed

@@ -183,7 +183,6 @@ def test_the_layers() -> None:
     assert len(family.layers("all")) == 8
     assert [layer.name for layer in family.layers("last")] == [f"blocks.{i}.cross_attn" for i in (4, 5, 6)]
     assert len(list(family.linear_layers())) == 8 * (4 + 4 + 2)
-    family.before_pass()  # nothing is swapped
     assert classes.crossing(made, family) == [f"blocks.{i}.cross_attn.{name}" for i in range(8) for name in "qkvo"]
     del made.text_len
     assert not Wan.fits(made)

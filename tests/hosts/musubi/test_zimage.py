@@ -130,7 +130,6 @@ def test_the_layers() -> None:
     assert len(family.layers("all")) == 8
     assert [layer.name for layer in family.layers("last")] == [f"layers.{i}.attention" for i in (4, 5, 6)]
     assert len(list(family.linear_layers())) == 8 * (4 + 3 + 1)  # attention, MLP, modulation
-    family.before_pass()  # nothing is swapped
     assert classes.crossing(made, family) == [
         f"layers.{i}.attention.{name}" for i in range(8) for name in ("to_q", "to_k", "to_v", "to_out.0")
     ]
