@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spf_plugin.errors import SPFError
 from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.measures import grouped
 from spf_plugin.tools.report.metrics import UNKNOWN_LICENCE, card_licence, weights_digest
-from spf_plugin.tools.report.models import short
+from spf_plugin.tools.report.models import from_transformers, short
 from spf_plugin.tools.report.results import Row, Variant
 from spf_plugin.tools.report.subject import Photos
-from spf_plugin.trainer import models
 
 _KINDS = ("dinov2", "dinov2_with_registers")
 _META = "facebook/dinov2-"  # its hub names; their model cards say Apache-2.0
@@ -39,28 +37,17 @@ class Dino:
 
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
-        from transformers.utils import logging
 
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()  # it has much to say on the choice of an image processor
-        try:
-            with models.quiet():
-                kind = AutoConfig.from_pretrained(name).model_type
-                if kind not in _KINDS:
-                    raise ValueError(f"it is a {kind}")
-                self._processor: Any = AutoImageProcessor.from_pretrained(name)
-                self._model: Any
-                self._model, loading = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        with from_transformers("--dino", name, "DINOv2", "facebook/dinov2-base"):
+            kind = AutoConfig.from_pretrained(name).model_type
+            if kind not in _KINDS:
+                raise ValueError(f"it is a {kind}")
+            self._processor: Any = AutoImageProcessor.from_pretrained(name)
+            self._model: Any
+            self._model, loading = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
             lacking = [key for key in loading["missing_keys"] if not key.endswith(_UNUSED)]
             if lacking:
                 raise ValueError(f"its weights lack {lacking[0]}")
-        except (OSError, ValueError, KeyError) as error:
-            raise SPFError(
-                f"--dino {name}: not a DINOv2 of transformers with safetensors weights ({models.first_line(error)}). "
-                "Give a folder or hub name of one, such as facebook/dinov2-base."
-            ) from None
-        finally:
-            logging.set_verbosity(level)
         self._model.eval()
         self.name, self.device = name, torch.device("cpu")
         self.digest = weights_digest(name, self._model)

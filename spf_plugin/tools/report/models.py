@@ -39,6 +39,35 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, mode
     return pipeline, parts
 
 
+@contextmanager
+def from_transformers(option: str, name: str, kind: str, example: str) -> Iterator[None]:
+    """While it is open a model that measures is loaded, and transformers says nothing.
+
+    Args:
+        option: that names the model.
+        name: its folder or hub name.
+        kind: of model that it must be.
+        example: of such a model.
+
+    Raises:
+        SPFError: an OSError, ValueError or KeyError says that it is none.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it has much to say on the choice of an image processor
+    try:
+        with models.quiet():
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        raise SPFError(
+            f"{option} {name}: not a {kind} of transformers with safetensors weights ({models.first_line(error)}). "
+            f"Give a folder or hub name of one, such as {example}."
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+
+
 def check_lora(path: Path, family: str) -> list[str]:
     """What diffusers will not apply of a LoRA file, one sentence each; mostly nothing.
 

@@ -16,9 +16,8 @@ from spf_plugin.errors import SPFError, nearest
 from spf_plugin.tools.report.held_out import HeldOut
 from spf_plugin.tools.report.measures import grouped
 from spf_plugin.tools.report.metrics import UNKNOWN_LICENCE, card_licence, weights_digest
-from spf_plugin.tools.report.models import short
+from spf_plugin.tools.report.models import from_transformers, short
 from spf_plugin.tools.report.results import Images, Row, Variant
-from spf_plugin.trainer import models
 
 Labels = NDArray[np.int64]
 
@@ -36,21 +35,10 @@ class Segmenter:
 
     def __init__(self, name: str):
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
-        from transformers.utils import logging
 
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()  # it has much to say on the choice of an image processor
-        try:
-            with models.quiet():
-                self._processor: Any = AutoImageProcessor.from_pretrained(name)
-                self._model: Any = AutoModelForSemanticSegmentation.from_pretrained(name, use_safetensors=True).eval()
-        except (OSError, ValueError, KeyError) as error:
-            raise SPFError(
-                f"--segmentation {name}: not a semantic segmentation model of transformers with safetensors weights "
-                f"({models.first_line(error)}). Give a folder or hub name of one, such as a face parsing SegFormer."
-            ) from None
-        finally:
-            logging.set_verbosity(level)
+        with from_transformers("--segmentation", name, "semantic segmentation model", "a face parsing SegFormer"):
+            self._processor: Any = AutoImageProcessor.from_pretrained(name)
+            self._model: Any = AutoModelForSemanticSegmentation.from_pretrained(name, use_safetensors=True).eval()
         self.name, self.device = name, torch.device("cpu")
         self.classes: dict[int, str] = {int(i): str(label) for i, label in self._model.config.id2label.items()}
         self.digest = weights_digest(name, self._model)
