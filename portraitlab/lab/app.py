@@ -224,6 +224,9 @@ def table(
         str | None, typer.Option(help="Count the training sets in which this row measures less than the others.")
     ] = None,
     relative: Annotated[str | None, typer.Option(help="As --across, in units of what this row measures.")] = None,
+    ranges: Annotated[
+        str | None, typer.Option(help="As --relative: the lowest and highest of the training sets.")
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(help="Other results beside the published ones: a folder's, or a .jsonl file's.")
     ] = None,
@@ -244,14 +247,14 @@ def table(
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
     known = _read(None if published or compare else out, base)
     names = {*ROWS, *(result.row for result in known)}  # earlier ones, which nobody can train any more, have results
-    for option, name in (("--beside", beside), ("--relative", relative)):
+    for option, name in (("--beside", beside), ("--relative", relative), ("--ranges", ranges)):
         if name is not None and name not in names:
             unknown.append(f"{option}: no row {name!r}{nearest(name, names)}")
-    asked = [at is not None, taught, across, together, beside is not None, relative is not None, compare is not None]
+    asked = [taught, across, together, *(option is not None for option in (at, beside, relative, ranges, compare))]
     if sum(asked) > 1:
         unknown.append(
-            "--at, --sequences, --compare, --across, --together, --beside and --relative are different tables: ask "
-            "for one at a time"
+            "--at, --sequences, --compare, --across, --together, --beside, --relative and --ranges are different "
+            "tables: ask for one at a time"
         )
     if base not in results.BASES:
         unknown.append(f"--base {base!r}: choose one of {', '.join(results.BASES)}")
@@ -260,14 +263,14 @@ def table(
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
-    chosen = None if rows is None else {*_rows(rows), "base", beside, relative}
+    chosen = None if rows is None else {*_rows(rows), "base", beside, relative, ranges}
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     if compare is not None:
         others = [r for r in results.stored(compare).values() if r.base == base and (chosen is None or r.row in chosen)]
         shown = _compared(found, others, measures, only)
-    elif across or together or beside is not None or relative is not None:
-        shown = _across(found, together, beside, relative, measures, only)
+    elif across or together or beside or relative or ranges:
+        shown = _across(found, together, beside, relative, ranges, measures, only)
     else:
         shown = _tables(found, at, taught, measures, only)
     for title, (head, lines) in shown:
@@ -317,6 +320,7 @@ def _across(
     together: bool,
     beside: str | None,
     relative: str | None,
+    ranges: str | None,
     measures: list[str],
     only: dict[str, Any],
 ) -> Iterator[tuple[str, tables.Cells]]:
@@ -338,6 +342,9 @@ def _across(
         elif relative is not None:
             title = f"{named}, divided by {relative}'s on the same training set: mean (standard error); {how}."
             yield title, tables.relative(targets, relative, measures)
+        elif ranges is not None:
+            title = f"{named}, divided by {ranges}'s on the same training set: lowest to highest; {how}."
+            yield title, tables.ranges(targets, ranges, measures)
         else:
             yield f"{named}: means over training seeds, drift x 1000; {how}.", tables.across(targets, measures)
 

@@ -155,11 +155,22 @@ def beside(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[s
     return head, [line for line in lines if line[0] not in (row, "base")]
 
 
+def _ratios(rows_of: Mapping[str, Sequence[Result]], name: str, row: str, measure: str) -> list[float]:
+    """A measure of the LoRAs of a row, divided by that of `row` on the same training set, in the order of the sets.
+
+    The untuned model has no set of its own: it is divided by every LoRA of `row`. By 0 nothing is.
+    """
+    units = {r.seed: r.scores[measure] for r in rows_of.get(row, ())}
+    values = {r.seed: r.scores[measure] for r in rows_of.get(name, ())}
+    if name == "base" and values:
+        values = dict.fromkeys(units, next(iter(values.values())))
+    return [values[seed] / units[seed] for seed in sorted(units.keys() & values.keys()) if units[seed]]
+
+
 def relative(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[str]) -> Cells:
     """A line for every other row, a column for every task: its measures in units of those of `row`.
 
-    The ratio is taken training set by training set; the mean over the sets (standard error). The untuned model has no
-    set of its own: it is divided by every LoRA of `row`.
+    The ratio is taken training set by training set; the mean over the sets (standard error).
 
     Args:
         tasks: name of a task -> its results.
@@ -168,16 +179,31 @@ def relative(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence
     """
 
     def cell(rows_of: Mapping[str, Sequence[Result]], name: str) -> str:
-        units = {r.seed: r.scores for r in rows_of.get(row, ())}
-        values = {r.seed: r.scores for r in rows_of.get(name, ())}
-        if name == "base" and values:
-            values = dict.fromkeys(units, next(iter(values.values())))
-        both = sorted(units.keys() & values.keys())
-        means = (Mean.of([values[seed][m] / units[seed][m] for seed in both]) for m in measures)
-        return " / ".join(_said(mean, 1, "{:.2f}") for mean in means) if both else ""
+        found = (_ratios(rows_of, name, row, m) for m in measures)
+        return " / ".join(_said(Mean.of(ratios), 1, "{:.2f}") for ratios in found if ratios)
 
     head, lines = _by_task(tasks, cell)
     return head, [line for line in lines if line[0] != row]
+
+
+def ranges(tasks: Mapping[str, Sequence[Result]], row: str, measures: Sequence[str]) -> Cells:
+    """A line for every other row, a column for every task and one for all: the lowest and highest ratio of the training
+    sets, whose mean `relative` has.
+
+    Args:
+        tasks: name of a task -> its results.
+        row: what the others are divided by.
+        measures: keys of `COLUMNS`.
+    """
+    found = {task: _at_one_rate(results) for task, results in tasks.items()}
+    names = [name for name in by_row(r for results in tasks.values() for r in results) if name != row]
+
+    def cell(name: str, ways: Iterable[Mapping[str, Sequence[Result]]]) -> str:
+        every = ([v for rows_of in ways for v in _ratios(rows_of, name, row, m)] for m in measures)
+        return " / ".join(f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in every if ratios)
+
+    lines = [[name, *(cell(name, [one]) for one in found.values()), cell(name, list(found.values()))] for name in names]
+    return ["row", *found, "all"], lines
 
 
 def compared(here: Sequence[Result], there: Sequence[Result], measures: Sequence[str]) -> Cells:

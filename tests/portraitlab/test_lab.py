@@ -369,6 +369,15 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["`base`", "", "0.20 (0.00)"],
         ["`spf`", "", "1.00 (0.20)"],
     ]
+    assert table("--ranges", "plain", "--columns", "drift_explicit") == [
+        ["row", "beard", "hat", "all"],
+        ["`base`", "", "0.20 to 0.20", "0.20 to 0.20"],
+        ["`spf`", "", "0.80 to 1.20", "0.80 to 1.20"],
+    ]
+    results.publish([*found, made("plain", 4e-3, 0.8, 0.006, 0, beards)])  # half of it, and nobody leaks
+    assert table("--ranges", "plain", "--rows", "spf", "--columns", "drift_explicit,leak")[-1] == [
+        "`spf`", "0.50 to 0.50", "0.80 to 1.20", "0.50 to 1.20"
+    ]  # fmt: skip
     done = CliRunner().invoke(app.app, ["table", "--beside", "spff", "--at", "0.8"])
     assert done.exit_code == 2
     assert "no row 'spff'; did you mean spf?" in done.output
