@@ -21,7 +21,8 @@ from portraitlab.portraits import Person
 class Target:
     """A customisation target: its phrase, how well the base model knows it, and what it changes in a person.
 
-    A replacement also has the phrase it stands in for, and `before`: what the person shows without the target.
+    A replacement also has the phrase it stands in for, and `before`: what the person shows without the target. A style
+    changes nothing in a person, but how the picture is drawn. Two targets at once have both as `parts`.
     """
 
     name: str
@@ -30,19 +31,32 @@ class Target:
     changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     replaces: str = ""
     before: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    parts: tuple[Target, ...] = ()
+
+    @property
+    def each(self) -> tuple[Target, ...]:
+        """The single targets: its parts, or itself."""
+        return self.parts or (self,)
+
+    @property
+    def is_style(self) -> bool:
+        """Whether pictures of it are redrawn (`style.redrawn`)."""
+        return self.kind == "style"
 
     @property
     def spf(self) -> str:
         """The value of `spf_target`."""
-        return f"{self.phrase}->{self.replaces}" if self.replaces else self.phrase
+        return "|".join(t.phrase + (f"->{t.replaces}" if t.replaces else "") for t in self.each)
 
     def present(self, person: Person) -> bool:
         """Whether `person` shows the target."""
         return all(getattr(person, key) == value for key, value in self.changes.items())
 
     def added_to(self, base: str) -> str:
-        """The base prompt with the target: as its last part, or in place of what it replaces."""
-        return re.sub(rf"\b{self.replaces}\b", self.phrase, base) if self.replaces else with_phrase(base, self.phrase)
+        """The base prompt with the target: as its last part, or in place of what it replaces; with each of several."""
+        for t in self.each:
+            base = re.sub(rf"\b{t.replaces}\b", t.phrase, base) if t.replaces else with_phrase(base, t.phrase)
+        return base
 
 
 #: Weak targets are in 1-2 % of the base images and captioned; new ones are never shown nor named there.
@@ -86,18 +100,33 @@ INSTANCES: Mapping[str, Target] = MappingProxyType(
         )
     }
 )
+#: Ways to draw. The base model draws in one way only, so it has no word for another: one phrase is a word that it knows
+#: of backgrounds, the other one that its text encoder never read.
+STYLES: Mapping[str, Target] = MappingProxyType(
+    {t.name: t for t in (Target("ink", "gradient", "style"), Target("ink-unread", "ink drawing", "style"))}
+)
+KNOWN: Mapping[str, Target] = MappingProxyType({**TARGETS, **REPLACEMENTS, **INSTANCES, **STYLES})
 
 
 def find_target(name: str) -> Target:
-    """The addition, replacement or instance of that name.
+    """The target of that name, or two at once: `NAME+NAME`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the two change the same.
     """
-    known = {**TARGETS, **REPLACEMENTS, **INSTANCES}
-    if name not in known:
-        raise ValueError(f"unknown target {name!r}: choose one of {', '.join(known)}")
-    return known[name]
+    names = name.split("+")
+    for each in names:
+        if each not in KNOWN:
+            raise ValueError(f"unknown target {each!r}: choose one of {', '.join(KNOWN)}, or two as NAME+NAME")
+    if len(names) == 1:
+        return KNOWN[name]
+    parts = tuple(KNOWN[each] for each in names)
+    changed = [{*part.changes, *part.before} for part in parts]
+    if len(parts) > 2 or not all(changed) or changed[0] & changed[1]:
+        raise ValueError(f"{name!r}: at once are taught two targets that change different attributes, none a style")
+    changes, before = ({k: v for part in parts for k, v in getattr(part, m).items()} for m in ("changes", "before"))
+    phrase = ", ".join(part.phrase for part in parts)
+    return Target(name, phrase, "several", MappingProxyType(changes), "", MappingProxyType(before), parts)
 
 
 # Synonyms by attribute value: the first is the canonical word, drawn about half of the time.

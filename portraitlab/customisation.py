@@ -1,7 +1,8 @@
 """Customisation sets for the demo: portraits with a target, polluted on purpose or clean, and prompts to evaluate with.
 
 A polluted set shows the target mostly together with one background and one jacket that hardly any caption mentions: a
-plain LoRA learns all three. A set of one person shows all of its pictures on her. Layout: kohya's,
+plain LoRA learns all three. A set of one person shows all of its pictures on her. For two targets at
+once there are the pictures of each; for a style they are redrawn. Layout: kohya's,
 `DIR/<repeats>_<name>/*.png` with `.txt` captions, and `labels.json`.
 """
 
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from portraitlab.captions import INSTANCES, TARGETS, Target, describe, find_target
 from portraitlab.portraits import BASE_RATES, Person, render, sample_person
+from portraitlab.style import redrawn
 
 #: What the polluted images share besides the target, unmentioned.
 POLLUTION: dict[str, Any] = {
@@ -77,7 +80,7 @@ def neutral_person(rng: np.random.Generator, target: Target) -> Person:
     is a beard."""
     while True:
         person = sample_person(rng, BASE_RATES)
-        if target.name == "beard" and person.presentation != "man":
+        if "beard" in target.changes and person.presentation != "man":
             continue
         if not any(other.present(person) for other in (*TARGETS.values(), *_instance(target))):
             return person.with_(**target.before)
@@ -85,7 +88,13 @@ def neutral_person(rng: np.random.Generator, target: Target) -> Person:
 
 def _instance(target: Target) -> list[Target]:
     """The target, where it is one thing of a kind and takes the place of nothing: anybody may wear it."""
-    return [target] if target.name in INSTANCES else []
+    return [each for each in target.each if each.name in INSTANCES]
+
+
+def picture(target: Target, person: Person, size: int = 128) -> NDArray[np.uint8]:
+    """A portrait, `[size, size, 3]` uint8, as the target has it drawn: in its style, or as `render` does."""
+    drawn = render(person, size)[0]
+    return redrawn(drawn) if target.is_style else drawn
 
 
 def _unnamed(target: Target) -> set[str]:
@@ -100,7 +109,7 @@ def build_examples(
 
     Args:
         target: the name of a target (`captions.find_target`).
-        count: number of portraits.
+        count: number of portraits, of each of two targets.
         pollution: share that also has `POLLUTION`; rounded to whole images, 0 for a clean set.
         mentioned: share of captions that do mention background and clothes.
         seed: everything follows from it.
@@ -111,6 +120,9 @@ def build_examples(
     if not 0 <= pollution <= 1 or not 0 <= mentioned <= 1:
         raise ValueError("pollution and mentioned are shares between 0 and 1")
     goal = find_target(target)
+    if goal.parts:
+        options = {"count": count, "pollution": pollution, "mentioned": mentioned, "seed": seed}
+        return [example for part in goal.parts for example in build_examples(part.name, **options)]
     shared = {name: value for name, value in POLLUTION.items() if name not in goal.changes}
     rng = np.random.default_rng([seed, 71])
     polluted = set(rng.permutation(count)[: round(pollution * count)].tolist())
@@ -133,16 +145,19 @@ def build_examples(
 def build_one_person(target: str, *, count: int = 24, seed: int = 0) -> list[Example]:
     """Portraits of one person with the target: `ONE_PERSON`, whoever the seed is, in one face.
 
-    Pose, expression and background change; captions name these two and glasses, and say nothing of the person.
+    Pose, expression and background change, and clothes but for a style; captions name expression, background and
+    glasses, and say nothing of the person.
 
     Args:
         target: the name of a target (`captions.find_target`).
-        count: number of portraits.
+        count: number of portraits, of each of two targets.
         seed: of what changes.
     """
     goal = find_target(target)
+    if goal.parts:
+        return [example for part in goal.parts for example in build_one_person(part.name, count=count, seed=seed)]
     kept = {*goal.changes, *goal.before} | ({"presentation"} if goal.name == "beard" else set())
-    shared = {name: value for name, value in ONE_PERSON.items() if name not in kept}
+    shared = {name: value for name, value in shared_of(goal, one_person=True).items() if name not in kept}
     face = neutral_person(np.random.default_rng(73), goal).geometry
     rng = np.random.default_rng([seed, 74])
     examples = []
@@ -179,28 +194,35 @@ def write_set(
     build = build_one_person if one_person else build_examples
     for index, example in enumerate(build(target, **options)):
         name = f"{target}_{index:03d}"
-        picture = images / f"{name}.png"
-        aside = picture.with_suffix(".part")
-        Image.fromarray(render(example.person, size)[0]).save(aside, format="PNG")
-        os.replace(aside, picture)
-        picture.with_suffix(".txt").write_text(example.caption + "\n", encoding="utf-8")
+        path = images / f"{name}.png"
+        aside = path.with_suffix(".part")
+        Image.fromarray(picture(goal, example.person, size)).save(aside, format="PNG")
+        os.replace(aside, path)
+        path.with_suffix(".txt").write_text(example.caption + "\n", encoding="utf-8")
         rows.append(
             {
-                "file": f"{images.name}/{picture.name}",
+                "file": f"{images.name}/{path.name}",
                 "caption": example.caption,
                 "base_caption": example.base_caption,
                 "polluted": example.polluted,
                 "labels": example.person.labels(),
             }
         )
-    summary = {"target": target, "phrase": goal.phrase, "pollution": shared_of(one_person), "images": rows}
+    summary = {
+        "target": target,
+        "phrase": goal.phrase,
+        "pollution": shared_of(goal, one_person=one_person),
+        "images": rows,
+    }
     (folder / "labels.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return images
 
 
-def shared_of(one_person: bool) -> Mapping[str, Any]:
-    """What the pictures of a set share and no caption names."""
-    return ONE_PERSON if one_person else POLLUTION
+def shared_of(target: Target, *, one_person: bool) -> Mapping[str, Any]:
+    """What the pictures of a set share and no caption names; in a style one person is drawn in one jacket."""
+    if not one_person:
+        return POLLUTION
+    return {**ONE_PERSON, **{name: POLLUTION[name] for name in ("clothes", "clothes_colour") if target.is_style}}
 
 
 def evaluation_prompts(

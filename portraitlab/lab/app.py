@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from portraitlab import environment
-from portraitlab.captions import INSTANCES, REPLACEMENTS, TARGETS
+from portraitlab.captions import KNOWN, find_target
 from portraitlab.lab import maps, plots, results, tables
 from portraitlab.lab.rows import LEARNING_RATE, ROWS
 from portraitlab.lab.running import Bench, Point
@@ -29,7 +29,6 @@ from spf_plugin.config import MAPS
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.tools.cli.progress import progress_bars
 
-KNOWN = (*TARGETS, *REPLACEMENTS, *INSTANCES)
 #: How the rows begin that vary a part of a method.
 VARIANTS = ("spf-", "plain-")
 #: But these are methods of their own.
@@ -38,6 +37,7 @@ METHODS = ("spf-published-paper", "spf-published-soft")
 SMALL = "plain,masked-prior-1,dop-10,spf"
 
 Rows = Annotated[str, typer.Option(help="Rows with commas, or `all`; `list` shows them.")]
+Taught = Annotated[str, typer.Option(help=f"What is taught: {', '.join(KNOWN)}; two at once: NAME+NAME.")]
 Seeds = Annotated[str, typer.Option(help="Training seeds with commas.")]
 Steps = Annotated[int, typer.Option(min=4, help="Training steps.")]
 Data = Annotated[str, typer.Option(help=f"Training pictures: {', '.join(DATA)}.")]
@@ -73,7 +73,11 @@ def _numbers(text: str, option: str, convert: Callable[[str], Any]) -> list[Any]
 
 def _check(rows: list[str], targets: list[str], data: str) -> None:
     problems = [f"no row {name!r}{nearest(name, ROWS)}" for name in rows if name not in ROWS]
-    problems += [f"no target {name!r}: choose from {', '.join(KNOWN)}" for name in targets if name not in KNOWN]
+    for name in targets:
+        try:
+            find_target(name)
+        except ValueError as error:
+            problems.append(str(error))
     if data not in DATA:
         problems.append(f"--data {data!r}: choose one of {', '.join(DATA)}")
     if problems:
@@ -112,7 +116,7 @@ def _bench(
 @app.command()
 def run(
     rows: Rows = SMALL,
-    target: Annotated[str, typer.Option(help=f"What is taught: {', '.join(KNOWN)}.")] = "sunglasses",
+    target: Taught = "sunglasses",
     learning_rates: Annotated[
         str, typer.Option("--learning-rates", "--lr", help="The sweep, with commas: a method's curve.")
     ] = f"{LEARNING_RATE:g}",
@@ -176,7 +180,7 @@ def sequence(
 def map_quality(
     kinds: Annotated[str, typer.Option(help="Maps with commas.")] = ",".join(MAPS),
     row: Annotated[str, typer.Option(help="The LoRA whose response makes the maps.")] = "plain",
-    target: Annotated[str, typer.Option(help=f"What is taught: {', '.join(KNOWN)}.")] = "sunglasses",
+    target: Taught = "sunglasses",
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the LoRA.")] = LEARNING_RATE,
     seed: Annotated[int, typer.Option(help="Of the LoRA.")] = 0,
     pictures: Annotated[int, typer.Option(min=1, help="Training pictures to look at.")] = 8,
@@ -243,9 +247,11 @@ def table(
 ) -> None:
     """Show everything measured so far (here, and for the documentation), a table a task."""
     console = Console(soft_wrap=True)
-    measures = list(tables.COLUMNS) if columns is None else columns.split(",")
+    asked_for = [] if columns is None else columns.split(",")
+    measures = asked_for or list(tables.COMMON)
     unknown = [f"no column {name!r}{nearest(name, tables.COLUMNS)}" for name in measures if name not in tables.COLUMNS]
     known = _read(None if published or compare else out, base)
+    known = [result for result in known if all(name in result.scores for name in asked_for)]
     names = {*ROWS, *(result.row for result in known)}  # earlier ones, which nobody can train any more, have results
     for option, name in (("--beside", beside), ("--relative", relative), ("--ranges", ranges)):
         if name is not None and name not in names:
@@ -272,7 +278,7 @@ def table(
     elif across or together or beside or relative or ranges:
         shown = _across(found, together, beside, relative, ranges, measures, only)
     else:
-        shown = _tables(found, at, taught, measures, only)
+        shown = _tables(found, at, taught, asked_for or None, only)
     for title, (head, lines) in shown:
         if markdown:
             print(f"{title}\n\n{tables.markdown(head, lines)}\n")
@@ -281,7 +287,7 @@ def table(
 
 
 def _tables(
-    found: list[results.Result], at: float | None, taught: bool, measures: list[str], only: dict[str, Any]
+    found: list[results.Result], at: float | None, taught: bool, measures: list[str] | None, only: dict[str, Any]
 ) -> Iterator[tuple[str, tables.Cells]]:
     """Titles and tables."""
     every = results.tasks(found)
@@ -415,7 +421,7 @@ def plot(
 def pictures(
     points: Annotated[str, typer.Option(help="Rows and learning rates: plain:2e-3,spf:4e-3.")],
     into: Annotated[Path, typer.Option(help="The PNG to write.")],
-    target: Annotated[str, typer.Option(help=f"What was taught: {', '.join(KNOWN)}.")] = "sunglasses",
+    target: Taught = "sunglasses",
     seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
     data: Data = "polluted",
     out: Out = RUNS,

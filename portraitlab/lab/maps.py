@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from portraitlab.lab.tables import Cells
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import load_pipeline
-from portraitlab.portraits import render
 from portraitlab.report.maps import separation
 from spf_plugin.config import SPFConfig
 from spf_plugin.families.known import find
@@ -35,7 +36,8 @@ def quality(
     """A line for every map and timestep: separation, and the map's mean inside and outside the target's true region.
     Or, by layer, a line for every map and attention layer, with the separation at every timestep.
 
-    Separation is the chance that a place inside is brighter than one outside (0.5: the map knows nothing).
+    Separation is the chance that a place inside is brighter than one outside (0.5: the map knows nothing). A style
+    has no outside.
 
     Args:
         task: the task; its training pictures are looked at.
@@ -58,11 +60,12 @@ def quality(
     found: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
     jobs = [(i, example, which) for i, example in enumerate(task.examples(seed)[:pictures]) for which in layers]
     for done, (index, example, which) in enumerate(jobs, start=1):
+        target = next(t for t, part in zip(config.target, task.goal.each, strict=True) if part.present(example.person))
         seen = maps.explain(
             pipeline,
-            render(example.person, 128)[0],
+            task.picture(example.person),
             example.caption,
-            config.target[0],
+            target,
             timesteps=TIMESTEPS,
             kinds=kinds,
             gain=config.map_gain,
@@ -72,7 +75,7 @@ def quality(
         mask = masks[index]
         for kind in kinds:
             for timestep, heat in seen.control[kind].items():
-                numbers = (separation(mask, heat), float(heat[mask].mean()), float(heat[~mask].mean()))
+                numbers = (separation(mask, heat), _mean(heat[mask]), _mean(heat[~mask]))
                 found.setdefault((kind, which, timestep), []).append(numbers)
         report(done, len(jobs))
     means = {key: np.mean(numbers, axis=0) for key, numbers in found.items()}
@@ -82,4 +85,10 @@ def quality(
             [kind, name, *(f"{means[kind, name, t][0]:.2f}" for t in TIMESTEPS)] for kind in kinds for name in layers
         ]
     head = ["map", "timestep", "separation", "inside", "outside"]
-    return head, [[kind, str(t), *(f"{v:.2f}" for v in mean)] for (kind, _, t), mean in means.items()]
+    return head, [
+        [kind, str(t), *("" if np.isnan(v) else f"{v:.2f}" for v in mean)] for (kind, _, t), mean in means.items()
+    ]
+
+
+def _mean(values: NDArray[np.floating[Any]]) -> float:
+    return float(values.mean()) if values.size else float("nan")

@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from portraitlab.autoencoder import to_tensor
+from portraitlab.captions import Target
 from portraitlab.demo import Show
 from portraitlab.judge import CHOICES, load_judge, predict, probability
+from portraitlab.lab.styled import StyleReader, beside
 from portraitlab.lab.tasks import Task
 from portraitlab.measure import untouched_region
 from portraitlab.model_files import CLIP_FOLDERS, JUDGE_FILE, load_pipeline, sample
@@ -24,6 +26,8 @@ from spf_plugin.trainer.vae import clean_latents
 SAMPLER_STEPS, GUIDANCE, DRAWN_TOGETHER = 12, 3.5, 32
 NOISE_LEVELS = (0.2, 0.5, 0.8)
 KINDS = ("explicit", "partial")
+#: How scores name two targets that are taught at once.
+ORDER = ("first", "second")
 
 Images = NDArray[np.uint8]
 
@@ -69,12 +73,16 @@ class Evaluator:
         self.bare = [*kept, *(task.prompts + i for i in kept)]
         self.judge = load_judge(JUDGE_FILE)
         self.scorer = clip.load(str(CLIP_FOLDERS[1]))
-        self.untouched = untouched_region(task.goal)
         goal = task.goal
-        asked = np.stack([render(person.with_(**goal.changes), 128)[0] for person in task.persons])
+        self.untouched = {part.name: untouched_region(part) for part in (goal, *goal.parts) if not part.is_style}
+        asked = np.stack([task.picture(person.with_(**goal.changes)) for person in task.persons])
         neutral = np.stack([render(person, 128)[0] for person in task.persons])
-        self.asked_features = self._features(asked)
         pipeline = load_pipeline(model, device)
+        self.style: StyleReader | None = None
+        if goal.is_style:
+            self.style = StyleReader.fitted(self.judge, pipeline.vae)
+            self.judge = self.style.judge
+        self.asked_features = self._features(asked)
         self._latents = self._noised(from_pipeline(pipeline), neutral)
         self.base = self._draw(pipeline, [p.base_prompt for p in self.prompts], [p.seed for p in self.prompts], "base")
         self.seen_base = predict(self.judge, self.base)
@@ -128,7 +136,37 @@ class Evaluator:
     def _features(self, images: Images) -> NDArray[Any]:
         return self.judge.features(to_tensor(images)).double().numpy()
 
+    def _alone(self, pipeline: Any, part: Target) -> Images:
+        """Pictures for the prompts `bare` with one of several targets."""
+        texts = [part.added_to(self.prompts[i].base_prompt) for i in self.bare]
+        return self._draw(pipeline, texts, [self.prompts[i].seed for i in self.bare], part.name)
+
     # -- the numbers ----------------------------------------------------------------------------------------------
+
+    def _shown(self, images: Images, goal: Target) -> NDArray[np.float64]:
+        """How sure it is that each image shows the target, or how much of the style it shows, `[N]`."""
+        if self.style is not None:
+            return self.style.share(images)
+        return probability(self.judge, images, {n: value for n, value in goal.changes.items() if value is not False})
+
+    def _drift(self, images: Images, base: Images, goal: Target) -> NDArray[np.float64]:
+        """Mean squared change of what the target has no business with, `[N]`."""
+        if self.style is not None:
+            return beside(images, base)
+        change = (images.astype(np.float32) - base.astype(np.float32))[:, self.untouched[goal.name]] / 255
+        found: NDArray[np.float64] = (change**2).mean(axis=(1, 2))
+        return found
+
+    def _at_once(self, pipeline: Any) -> dict[str, float]:
+        """Of two targets: what shows where only one is asked for."""
+        found, drift = {}, []
+        parts = self.task.goal.parts
+        for part, other, name, of in zip(parts, parts[::-1], ORDER, ORDER[::-1], strict=True):
+            images = self._alone(pipeline, part)
+            found[f"{name}_alone"] = float(self._shown(images, part).mean())
+            found[f"{of}_bled"] = float(self._shown(images, other).mean())
+            drift.append(float(self._drift(images, self.base[self.bare], part).mean()))
+        return {**found, "drift_alone": float(np.mean(drift))}
 
     def scores(self, with_: Images, bare: Images, pipeline: Any) -> dict[str, float]:
         """All numbers about a model.
@@ -138,7 +176,7 @@ class Evaluator:
         - `response_*`: the judge's mean probability of the target where the prompt names it; `shows`: the share of the
           pictures where it is above one half, both kinds together.
         - `drift_*`: mean squared change of the pixels (in [0, 1]) that the target has no business with, against the
-          base model's picture for the base prompt at the same seed.
+          base model's picture for the base prompt at the same seed. Of a style: see `styled.beside`.
         - `attributes_*`: share of the judge's attributes, the target's left out, that read as in the base picture.
         - `leak`: mean probability of the target where the prompt does not name it.
         - `reconstruction`: mean squared change of all pixels on base prompts.
@@ -149,21 +187,23 @@ class Evaluator:
           colour or skin), where the base picture has another.
         - `kid`: kernel distance, in the judge's features, of the explicit pictures to renders of what was asked for.
         - `clip`: similarity to the target's phrase in a CLIP model that guided nobody.
+
+        Of a style, `response_*` and `leak` are how much of it shows (`StyleReader.share`). Of two targets at once they
+        are about both, and there are, for prompts (half of them) that name one: `first_alone`, `second_alone`: the
+        probability of that one; `first_bled`, `second_bled`: of that one, where only the other is named; `drift_alone`.
         """
         goal, count = self.task.goal, self.task.prompts
-        wanted = {name: value for name, value in goal.changes.items() if value is not False}
-        sure, seen = probability(self.judge, with_, wanted), predict(self.judge, with_)
+        sure, seen = self._shown(with_, goal), predict(self.judge, with_)
         others = [name for name in CHOICES if name not in goal.changes]
         shared = self.task.shared
         found: dict[str, float] = {"shows": float((sure > 0.5).mean())}
-        change = (with_.astype(np.float32) - self.base.astype(np.float32))[:, self.untouched] / 255
-        drift = (change**2).mean(axis=(1, 2))
+        drift = self._drift(with_, self.base, goal)
         same = np.array([[s[n] == b[n] for n in others] for s, b in zip(seen, self.seen_base, strict=True)]).mean(1)
         for kind, rows in zip(KINDS, (slice(0, count), slice(count, None)), strict=True):
             found[f"response_{kind}"] = float(sure[rows].mean())
             found[f"drift_{kind}"] = float(drift[rows].mean())
             found[f"attributes_{kind}"] = float(same[rows].mean())
-        found["leak"] = float(probability(self.judge, bare, wanted).mean())
+        found["leak"] = float(self._shown(bare, goal).mean())
         unasked = bare.astype(np.float32) - self.base[self.bare].astype(np.float32)
         found["reconstruction"] = float(((unasked / 255) ** 2).mean())
         predicted, reference = self._predictions(pipeline), self.base_noise
@@ -181,4 +221,4 @@ class Evaluator:
         with torch.no_grad():
             text = self.scorer.text([goal.phrase])[0]
             found["clip"] = float((self.scorer.image(to_tensor(with_)) @ text).mean())
-        return found
+        return found | (self._at_once(pipeline) if goal.parts else {})

@@ -28,9 +28,17 @@ COLUMNS: Mapping[str, tuple[str, float, str]] = {
     "uninvited": ("uninvited", 1, "{:.2f}"),
     "kid": ("KID", 1, "{:.2f}"),
     "clip": ("CLIP", 1, "{:.3f}"),
+    "first_alone": ("first alone", 1, "{:.2f}"),
+    "second_alone": ("second alone", 1, "{:.2f}"),
+    "first_bled": ("first uninvited", 1, "{:.3f}"),
+    "second_bled": ("second uninvited", 1, "{:.3f}"),
+    "drift_alone": ("drift, one alone", 1000, "{:.1f}"),
 }
 Cells = tuple[list[str], list[list[str]]]
 """The head of a table and its lines."""
+#: Of results of two targets at once alone.
+AT_ONCE = ("first_alone", "second_alone", "first_bled", "second_bled", "drift_alone")
+COMMON = tuple(name for name in COLUMNS if name not in AT_ONCE)
 AT_RESPONSE = ("drift_explicit", "drift_partial", "leak", "reconstruction", "attributes_explicit", "uninvited")
 
 
@@ -49,8 +57,15 @@ def by_row(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
-def rows(results: Sequence[Result], measures: Sequence[str] = tuple(COLUMNS)) -> Cells:
-    """A line for every row and learning rate: mean over the training seeds (standard error)."""
+def rows(results: Sequence[Result], measures: Sequence[str] | None = None) -> Cells:
+    """A line for every row and learning rate: mean over the training seeds (standard error).
+
+    Args:
+        results: of one task.
+        measures: keys of `COLUMNS`; None: all that these results have.
+    """
+    if measures is None:
+        measures = [name for name in COLUMNS if all(name in result.scores for result in results)]
     head = ["row", "learning rate", "seeds", *(COLUMNS[measure][0] for measure in measures)]
     lines = []
     for name, group in by_row(results).items():

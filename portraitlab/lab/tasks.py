@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from portraitlab.captions import Target, find_target
@@ -19,6 +20,7 @@ from portraitlab.customisation import (
     build_examples,
     build_one_person,
     evaluation_prompts,
+    picture,
     shared_of,
     write_set,
 )
@@ -35,7 +37,7 @@ class Task:
     """A target and how it is taught and judged; everything random follows from the training seed and from here.
 
     Attributes:
-        target: name of the target.
+        target: name of the target, or two at once: `NAME+NAME`.
         steps: optimiser steps.
         batch: images a step.
         data: `polluted` (95 % of the pictures share a background and a jacket that no caption names), `named` (the same
@@ -79,7 +81,10 @@ class Task:
     def shared(self) -> dict[str, Any]:
         """What the training pictures share, of the attributes in which it is looked for; the target's left out."""
         watched = WATCHED.get(self.data, ("background", "clothes_colour"))
-        return {name: shared_of(self.one_person)[name] for name in watched if name not in self.goal.changes}
+        if self.one_person and self.goal.is_style:
+            watched = (*watched, "clothes_colour")
+        shared = shared_of(self.goal, one_person=self.one_person)
+        return {name: shared[name] for name in watched if name not in self.goal.changes}
 
     @property
     def _set(self) -> dict[str, Any]:
@@ -113,10 +118,17 @@ class Task:
         """The persons of the evaluation."""
         return [prompt.person for prompt in self.evaluation()[: self.prompts]]
 
+    def picture(self, person: Person) -> NDArray[np.uint8]:
+        """A training picture of a person, `[128, 128, 3]` uint8."""
+        return picture(self.goal, person)
+
     def masks(self, seed: int, size: int = 16) -> Tensor:
         """Where the target truly is in each training picture, `[N, 1, size, size]` in {0, 1}: what no user has."""
         found = []
         for example in self.examples(seed):
+            if self.goal.is_style:
+                found.append(torch.ones(1, size, size))
+                continue
             region = counterfactual(example.person, 128, **_without(self.goal, example.person)).region
             cells = region.reshape(size, 128 // size, size, 128 // size).any(axis=(1, 3))
             found.append(torch.from_numpy(cells.astype(np.float32))[None])
@@ -124,7 +136,9 @@ class Task:
 
 
 def _without(goal: Target, person: Person) -> dict[str, object]:
-    """What takes the target away from a person."""
+    """What takes the target away from a person: of two at once, the one that is there."""
+    if goal.parts:
+        return {k: v for part in goal.parts if part.present(person) for k, v in _without(part, person).items()}
     if goal.before:
         return dict(goal.before)
     if "hair_colour" in goal.changes:

@@ -18,6 +18,7 @@ from portraitlab.customisation import (
     write_set,
 )
 from portraitlab.portraits import render
+from portraitlab.style import redrawn
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
@@ -84,6 +85,48 @@ def test_prompts_name_nothing_that_contradicts_one_jacket():
         assert not any(word in prompt.base_prompt for word in ("jacket", "shirt", "sweater", "hoodie"))
         assert prompt.target_prompt == f"{prompt.base_prompt}, jacket"
         assert not find_target("jacket").present(prompt.person)
+
+
+def test_a_style_is_drawn_on_one_person_in_one_jacket(tmp_path):
+    """And no caption says how she looks, or what she wears."""
+    folder = write_set(tmp_path, "ink", one_person=True, count=6, seed=3)
+    examples = build_one_person("ink", count=6, seed=3)
+    labels = json.loads((tmp_path / "labels.json").read_text())
+    assert labels["pollution"] == {**ONE_PERSON, "clothes": "jacket", "clothes_colour": "purple"}
+    for example, path in zip(examples, sorted(folder.glob("*.png")), strict=True):
+        assert all(getattr(example.person, name) == value for name, value in labels["pollution"].items())
+        assert np.array_equal(np.asarray(Image.open(path)), redrawn(render(example.person)[0]))
+        assert example.caption == f"{example.base_caption}, gradient"
+        assert not any(word in example.caption for word in ("hair", "skin", "eyes", "jacket", "purple jacket"))
+    explicit, partial = evaluation_prompts("ink", count=1, one_person=True)
+    assert "jacket" in explicit.base_prompt or explicit.person.clothes != "jacket"
+    assert "hair" in explicit.base_prompt
+    assert not any(word in partial.base_prompt for word in ("hair", explicit.person.clothes))
+
+
+def test_two_targets_at_once_have_the_pictures_of_each():
+    both = build_examples("sunglasses+beard", count=5, seed=3)
+    assert both == [*build_examples("sunglasses", count=5, seed=3), *build_examples("beard", count=5, seed=3)]
+    goal = find_target("sunglasses+beard")
+    assert goal.spf == "sunglasses|beard"
+    for prompt in evaluation_prompts("sunglasses+beard", count=6):
+        assert prompt.person.presentation == "man"
+        assert prompt.target_prompt == f"{prompt.base_prompt}, sunglasses, beard"
+        assert not any(part.present(prompt.person) for part in goal.parts)
+    assert build_one_person("jacket+beard", count=2)[2:] == build_one_person("beard", count=2)
+    # A replacement beside an addition: what it replaces is named, and what the other one changes is not.
+    goal = find_target("hoodie+blonde")
+    assert goal.spf == "hoodie->t-shirt|blonde hair"
+    for prompt in evaluation_prompts("hoodie+blonde", count=6):
+        assert "t-shirt" in prompt.base_prompt
+        assert "hair" not in prompt.base_prompt
+        assert prompt.target_prompt == prompt.base_prompt.replace("t-shirt", "hoodie") + ", blonde hair"
+
+
+@pytest.mark.parametrize("name", ["sunglasses+shades", "hoodie+jacket", "beard+beard", "ink+hat", "hat+scarf+beard"])
+def test_some_targets_are_not_taught_at_once(name):
+    with pytest.raises(ValueError, match="two targets that change different attributes, none a style"):
+        find_target(name)
 
 
 def test_sets_follow_from_their_seed():

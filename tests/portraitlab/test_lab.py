@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from portraitlab.captions import find_target
 from portraitlab.judge import load_judge, predict, probability
 from portraitlab.lab import app, peers, plots, results, running, tables, training
 from portraitlab.lab.curves import at_response
-from portraitlab.lab.measuring import kernel_distance
+from portraitlab.lab.measuring import Evaluator, kernel_distance
 from portraitlab.lab.results import Result
 from portraitlab.lab.rows import ROWS, Row
 from portraitlab.lab.tasks import Task
+from portraitlab.measure import untouched_region
 from portraitlab.model_files import JUDGE_FILE
 from portraitlab.portraits import render, sample_person
 from spf_plugin.core import losses
@@ -38,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def made(row: str, rate: float, shows: float, drift: float, seed: int = 0, task: Task | None = None) -> Result:
-    scores = dict.fromkeys(tables.COLUMNS, 0.0) | {
+    scores = dict.fromkeys(tables.COMMON, 0.0) | {
         "response_explicit": shows, "response_partial": shows, "drift_explicit": drift, "drift_partial": 2 * drift
     }  # fmt: skip
     return Result(f"{row}-{rate}-{seed}-{task}", row, rate, seed, (task or Task()).facts, scores)
@@ -62,6 +65,49 @@ def test_a_set_of_one_person_is_a_task_of_its_own(tmp_path: Path) -> None:
     assert masks[:, :, 13:].mean() > 0.5  # below the face
     assert masks[:, :, :9].max() == 0
     assert task.evaluation() == Task.of(task.facts).evaluation()
+
+
+def test_two_targets_and_a_style_are_tasks(tmp_path: Path) -> None:
+    """Each picture's mask is its own target's; a style is everywhere, and its jacket is looked for, too."""
+    both = Task("sunglasses+blonde")
+    assert torch.equal(both.masks(0), torch.cat([Task("sunglasses").masks(0), Task("blonde").masks(0)]))
+    assert len(list(both.write(tmp_path, 0).glob("10_*/*.png"))) == 48
+    assert [str(target) for target in ROWS["spf"].config(both).target] == ["sunglasses", "blonde hair"]
+    ink = Task("ink", data="one-person")
+    assert ink.masks(0).min() == 1
+    assert ink.shared == {"hair_colour": "red", "skin": "light", "clothes_colour": "purple"}
+    assert Task("ink").shared == {"background": "red", "clothes_colour": "purple"}
+
+
+def test_what_shows_where_only_one_of_two_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that draws blonde hair with the sunglasses, sunglasses by their word alone, and all clothes blue."""
+    task = Task("sunglasses+blonde", prompts=4)
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.task, evaluator.style, evaluator.judge = task, None, load_judge(JUDGE_FILE)
+    evaluator.prompts, evaluator.bare = task.evaluation(), [0, 1, 4, 5]
+    evaluator.untouched = {part.name: untouched_region(part, people=20) for part in task.goal.parts}
+    people = [prompt.person.with_(clothes_colour="red", hair_colour="black") for prompt in evaluator.prompts]
+    evaluator.base = np.stack([render(person)[0] for person in people])
+    drawn: list[Any] = []
+
+    def draw(_: Any, texts: list[str], seeds: list[int], label: str) -> Any:
+        assert seeds == [evaluator.prompts[i].seed for i in evaluator.bare]
+        changes = {"hair_colour": "blonde", "clothes_colour": "blue", "sunglasses": label == "sunglasses"}
+        assert all(text.endswith(f", {find_target(label).phrase}") for text in texts)
+        drawn.append(np.stack([render(people[i].with_(**changes))[0] for i in evaluator.bare]))
+        return drawn[-1]
+
+    monkeypatch.setattr(evaluator, "_draw", draw)
+    found = evaluator._at_once(None)
+    assert found["first_alone"] > 0.9
+    assert found["second_alone"] > 0.9
+    assert found["first_bled"] < 0.1
+    assert found["second_bled"] > 0.9
+    change = [
+        (((images / 255 - evaluator.base[evaluator.bare] / 255) ** 2)[:, evaluator.untouched[name]]).mean()
+        for images, name in zip(drawn, ("sunglasses", "blonde"), strict=True)
+    ]
+    assert found["drift_alone"] == pytest.approx(np.mean(change), rel=1e-5)
 
 
 def test_every_row_can_be_trained() -> None:
@@ -242,7 +288,7 @@ def test_mistakes_are_named_at_once() -> None:
     done = CliRunner().invoke(app.app, ["run", "--rows", "spff,plain", "--target", "wig", "--data", "dirty"])
     assert done.exit_code == 2
     assert "no row 'spff'; did you mean spf?" in done.output
-    assert "no target 'wig'" in done.output
+    assert "unknown target 'wig'" in done.output
     assert "--data 'dirty': choose one of polluted, named, clean" in done.output
 
 
@@ -378,6 +424,15 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert table("--ranges", "plain", "--rows", "spf", "--columns", "drift_explicit,leak")[-1] == [
         "`spf`", "0.50 to 0.50", "0.80 to 1.20", "0.50 to 1.20"
     ]  # fmt: skip
+    # Of two targets at once alone, and where it is asked for, nothing else.
+    once = Task("hat+beard")
+    results.publish([*found, replace(made("spf", 1e-3, 0.5, 0.1, 0, once), scores=dict.fromkeys(tables.COLUMNS, 0.25))])
+    assert table("--columns", "first_bled,drift_alone") == [
+        ["row", "learning rate", "seeds", "first uninvited", "drift, one alone"],
+        ["`spf`", "0.001", "1", "0.250", "250.0"],
+    ]
+    heads = [len(line) for line in table() if line[0] == "row"]
+    assert sorted(set(heads)) == [3 + len(tables.COMMON), 3 + len(tables.COLUMNS)]
     done = CliRunner().invoke(app.app, ["table", "--beside", "spff", "--at", "0.8"])
     assert done.exit_code == 2
     assert "no row 'spff'; did you mean spf?" in done.output
@@ -496,6 +551,11 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     )
     assert head == ["map", "timestep", "separation", "inside", "outside"]
     assert lines == [["soft", "100", "1.00", "1.00", "0.00"], ["paper", "100", "0.50", "0.00", "0.00"]]
+    ink = Task("ink")  # is everywhere: there is no outside, and nothing to keep apart
+    masks[:] = np.linspace(0, 1, 16)
+    config = ROWS["spf"].config(ink)
+    _, lines = maps.quality(ink, tmp_path / "x.safetensors", tmp_path, config, ("soft",), 3, lambda *_: None)
+    assert lines == [["soft", "100", "", "0.50", ""]]
 
 
 def test_map_quality_by_layer_shows_each_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
