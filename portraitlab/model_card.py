@@ -81,8 +81,8 @@ Weights are half precision safetensors. Licence: that of the project.
 Transformer: {pool} renders, captions drawn anew at every step with synonyms and dropped parts (10 % empty).
 Weak targets ({weak}) are in 1-2 % of the images each and named.
 New targets ({new}) were never shown or named to it.
-Text encoders: {text_portraits} renders each, three of four counterparts that differ from the first in one attribute,
-with every part and every word; each weak or new part is in a fifth of them or more.
+Text encoders: {text_portraits} renders each, three of four counterparts that differ from the first in one
+attribute or have two colours exchanged, with every part and every word; each weak or new part is in a fifth of them or more.
 
 ## Training
 | | transformer | text encoders |

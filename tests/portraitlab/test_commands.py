@@ -11,21 +11,38 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from portraitlab import evaluate_base, model_card
+from portraitlab.captions import TARGETS
 from portraitlab.judge import CHOICES
-from portraitlab.model_files import MODEL_FOLDER
+from portraitlab.model_files import DIT_FOLDER, MODEL_FOLDER
 from portraitlab.portraits import FLAGS
 
 
-def test_the_shipped_card_is_what_its_command_writes(tmp_path: Path) -> None:
-    for name in ("training.json", "scores.json", "judge/accuracy.json"):
+@pytest.mark.parametrize(
+    ("folder", "facts"),
+    [
+        (MODEL_FOLDER, ("training.json", "scores.json", "judge/accuracy.json")),
+        (DIT_FOLDER, ("training.json", "scores.json")),  # the judge is the first model's
+    ],
+)
+def test_the_shipped_card_is_what_its_command_writes(tmp_path: Path, folder: Path, facts: tuple[str, ...]) -> None:
+    for name in facts:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(MODEL_FOLDER / name, tmp_path / name)
+        shutil.copyfile(folder / name, tmp_path / name)
     done = CliRunner().invoke(model_card.app, ["--model", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    for file in (tmp_path, MODEL_FOLDER):
+    for file in (tmp_path, folder):
         assert (file / "README.md").is_file()
-    assert (tmp_path / "README.md").read_bytes() == (MODEL_FOLDER / "README.md").read_bytes()
+    assert (tmp_path / "README.md").read_bytes() == (folder / "README.md").read_bytes()
     assert not (tmp_path / "README.part").exists()
+
+
+def test_the_second_base_is_fit() -> None:
+    """Its card's own claims: colours are those of the caption, new words are never drawn, weak ones sometimes."""
+    scores = json.loads((DIT_FOLDER / "scores.json").read_text(encoding="utf-8"))
+    assert all(scores["shares"][name] >= 0.9 for name in ("hair_colour", "clothes_colour", "background"))
+    kinds = {kind: [n for n, target in TARGETS.items() if target.kind == kind] for kind in ("weak", "new")}
+    assert all(scores["targets"][name]["with"] == 0 for name in kinds["new"])
+    assert any(scores["targets"][name]["with"] > 0 for name in kinds["weak"])
 
 
 def test_scores_of_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

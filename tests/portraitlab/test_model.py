@@ -11,7 +11,7 @@ import torch
 
 from portraitlab.autoencoder import SCALING_FACTOR, build_autoencoder, decode, encode, normalise, psnr, to_tensor
 from portraitlab.export_base import export
-from portraitlab.model_files import JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample, sheet
+from portraitlab.model_files import DIT_FOLDER, JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample, sheet
 from portraitlab.portraits import BASE_RATES, render_batch, sample_person
 from portraitlab.text import save_tokenizer
 from portraitlab.train_base import NoisePrediction, build_unet, snr_weights
@@ -165,7 +165,8 @@ def test_shipped_model_loads_has_sd15s_blocks_and_is_small():
     assert pipe.unet.config["cross_attention_dim"] == pipe.text_encoder.config.hidden_size == 64
     assert pipe.vae.config["scaling_factor"] == SCALING_FACTOR
     assert pipe.safety_checker is None
-    assert sum(p.stat().st_size for p in MODEL_FOLDER.rglob("*") if p.is_file()) <= 30 * 2**20
+    for folder in (MODEL_FOLDER, DIT_FOLDER):
+        assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 30 * 2**20
     if JUDGE_FILE.exists():
         assert JUDGE_FILE.stat().st_size < 1e6
 
