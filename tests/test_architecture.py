@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"step", "pairs", "probe"},
     {"enhancement"},
     {"shown"},
-    {"hosts.base", "hosts.frames", "hosts.looking"},
+    {"hosts.base", "hosts.frames", "hosts.looking", "hosts.answering"},
     {"hosts.resuming"},
     {"hosts.postfix", "hosts.state"},
     {"attachment", "hosts.kohya", "hosts.musubi"},

@@ -1,8 +1,8 @@
 """sd-scripts prepares a data set as its trainer does before it loads a model, and says what it made of it.
 
-`spf check` starts this file in a process of its own (`spf_plugin/tools/check/asking.py`), so it needs nothing of this
-package. The steps are those of `train()` of v0.9.1 to v0.11.1; what would write or download is left out: log files, the
-tokenizers, and the file that `cache_info` keeps in a folder of images.
+For `spf check`, in a process of its own (`spf_plugin/hosts/answering.py`). The steps are those of `train()` of v0.9.1
+to v0.11.1; what would write or download is left out: log files, the tokenizers, and the file that `cache_info` keeps in
+a folder of images.
 """
 
 from __future__ import annotations
@@ -11,26 +11,17 @@ import contextlib
 import importlib
 import inspect
 import io
-import json
-import logging
-import os
 import random
 import sys
-import traceback
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from spf_plugin.hosts import answering
+from spf_plugin.hosts.answering import Refused, Unknown
+
 _SIMPLE = (bool, int, float, str, type(None))
 _PICTURES_CHANGE = "when caching latents, either color_aug or random_crop cannot be used"  # the host's own words
-
-
-class Refused(Exception):
-    """The host takes no such run; it says so otherwise than by an exception."""
-
-
-class Unknown(Exception):
-    """The host would do what is not done here."""
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -41,8 +32,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             `certain`, whether it is known to be the run's trainer.
 
     Returns:
-        `datasets`, one of `_told` for each; or `stops`, why the host stops, in its words; or `cannot`, why it could not
-        be asked.
+        See `answering.told`: of each data set what `_told` says.
     """
     sys.argv = [f"{request['script']}.py", *request["words"]]
     try:
@@ -51,37 +41,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         train_util = importlib.import_module("library.train_util")
         trainer, parser = getattr(script, request["trainer"])(), script.setup_parser()
     except (Exception, SystemExit) as error:
-        return {"cannot": _words(error)}
-    errors = _Errors()
-    logging.getLogger().addHandler(errors)
-    try:
+        return {"cannot": answering.words(error)}
+
+    def prepare() -> list[dict[str, Any]]:
         args = _parsed(parser, train_util)
-        return {"datasets": _prepared(args, trainer, config_util, train_util, certain=request["certain"])}
-    except (Unknown, MemoryError) as error:
-        return {"cannot": _words(error)}
-    except (Exception, SystemExit) as error:
-        # Where the host is another than those that are known, it is the call that fails, and not what is called.
-        ours = traceback.extract_tb(error.__traceback__)[-1].filename == __file__ and not isinstance(error, Refused)
-        return {"cannot" if ours else "stops": ": ".join([*errors.last, _words(error)])}
-    finally:
-        logging.getLogger().removeHandler(errors)
+        return _prepared(args, trainer, config_util, train_util, certain=request["certain"])
 
-
-class _Errors(logging.Handler):
-    """Keeps the last error that was logged: some of the host's exceptions do not name the file."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.last: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.last = [record.getMessage()]
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, Refused | Unknown):
-        return str(error)
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    return answering.told(prepare, __file__)
 
 
 def _parsed(parser: Any, train_util: ModuleType) -> Any:
@@ -167,19 +133,3 @@ def _attributes(thing: Any) -> dict[str, Any]:
     simple = {name: value for name, value in vars(thing).items() if isinstance(value, _SIMPLE)}
     own = getattr(thing, "custom_attributes", None)
     return {**simple, "custom_attributes": own} if own else simple
-
-
-def main() -> None:
-    """One request on the standard input, JSON; one answer on the standard output."""
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # whatever the host prints must not mix with the answer
-    request = json.load(sys.stdin)
-    here = os.path.dirname(os.path.abspath(__file__))  # Python puts it first, with names such as `text` in it
-    sys.path[:] = [request["host"], *(place for place in sys.path if os.path.abspath(place or ".") != here)]
-    json.dump(answer(request), answers, default=str)
-    answers.flush()
-    os._exit(0)  # no thread of an imported package holds it up
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Asks sd-scripts itself what it makes of a data set, where a copy of it is at hand.
+"""Asks sd-scripts itself what it makes of a data set, where a copy of it is at hand; how any trainer is asked.
 
 It is asked in a process of its own, with the run's options (`spf_plugin/hosts/kohya/preparing.py`): its imports are
 heavy and may fail, and it may take long. It loads no model, trains nothing, downloads nothing and writes nothing.
@@ -23,27 +23,29 @@ import toml
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import CONFIG_BYTES, read_text
-from spf_plugin.hosts.kohya import preparing
+from spf_plugin.hosts import answering
 from spf_plugin.tools.check.family import Family
 from spf_plugin.tools.check.host_options import OF_SCRIPT, SWITCHES
 
 Progress = Callable[[str, int, int], None]
 """`(what is being done, units done, units in all)`"""
+Show = Callable[[int, int], None]
+"""The last two."""
 
 SECONDS = 300.0  # for its imports, from a slow disk
 SECONDS_PER_IMAGE = 0.05  # for its caption and its size, from a slow one
 _LONGEST = 1000  # characters of its words that are passed on: some of its messages list every image
 _BAR = re.compile(rb"(\d+)/(\d+) \[")  # of tqdm
-_ASKING = "asking sd-scripts"
+_PROGRAM = "spf_plugin.hosts.kohya.preparing"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What sd-scripts says; one of the last three.
+    """What a trainer says; one of the last three.
 
     Attributes:
         host: its folder.
-        datasets: its data sets, as `preparing.answer` describes them.
+        datasets: its data sets, as `answer` of the host's `preparing` describes them.
         stops: why it stops, in its own words.
         cannot: why it could not be asked.
     """
@@ -116,12 +118,26 @@ def ask(
             "words": [*(["--config_file", str(config)] if config else []), *_command_line(known)],
             "certain": bool(model.certain),
         }
-        with open(Path(place, "answer.json"), "w+b") as file:  # no pipe: nobody reads it before the end
-            progress(_ASKING, 0, 1)
-            problem = _run(request, file, SECONDS + SECONDS_PER_IMAGE * images, progress)
-            progress(_ASKING, 1, 1)
-            file.seek(0)
-            said = file.read()
+        return put("sd-scripts", _PROGRAM, request, SECONDS + SECONDS_PER_IMAGE * images, progress)
+
+
+def put(name: str, program: str, request: Mapping[str, Any], limit: float, progress: Progress) -> Answer:
+    """Ask a trainer, in a process of its own.
+
+    Args:
+        name: how it is called.
+        program: the module that asks it (`spf_plugin/hosts/answering.py`).
+        request: what that is told; `host` is the folder that its imports come from.
+        limit: seconds that it may take.
+        progress: called while it reads.
+    """
+    host, asking = Path(request["host"]), f"asking {name}"
+    with tempfile.TemporaryFile() as file:  # no pipe: nobody reads it before the end
+        progress(asking, 0, 1)
+        problem = _run({**request, "program": program}, file, limit, lambda done, of: progress(asking, done, of))
+        progress(asking, 1, 1)
+        file.seek(0)
+        said = file.read()
     try:
         answer = {} if problem else json.loads(said)
     except ValueError:
@@ -145,12 +161,12 @@ def _command_line(words: Mapping[str, Any]) -> list[str]:
     return line
 
 
-def _run(request: Mapping[str, Any], answers: IO[bytes], limit: float, progress: Progress) -> str:
+def _run(request: Mapping[str, Any], answers: IO[bytes], limit: float, show: Show) -> str:
     """Start the process, pass its bars on, and wait. Returns why there is no answer; empty where there is one."""
     quiet = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     try:
         process = subprocess.Popen(
-            [sys.executable, preparing.__file__],
+            [sys.executable, answering.__file__],
             stdin=subprocess.PIPE,
             stdout=answers,
             stderr=subprocess.PIPE,
@@ -169,7 +185,7 @@ def _run(request: Mapping[str, Any], answers: IO[bytes], limit: float, progress:
     try:
         assert process.stdin
         assert process.stderr
-        last = _listen(process.stdin, process.stderr, json.dumps(request).encode(), progress)
+        last = _listen(process.stdin, process.stderr, json.dumps(request).encode(), show)
         status = process.wait()
     finally:
         timer.cancel()
@@ -180,7 +196,7 @@ def _run(request: Mapping[str, Any], answers: IO[bytes], limit: float, progress:
     return f"it ended with status {status}: {_short(last)}" if status else ""
 
 
-def _listen(request: IO[bytes], said: IO[bytes], text: bytes, progress: Progress) -> str:
+def _listen(request: IO[bytes], said: IO[bytes], text: bytes, show: Show) -> str:
     """Send the request; read what the process prints until it ends. Returns its last line."""
     try:
         request.write(text)
@@ -193,7 +209,7 @@ def _listen(request: IO[bytes], said: IO[bytes], text: bytes, progress: Progress
         for line in filter(None, lines):
             last = line
             if bar := _BAR.search(line):
-                progress(_ASKING, int(bar[1]), int(bar[2]))
+                show(int(bar[1]), int(bar[2]))
     return (left or last).decode("utf-8", errors="replace")
 
 

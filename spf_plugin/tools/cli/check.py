@@ -22,6 +22,7 @@ from spf_plugin.hosts.musubi import scripts as musubi_scripts
 from spf_plugin.tools.check.asking import Progress, at_hand
 from spf_plugin.tools.check.captions import Described
 from spf_plugin.tools.check.findings import LEVELS, Finding, some
+from spf_plugin.tools.check.musubi import asking as musubi_asking
 from spf_plugin.tools.check.musubi import run as musubi
 from spf_plugin.tools.check.run import Report
 from spf_plugin.tools.check.run import check as look
@@ -149,18 +150,20 @@ def _print(console: Console, report: Report, shown: int) -> None:
 def _look(words: list[str], target: str | None, tokenizer: Path | None, progress: Progress) -> Report:
     """By the trainer that the words name, or whose data set the file is."""
     script, other = named(words[0]), musubi_scripts.named(words[0])
-    host = at_hand(Path(words[0]) if script else None)
+    where = Path(words[0])
     words = words[1:] if script or other else words
     path = None if not words or words[0].startswith("--") else expanded(words[0])
     words = words[1:] if path else words
     if other or (script is None and path and musubi.is_data_set(path)):
-        return musubi.check(path, words, script=other, target=target, tokenizer=tokenizer, progress=progress)
+        copy = musubi_asking.at_hand(where if other else None)
+        return musubi.check(path, words, script=other, target=target, tokenizer=tokenizer, host=copy, progress=progress)
     options = parse_words(words, script)
     given = options.pop("config_file", None)
     if path is None and given:
         path = Path(given if str(given).endswith(".toml") else f"{given}.toml")  # as the host does
     if path and not os.path.exists(path):
         raise SPFError(f"{path}: there is no such file or folder.")
+    host = at_hand(where if script else None)
     return look(path, options, script=script, target=target, tokenizer=tokenizer, host=host, progress=progress)
 
 
@@ -188,9 +191,9 @@ def check(
 ) -> None:
     """Look at a run before it starts: how each caption is split, what is missing, and what would be learned by mistake.
 
-    Reads what sd-scripts reads: by its own code where a copy of it is at hand (where the SCRIPT lies, in the working
-    folder, or installed in this Python), else by a model of it; what musubi-tuner reads by a model of that, with the
-    latents, texts and prompts that are cached. Start it where you start the training: relative paths begin there.
+    Reads what the trainer reads: by its own code where a copy of it is at hand (where the SCRIPT lies, in the working
+    folder, or installed in this Python), else by a model of it; with musubi-tuner also the latents, texts and prompts
+    that are cached. Start it where you start the training: relative paths begin there.
 
     Exit status: 0 the run can start (there may be warnings), 1 it would be wrong, 2 a file cannot be read.
 

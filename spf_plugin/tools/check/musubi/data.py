@@ -80,11 +80,15 @@ class Found:
         data: what a run looks at.
         values: its settings, with those of `[general]`.
         cache: the folder of its cache; None where the host has none.
+        buckets: cached items with repeats at each size; None where nobody says it.
+        batches: steps of an epoch with these; None where nobody says it, or there are none.
     """
 
     data: Dataset
     values: Mapping[str, Any]
     cache: Path | None
+    buckets: Mapping[tuple[int, int], int] | None = None
+    batches: int | None = None
 
     @property
     def source(self) -> str:

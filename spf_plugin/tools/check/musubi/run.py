@@ -16,11 +16,9 @@ from spf_plugin.tools.check import captions, pictures, sets, settings, tokens
 from spf_plugin.tools.check.asking import Progress
 from spf_plugin.tools.check.dataset import Count, Data, Dataset, Entry, Subset
 from spf_plugin.tools.check.findings import Finding, ordered
-from spf_plugin.tools.check.musubi import caches, data, options
+from spf_plugin.tools.check.musubi import asking, caches, data, options
 from spf_plugin.tools.check.run import Report
 from spf_plugin.tools.check.source import HostArgs
-
-READ = f"as SPF's model of {HOST} reads it"
 
 
 def is_data_set(path: Path) -> bool:
@@ -41,6 +39,7 @@ def check(
     script: Script | None,
     target: str | None = None,
     tokenizer: Path | None = None,
+    host: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """Look at a run before it starts.
@@ -51,6 +50,8 @@ def check(
         script: the trainer; None for a data set alone.
         target: what the LoRA shall learn, in place of `spf_target`.
         tokenizer: folder of the text encoder's tokenizer.
+        host: a copy of musubi-tuner that is asked what it makes of the data set (`asking.at_hand`); None: the model
+            says it.
         progress: called while images are read.
 
     Raises:
@@ -67,9 +68,12 @@ def check(
         said = {**said, "dataset_config": str(path)}
     args, findings = options.read(None if only_data else path, said, script)
     spf, problems = settings.parse_settings(args, target, rules.folders(args))
-    found = data.Data()
+    found, read = data.Data(), asking.MODEL
     if args.dataset_config:
         found = data.read(Path(args.dataset_config), script)
+        if host is not None:
+            images = sum(len(one.data.items) for one in found.found)
+            found, read = asking.heard(found, asking.ask(host, args, script, images, progress))
     else:
         findings.append(Finding("error", "no-data", f"no dataset_config, and {HOST} stops without"))
     shown = _as_shown(found)
@@ -84,11 +88,11 @@ def check(
     rows = captions.describe(shown.entries, targets, loaded, limit)
     if any(row.targets for row in rows):
         findings += [*captions.look(rows, weighted=None), *sets.look_together(rows)]
-    images = {item.path for one in found.found if not one.data.video for item in one.data.items}
-    still = [entry for entry in shown.entries if entry.key in images]
-    findings += pictures.look_at(still, [row for row in rows if row.entry.key in images], progress)
+    stills = {item.path for one in found.found if not one.data.video for item in one.data.items}
+    still = [entry for entry in shown.entries if entry.key in stills]
+    findings += pictures.look_at(still, [row for row in rows if row.entry.key in stills], progress)
     config = None if spf.problems else spf.config
-    return Report(config, spf.config.target, shown, READ, rows, loaded.source, limit, ordered(findings))
+    return Report(config, spf.config.target, shown, read, rows, loaded.source, limit, ordered(findings))
 
 
 def _of_host(args: HostArgs, script: Script | None) -> list[Finding]:
@@ -142,5 +146,5 @@ def _as_shown(found: data.Data) -> Data:
                 Entry(path, f"{path.parent.name}/{path.name}", item.caption, "file", subset, item.path, whole=True)
             )
         count = len(one.data.items)
-        shown.counts.append(Count(count, count * one.repeats, 0, None, None))
+        shown.counts.append(Count(count, count * one.repeats, 0, one.buckets, one.batches))
     return shown
