@@ -99,11 +99,22 @@ def _swapped(contents: Contents, group: Group, module: Module) -> bool:
     return up is not None and down is not None and dit_parts.swapped(module.path, down.shape[-1], up.shape[0])
 
 
+def _fix(description: Description, base: DitBase, lost: list[str]) -> str:
+    """What makes names that it takes of those that it does not."""
+    if base in musubi_names.MUSUBI_BASES:
+        if base in ("flux2", "wan"):  # of diffusers' names it splits FLUX.2's, and has none of Wan
+            return TO_COMFYUI
+        if all(group.algorithm == "LoRA" for group in description.groups):
+            return f"{TO_DIFFUSERS} or --to comfyui"
+        return "use ComfyUI" if base == "zimage" else TO_COMFYUI  # whose q, k and v it finds in one
+    split = any(g.name in lost and g.resolved and g.resolved.style == "split" for g in description.groups)
+    return TO_COMFYUI if base == "anima" else f"{TO_KOHYA}, and that --to diffusers" if split else TO_DIFFUSERS
+
+
 def _said(
     contents: Contents, description: Description, base: DitBase, lost: list[str], turned: list[str], *, text: int
 ) -> list[Finding]:
-    split = any(g.name in lost and g.resolved and g.resolved.style == "split" for g in description.groups)
-    fix = TO_COMFYUI if base == "anima" else f"{TO_KOHYA}, and that --to diffusers" if split else TO_DIFFUSERS
+    fix = _fix(description, base, lost)
     if lost and len(lost) == len(description.groups) - text:
         return [Finding("fail", "names", f"Every tensor is an “unused lora tensor”: {some(lost)}.", fix)]
     out = []

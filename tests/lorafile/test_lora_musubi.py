@@ -219,6 +219,25 @@ def test_conversions_keep_every_delta(base: str, kind: str) -> None:
         assert not program or status[program].status == "loads", (to, status[program].findings)
 
 
+def test_what_is_to_mend_a_file_for_sdcpp_does() -> None:
+    """Every conversion that it names; where it names none, none does."""
+    asked = 0
+    for base, kind in CASES:
+        file = musubi_kinds.build(kind, base, model(base))
+        verdict = judged(file.tensors, file.metadata)["sd.cpp"]
+        (fix,) = {finding.fix for finding in verdict.findings if finding.code == "names"} or {""}
+        assert bool(fix) == (verdict.status != "loads")
+        for to in ("comfyui", "diffusers"):
+            if f"--to {to}" in fix:
+                asked += 1
+                _, names = converted(base, kind, to)
+                assert judged(names, file.metadata)["sd.cpp"].status == "loads", (base, kind, to)
+        if fix == "use ComfyUI":
+            _, names = converted(base, kind, "comfyui")
+            assert judged(names, file.metadata)["sd.cpp"].status != "loads", (base, kind)
+    assert asked > 40
+
+
 def test_three_in_one_are_taken_apart_to_the_ranks_that_they_had() -> None:
     """What its own script puts together comes back bit for bit, alphas too."""
     one, three = (musubi_kinds.build(kind, "zimage", model("zimage")) for kind in ("musubi", "fused"))
