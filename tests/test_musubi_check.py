@@ -241,7 +241,7 @@ def test_what_is_cached_is_held_against_the_data_set(folder: Path) -> None:
     assert "1 of 4 items have no cached" in found["not-cached"].message
     assert found["stale-cache"].images == ("gone",)
     assert "the prompts of all 3 cached items are missing" in found["no-prompts"].message
-    wanted = 'spf cache-prompts --arch zimage --target "blonde hair" --dataset_config sets.toml --text_encoder PATH'
+    wanted = 'spf cache-prompts --arch zimage --target "blonde hair" --dataset_config "sets.toml" --text_encoder "PATH"'
     script = "Run zimage_cache_text_encoder_outputs.py first, which caches the text itself. "
     assert found["no-prompts"].fix == f"{script}Run {wanted}"  # empty files are no text of any caption
     for name in "012":

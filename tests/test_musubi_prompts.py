@@ -296,7 +296,7 @@ def test_the_architectures() -> None:
     assert len({each.name for each in ARCHITECTURES}) == len(ARCHITECTURES)
     zimage = named("zimage")
     for code, found in (("zi", zimage), ("other", None)):
-        trainer = type(zimage.trainer, (), {"architecture": code})
+        trainer = type(zimage.script.trainer, (), {"architecture": code})
         assert of_trainer(type("Mine", (trainer,), {})()) is found
     assert of_trainer(object()) is None
 

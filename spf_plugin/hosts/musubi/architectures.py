@@ -6,17 +6,19 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spf_plugin.hosts.musubi import encoders
 from spf_plugin.hosts.musubi.encoders import Encoder
+from spf_plugin.hosts.musubi.scripts import SCRIPTS, Script, script_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from spf_plugin.core.prompt import Target
     from spf_plugin.families.base import Text
 
 
@@ -25,11 +27,9 @@ class Architecture:
     """One of the trainer's architectures.
 
     Attributes:
-        name: of the command's `--arch`.
+        name: of the command's `--arch`, and of its trainer's `Script.arch`.
         codes: the host's own (`ARCHITECTURE_...`), which stand in the names of its cache files; of one trainer there
             may be others, whose models SPF does not know.
-        trainer: its class.
-        script: its script, without `.py`.
         network: the host's own network module for it.
         family: the class of its model's family.
         caching: the module of the host's script that caches text, and the function there that adds its options.
@@ -44,8 +44,6 @@ class Architecture:
 
     name: str
     codes: tuple[str, ...]
-    trainer: str
-    script: str
     network: str
     family: str
     caching: tuple[str, str]
@@ -57,6 +55,11 @@ class Architecture:
     shown: str = ""
 
     @property
+    def script(self) -> Script:
+        """Its trainer."""
+        return next(script for script in SCRIPTS if script.arch == self.name)
+
+    @property
     def text_script(self) -> str:
         """The host's script that caches text."""
         return f"{self.caching[0].rpartition('.')[2]}.py"
@@ -65,6 +68,31 @@ class Architecture:
     def latents_script(self) -> str:
         """The one that caches latents."""
         return self.text_script.replace("text_encoder_outputs", "latents")
+
+    def command(self, args: Any, targets: Sequence[Target]) -> str:
+        """What encodes the prompts of a run, as the user should type it.
+
+        Args:
+            args: the host's arguments.
+            targets: of the run.
+        """
+        options = {"dataset_config": args.dataset_config or "FILE"}
+        options |= {name: getattr(args, name, None) or "PATH" for name in self.required}
+        said = [f"--arch {self.name}", f'--target "{"|".join(map(str, targets))}"']
+        return " ".join(["spf cache-prompts", *said, *(f'--{name} "{value}"' for name, value in options.items())])
+
+
+TEXT = "_te.safetensors"  # behind an item's name and the code: the host's cached text
+
+
+def text_file(stem: str, code: str) -> str:
+    """The name of the host's file with an item's cached text."""
+    return f"{stem}_{code}{TEXT}"
+
+
+def latents_files(code: str) -> str:
+    """The pattern of its files with cached latents."""
+    return f"*_{code}.safetensors"
 
 
 POOLED = "pooled"  # what our encoder may add to the host's tensors: the vector of a prompt
@@ -99,8 +127,6 @@ ARCHITECTURES = (
     Architecture(
         name="zimage",
         codes=("zi",),
-        trainer="ZImageNetworkTrainer",
-        script="zimage_train_network",
         network="networks.lora_zimage",
         family="ZImage",
         caching=("musubi_tuner.zimage_cache_text_encoder_outputs", "zimage_setup_parser"),
@@ -113,8 +139,6 @@ ARCHITECTURES = (
     Architecture(
         name="flux_2",
         codes=("f2d", "f2k4b", "f2k9b"),
-        trainer="Flux2NetworkTrainer",
-        script="flux_2_train_network",
         network="networks.lora_flux_2",
         family="Flux2",
         caching=("musubi_tuner.flux_2_cache_text_encoder_outputs", "flux_2_setup_parser"),
@@ -128,8 +152,6 @@ ARCHITECTURES = (
     Architecture(
         name="krea2",
         codes=("kr2",),
-        trainer="Krea2NetworkTrainer",
-        script="krea2_train_network",
         network="networks.lora_krea2",
         family="Krea2",
         caching=("musubi_tuner.krea2_cache_text_encoder_outputs", "krea2_setup_parser"),
@@ -142,8 +164,6 @@ ARCHITECTURES = (
     Architecture(
         name="qwen_image",
         codes=("qi",),
-        trainer="QwenImageNetworkTrainer",
-        script="qwen_image_train_network",
         network="networks.lora_qwen_image",
         family="QwenImage",
         caching=("musubi_tuner.qwen_image_cache_text_encoder_outputs", "qwen_image_setup_parser"),
@@ -156,8 +176,6 @@ ARCHITECTURES = (
     Architecture(
         name="wan",
         codes=("wan",),
-        trainer="WanNetworkTrainer",
-        script="wan_train_network",
         network="networks.lora_wan",
         family="Wan",
         caching=("musubi_tuner.wan_cache_text_encoder_outputs", "wan_setup_parser"),
@@ -182,6 +200,6 @@ def named(name: str) -> Architecture:
 
 def of_trainer(trainer: Any) -> Architecture | None:
     """That of a trainer, or of one that is made from it; None where SPF does not know its model."""
-    classes = [cls.__name__ for cls in type(trainer).__mro__]
-    found = next((each for each in ARCHITECTURES if each.trainer in classes), None)
+    script = script_of(trainer)
+    found = named(script.arch) if script is not None and script.supported else None
     return found if found is not None and trainer.architecture in found.codes else None

@@ -21,8 +21,8 @@ from torch import Tensor
 from spf_plugin.core.prompt import Target, split
 from spf_plugin.errors import SPFError
 from spf_plugin.families.base import Family, Text
-from spf_plugin.hosts.musubi import items, prompts, rules, scripts
-from spf_plugin.hosts.musubi.architectures import Architecture
+from spf_plugin.hosts.musubi import items, prompts, rules
+from spf_plugin.hosts.musubi.architectures import TEXT, Architecture
 from spf_plugin.hosts.musubi.encoders import Encoder
 from spf_plugin.hosts.musubi.prompts import Record, Stamp
 from spf_plugin.hosts.musubi.replay import LONG, Fault, Tokens, fault, of_vector
@@ -141,8 +141,7 @@ def run(
     Raises:
         SPFError: with every item whose prompts could not be made; all others are written.
     """
-    script = scripts.named(architecture.script)
-    if script is not None and (problems := rules.model_problems(args, script)):
+    if problems := rules.model_problems(args, architecture.script):
         raise SPFError(problems)
     sets = data_sets(args, architecture.code(args))
     try:
@@ -278,7 +277,7 @@ def _tidied(sets: Sequence[Any]) -> tuple[str, ...]:
     removed = []
     for data_set in sets:
         for path in sorted(Path(data_set.cache_directory).glob(f"*_{data_set.architecture}{prompts.OURS}")):
-            text = str(path).removesuffix(prompts.OURS) + prompts.TEXT
+            text = str(path).removesuffix(prompts.OURS) + TEXT
             if os.path.exists(text):
                 continue
             try:

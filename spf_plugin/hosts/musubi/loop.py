@@ -158,20 +158,18 @@ class MusubiHost:
         if "target" not in wrong and config.target and family is not None:
             trained = items.trained(self._datasets)
             stale, doubtful = replay.problems(
-                self._replay, trained, captions, config.target, family, self._command(config.target)
+                self._replay,
+                trained,
+                captions,
+                config.target,
+                family,
+                self.architecture.command(self.args, config.target),
             )
             errors += stale
             warnings += doubtful
         for warning in warnings:
             logger.warning(f"SPF: {warning}")
         return errors
-
-    def _command(self, targets: Sequence[Target]) -> str:
-        """The one that encodes the prompts of this run."""
-        options = {"dataset_config": self.args.dataset_config}
-        options |= {name: getattr(self.args, name, None) or "PATH" for name in self.architecture.required}
-        said = [f"--arch {self.architecture.name}", f'--target "{"|".join(map(str, targets))}"']
-        return " ".join(["spf cache-prompts", *said, *(f'--{name} "{value}"' for name, value in options.items())])
 
     # -- text -----------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import replace
+from spf_plugin.hosts.musubi.architectures import TEXT
 
-TEXT, OURS = "_te.safetensors", "_spf.safetensors"
+OURS = "_spf.safetensors"
 FORMAT = 1
 _KEY, _BASE, _VECTORS = "spf_prompts", "base.", "vectors"
 # Of the distance between the states of a caption's tokens: another word moves its token by about all of it, another

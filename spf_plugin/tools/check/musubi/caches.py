@@ -40,7 +40,7 @@ def look(sets: Sequence[Found], args: HostArgs, arch: str, targets: Sequence[Tar
         if architecture.shown:
             shown += items.showing(_files(found, code), architecture.shown)
         for item in found.data.items:
-            text = os.path.join(str(found.cache), f"{item.stem}_{code}_te.safetensors")
+            text = os.path.join(str(found.cache), architectures.text_file(item.stem, code))
             if item.stem not in latents:
                 missing["latents"].append(item.stem)
             if not os.path.isfile(text):
@@ -68,7 +68,7 @@ def _latents(found: Found, code: str) -> dict[str, int]:
 
 def _files(found: Found, code: str) -> list[str]:
     """The files of cached latents."""
-    return glob.glob(os.path.join(glob.escape(str(found.cache)), f"*_{code}.safetensors"))
+    return glob.glob(os.path.join(glob.escape(str(found.cache)), architectures.latents_files(code)))
 
 
 def _missing(missing: dict[str, list[str]], items: int, architecture: architectures.Architecture) -> list[Finding]:
@@ -100,20 +100,14 @@ def _prompts(
     for text, captions in texts.items():
         told = fault(text, captions, targets, family)
         if isinstance(told, Fault):
-            wrong.setdefault(told, []).append(os.path.basename(text).removesuffix("_te.safetensors"))
+            wrong.setdefault(told, []).append(os.path.basename(text).removesuffix(architectures.TEXT))
             stale |= {told} if text_is_stale(text, captions) else set()
-    said = "|".join(map(str, targets))
-    options = "".join(f" --{name} {getattr(args, name, None) or 'PATH'}" for name in architecture.required)
-    command = (
-        f'spf cache-prompts --arch {architecture.name} --target "{said}" --dataset_config '
-        f"{args.dataset_config or 'FILE'}{options}"
-    )
     return [
         Finding(
             "error",
             "no-prompts",
             f"the prompts of {of(len(stems), len(texts), 'cached items')} {kind.value}",
-            f"{text_first(architecture) if kind in stale else ''}Run {command}",
+            f"{text_first(architecture) if kind in stale else ''}Run {architecture.command(args, targets)}",
             tuple(stems),
         )
         for kind, stems in wrong.items()
