@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from spf_plugin.core.prompt import Target
 from spf_plugin.errors import SPFError
 from spf_plugin.families.krea2 import Krea2
 from spf_plugin.families.zimage import ZImage
-from spf_plugin.hosts.musubi import caching, prompts, replay
+from spf_plugin.hosts.musubi import caching, loop, prompts, replay
 from spf_plugin.hosts.musubi.architectures import ARCHITECTURES, named, of_trainer
 from spf_plugin.hosts.musubi.encoders import Encoder
 from spf_plugin.hosts.musubi.items import ITEMS, NamedBatches
@@ -310,3 +311,99 @@ def test_the_command_without_musubi_tuner(tmp_path: Path, monkeypatch: pytest.Mo
         result = CliRunner().invoke(app, ["--arch", "zimage", "--target", target, "--dataset_config", "x.toml"])
         assert result.exit_code == 2
         assert said in " ".join(result.output.split())
+
+
+# -- the command, on an encoder that is not the host's ----------------------------------------------------------------
+
+
+class Counted:
+    """The encoder, and how many prompts it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, tokens: int = 0):
+        self.prompts: list[str] = []
+        self.architecture = replace(named("zimage"), load=lambda args, device: self.encoder)
+        self.encoder = Encoder(lambda text: [tokens + each for each in tokenize(text)], self.encode, BEGIN)
+        sets = [SimpleNamespace(cache_directory=str(folder), architecture="zi")]
+        monkeypatch.setattr(caching, "data_sets", lambda args, code: sets)
+        self._patch = monkeypatch
+
+    def encode(self, prompt: str) -> dict[str, Tensor]:
+        self.prompts.append(prompt)
+        return encode(prompt)
+
+    def run(self, captions: Mapping[str, Sequence[str]]) -> caching.Done:
+        self._patch.setattr(caching.items, "captions", lambda sets: captions)
+        args = SimpleNamespace(device="cpu", dataset_config="sets.toml", keep_cache=False)
+        return caching.run(self.architecture, ZImage(nn.Module()), TARGETS, args)
+
+
+def test_what_is_current_is_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, command = recorded(tmp_path), Counted(monkeypatch, tmp_path)
+    captions = {text: [caption] for text, caption in zip(files, CAPTIONS, strict=True)}
+    assert command.run(captions) == caching.Done(0, len(CAPTIONS), ())
+    assert command.prompts == []
+    Path(prompts.beside(files[0])).unlink()
+    Path(files[-1]).unlink()
+    gone = captions.popitem()[0]
+    assert command.run(captions) == caching.Done(1, len(CAPTIONS) - 2, (prompts.beside(gone),))
+
+
+def test_what_another_tokenizer_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: whose is the right one nobody knows."""
+    files, command = recorded(tmp_path), Counted(monkeypatch, tmp_path, tokens=7)
+    captions = {text: [caption] for text, caption in zip(files, CAPTIONS, strict=True)}
+    Path(prompts.beside(files[0])).unlink()
+    assert command.run({files[0]: captions[files[0]]}).encoded == 1
+    assert command.run(captions) == caching.Done(len(CAPTIONS), 0, ())
+    assert played(files).tokenize("blonde hair") == command.encoder.tokenize("blonde hair")
+
+
+def test_another_encoder_is_seen_before_all_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = {}
+    for i in range(9):
+        text = str(tmp_path / f"{i}_zi_te.safetensors")
+        save_file({"varlen_llm_embed_bfloat16": encode(f"a {i}")["llm_embed"]}, text, {"caption1": f"b {i}"})
+        captions[text] = [f"b {i}"]
+    command = Counted(monkeypatch, tmp_path)
+    with pytest.raises(SPFError, match="4 cached encodings are not what this text encoder makes of their captions"):
+        command.run(captions)
+    assert command.prompts == ["b 0", "b 1", "b 2", "b 3"]
+
+
+def test_all_that_cannot_be_encoded_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, several, damaged = recorded(tmp_path, ("a man, blonde hair", "a woman", "a cat"))
+    for text in (good, several, damaged):
+        Path(prompts.beside(text)).unlink()
+    Path(damaged).write_bytes(b"half of a file")
+    missing = str(tmp_path / "missing_zi_te.safetensors")
+    captions = {good: ["a man, blonde hair"], several: ["a woman", "a dog"], damaged: ["a cat"], missing: ["a tree"]}
+    with pytest.raises(SPFError) as caught:
+        Counted(monkeypatch, tmp_path).run(captions)
+    assert [problem.partition(",")[0] for problem in caught.value.problems] == [
+        "1 cached encodings are of several items with different captions",
+        "1 captions are not cached",
+        "1 cached encodings are of another caption than the data set has now",
+    ]
+    assert prompts.read(prompts.beside(good)).caption == "a man, blonde hair"  # the rest is done
+
+
+def test_data_sets_that_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SPFError, match=r"--dataset_config sets\.toml: there are no captions in its data sets"):
+        Counted(monkeypatch, tmp_path).run({})
+
+    def unreadable(sets: object) -> dict[str, list[str]]:
+        raise OSError("a.txt is gone")
+
+    command = Counted(monkeypatch, tmp_path)
+    monkeypatch.setattr(caching.items, "captions", unreadable)
+    args = SimpleNamespace(device="cpu", dataset_config="sets.toml", keep_cache=False)
+    with pytest.raises(SPFError, match=r"a caption of the data set cannot be read: a\.txt is gone"):
+        caching.run(command.architecture, ZImage(nn.Module()), TARGETS, args)
+
+
+def test_no_trainer_is_calling() -> None:
+    assert loop.default_network() == "networks.lora"
+    for mark, network in (("hada_w1_a", "networks.loha"), ("lokr_w1", "networks.lokr"), ("lora_up", "networks.lora")):
+        assert loop.network_for([f"lora_unet_x.{mark}"]) == network
+    with pytest.raises(SPFError, match="no trainer of musubi-tuner is calling"):
+        loop.MusubiHost.find(nn.Module(), ZImage)
