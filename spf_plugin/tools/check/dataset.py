@@ -43,9 +43,6 @@ class Subset:
     cache_info: bool = False
     color_aug: bool = False
     random_crop: bool = False
-    batch_size: int = 1
-    enable_bucket: bool = False
-    bucket_reso_steps: int = 64
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
