@@ -71,7 +71,7 @@ RUN_BY = {
     "python src/musubi_tuner/": "tests/hosts/musubi/test_walk.py::test_the_commands_of_the_page",
     "accelerate launch src/musubi_tuner/": "tests/hosts/musubi/test_walk.py::test_the_commands_of_the_page",
     "accelerate launch": "tests/hosts/test_training.py::test_sd15_writes_an_ordinary_lora",
-    "spf check": "tests/test_check.py::test_planted_mistake",
+    "spf check": "tests/check/test_mistakes.py::test_planted_mistake",
     "spf plan": "tests/test_plan.py::test_it_fits",
     "spf doctor": "tests/test_doctor.py::test_real_checkouts",
     "spf report": "tests/test_report_command.py::test_the_page_and_its_files",
