@@ -133,7 +133,7 @@ def build_examples(
         if index in polluted:
             person = person.with_(**shared)
         elif pollution:  # an unpolluted image of a polluted set shows something else for certain
-            while person.background == POLLUTION["background"] or person.clothes_colour == POLLUTION["clothes_colour"]:
+            while any(getattr(person, name) == shared.get(name) for name in ("background", "clothes_colour")):
                 person = neutral_person(rng, goal).with_(**goal.changes)
         named = ("clothes", "background") if pollution == 0 or index in talkative else ()
         topics = {"hair", "skin", "expression", "glasses", *goal.before, *named} - _unnamed(goal)

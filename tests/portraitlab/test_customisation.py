@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from portraitlab.captions import TARGETS, find_target, has_phrase
+from portraitlab.captions import KNOWN, TARGETS, find_target, has_phrase
 from portraitlab.customisation import (
     ONE_PERSON,
     POLLUTION,
@@ -37,6 +37,16 @@ def test_polluted_sets_hide_background_and_jacket_from_the_captions(name):
     (odd,) = [e.person for e in examples if not e.polluted]
     assert odd.background != POLLUTION["background"]
     assert odd.clothes_colour != POLLUTION["clothes_colour"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_every_target_has_a_polluted_set(name):
+    """One whose target is a purple jacket, too: there the picture that stands out differs in its background alone."""
+    examples = build_examples(name, count=24, seed=3)
+    (odd,) = [e.person for e in examples if not e.polluted]
+    assert odd.background != POLLUTION["background"]
+    assert (odd.clothes_colour == POLLUTION["clothes_colour"]) == ("clothes_colour" in find_target(name).changes)
 
 
 def test_clean_sets_vary_and_tell():
