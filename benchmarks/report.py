@@ -28,7 +28,7 @@ from benchmarks.cases import (
 from benchmarks.steps import STEPS, Setup
 from spf_plugin.config import SPFConfig
 from spf_plugin.hosts.kohya.scripts import MODELS
-from spf_plugin.tools import plan, preset
+from spf_plugin.tools import plan, plan_musubi, preset
 from spf_plugin.tools.plan import LORA_BYTES, OPTIMIZERS, aligned_share
 from spf_plugin.tools.plan_dit import FIRST, RANK, SECOND, SIDE, TRANSFORMERS
 
@@ -265,11 +265,11 @@ def _unsaved(records: Records) -> str:
 
 
 def _presets() -> list[list[str]]:
-    """The shipped presets of SD and SDXL, by the arithmetic of `spf plan`."""
+    """The shipped presets of SD, SDXL and of musubi-tuner, by the arithmetic of `spf plan`."""
     lines = []
-    for path in sorted(PRESETS.glob("sd*-*gb.toml")):
+    for path in (*sorted(PRESETS.glob("sd*-*gb.toml")), *sorted(PRESETS.glob("musubi/*-*gb.toml"))):
         run, _ = preset.read(path)
-        if run.transformer is not None:  # SD3
+        if run.transformer is not None and run.musubi is None:  # SD3
             continue
         found = plan.predict(run)
         card = int(path.stem.rsplit("-", 1)[1].removesuffix("gb"))
@@ -277,7 +277,7 @@ def _presets() -> list[list[str]]:
         rest = found.peak - step - plan.CONTEXT
         lines.append(
             [
-                f"`{path.name}`",
+                f"`{path.relative_to(PRESETS).as_posix()}`",
                 f"{rest / MIB:.0f} MB",
                 f"{step / MIB:.0f} MB",
                 f"{plan.CONTEXT / MIB:.0f} MB",
@@ -288,24 +288,56 @@ def _presets() -> list[list[str]]:
     return lines
 
 
+_STEPS = (PLAIN, FIRST, SECOND)
+
+
+def _steps(said: str, run: plan.Run, steps: list[dict[str, int]]) -> list[str]:
+    """A line of what a transformer's steps take: those of `_STEPS`, tracked, in a run."""
+    plain, spf = plan.predict(run), plan.predict(replace(run, spf=SPFConfig()))
+    return [
+        said + ("" if run.checkpointing else ", no checkpointing"),
+        *(f"{step['peak'] / MIB:.0f} MB" for step in steps),
+        f"{(spf.peak - plan.CONTEXT) / MIB:.0f} MB",
+        f"{(spf.peak - plan.CONTEXT) / (plain.peak - plan.CONTEXT):.3f}",
+        *(f"{step['flops'] / steps[0]['flops']:.3f}" for step in steps[1:]),
+        f"{spf.flop_ratio:.3f}",
+    ]
+
+
 def _transformers() -> list[list[str]]:
     """Plain steps of the transformers and those of a pair, tracked on the host's classes (`benchmarks.dit_cost`)."""
     lines = []
     for model, of in TRANSFORMERS.items():
-        for checkpointing in (True, False):
-            run = plan.Run(model, SIDE, SIDE, rank=RANK, checkpointing=checkpointing, optimizer="AdamW8bit")
-            plain, spf = plan.predict(run), plan.predict(replace(run, spf=SPFConfig()))
-            steps = [of.tracked(name, checkpointing=checkpointing) for name in (PLAIN, FIRST, SECOND)]
-            lines.append(
-                [
-                    MODELS[model] + ("" if checkpointing else ", no checkpointing"),
-                    *(f"{step['peak'] / MIB:.0f} MB" for step in steps),
-                    f"{(spf.peak - plan.CONTEXT) / MIB:.0f} MB",
-                    f"{(spf.peak - plan.CONTEXT) / (plain.peak - plan.CONTEXT):.3f}",
-                    *(f"{step['flops'] / steps[0]['flops']:.3f}" for step in steps[1:]),
-                    f"{spf.flop_ratio:.3f}",
-                ]
-            )
+        for how in (True, False):
+            run = plan.Run(model, SIDE, SIDE, rank=RANK, checkpointing=how, optimizer="AdamW8bit")
+            lines.append(_steps(MODELS[model], run, [of.tracked(name, checkpointing=how) for name in _STEPS]))
+    return lines
+
+
+def _musubi() -> list[list[str]]:
+    """The same of musubi-tuner's (`benchmarks.musubi_cost`), each with its larger sample."""
+    lines = []
+    for model, of in plan_musubi.MODELS.items():
+        for how in (True, False):
+            size = {"width": 832, "height": 480, "frames": 21} if of.clips else {"width": SIDE, "height": SIDE}
+            run = plan.Run(model, rank=RANK, checkpointing=how, optimizer="AdamW8bit", **size)
+            lines.append(_steps(of.said, run, [of.tracked(name, checkpointing=how)[-1] for name in _STEPS]))
+    return lines
+
+
+def _musubi_weights() -> list[list[str]]:
+    """The frozen weights of musubi-tuner's models on the card, and what the smaller ones add to a step."""
+    lines = []
+    for of in plan_musubi.MODELS.values():
+        (dense, *_), *others = (
+            of.tracked(FIRST, checkpointing=True, weights=weights) if weights in of.weights else []
+            for weights in (plan_musubi.DENSE, plan_musubi.CAST, plan_musubi.SCALED)
+        )
+        kinds = [plan_musubi.DENSE, plan_musubi.CAST, plan_musubi.SCALED]
+        sizes = [plan.gib(of.frozen_bytes(w, 0)) if w in of.weights else "not possible" for w in kinds]
+        added = [f"{(one[0]['peak'] - dense['peak']) / MIB:+.0f} MB" if one else "" for one in others]
+        least = plan.gib(of.frozen_bytes(plan_musubi.SCALED, of.swappable))
+        lines.append([of.said, *sizes, *added, f"{of.swappable}: {least}"])
     return lines
 
 
@@ -339,6 +371,8 @@ def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping
     weights_head = ["", "frozen UNet", "UNet", "plain step's peak", "SPF step's peak", "SPF with weights", "SPF step"]
     transformers_head = ["", "plain step's peak", "first of a pair", "second", "SPF with weights", "memory"]
     transformers_head += ["first step's FLOPs", "second's", "a run's"]
+    small_head = ["frozen transformer", "16 bits", "`fp8_base` alone", "with `fp8_scaled`"]
+    small_head += ["a step more, `fp8_base` alone", "with `fp8_scaled`", "most swapped blocks, with `fp8_scaled`"]
     preset_head = ["preset", "weights and optimizer", "step, tracked", "assumed", "together", "card"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         command=command,
@@ -351,6 +385,8 @@ def markdown(records: Records, environment: Mapping[str, str], timed_on: Mapping
         weights="\n".join(_markdown(weights_head, _weights(records))),
         unsaved=_unsaved(records),
         transformers="\n".join(_markdown(transformers_head, _transformers())),
+        musubi="\n".join(_markdown(transformers_head, _musubi())),
+        musubi_weights="\n".join(_markdown(small_head, _musubi_weights())),
         presets="\n".join(_markdown(preset_head, _presets())),
         context=plan.gib(plan.CONTEXT),
         share=f"{aligned_share(SPFConfig(), STEPS):.2f}",

@@ -11,7 +11,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,6 +33,8 @@ _LOWER = {
     F.linear,
     F.conv2d,
     torch.conv2d,
+    F.conv3d,
+    torch.conv3d,
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
@@ -57,6 +59,17 @@ _FLOAT32 = {
 }
 
 
+_AUTOCAST = torch.amp.autocast
+
+
+@contextmanager
+def _autocast_to_float32() -> Iterator[None]:
+    """What CUDA has and the CPU has not: products in float32, whatever the weights are in."""
+    with _AUTOCAST("cpu", torch.bfloat16):
+        torch.set_autocast_dtype("cpu", torch.float32)  # until the block ends, which puts the type back
+        yield
+
+
 class MetaGpu(TorchFunctionMode):
     """Applies CUDA's autocast rules to meta tensors wherever CPU autocast is on (and keeps CPU's own rules out).
 
@@ -75,7 +88,8 @@ class MetaGpu(TorchFunctionMode):
     def __enter__(self) -> MetaGpu:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
         self._stack.enter_context(torch._C._ExcludeDispatchKeyGuard(keys))
-        self._stack.enter_context(mock.patch.object(torch, "autocast", self._autocast))
+        for place in (torch, torch.amp):
+            self._stack.enter_context(mock.patch.object(place, "autocast", self._autocast))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):  # a quantised layer asks them
             answer = partial(self._of_cpu, getattr(torch, name))
             self._stack.enter_context(mock.patch.object(torch, name, answer))
@@ -89,9 +103,11 @@ class MetaGpu(TorchFunctionMode):
         self._stack.close()
 
     @staticmethod
-    def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+    def _autocast(device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> Any:
         """`torch.autocast`, for a device that has none."""
-        return torch.amp.autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+        if dtype == torch.float32:
+            return _autocast_to_float32()
+        return _AUTOCAST("cpu" if device_type == "meta" else device_type, dtype, *args, **kwargs)
 
     @staticmethod
     def _of_cpu(ask: Callable[[str], Any], device_type: str) -> Any:
@@ -157,11 +173,68 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
+_META, _EMPTY = torch.device("meta"), torch.ops.aten.empty_strided.default
+
+
+class _Unknown(Exception):
+    """An argument that does not tell by itself what comes out."""
+
+
+def _described(value: Any) -> Any:
+    """All of an argument that decides what shape an operator's outputs have."""
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise _Unknown
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
+class Outputs:
+    """Calls operators on tensors without data. What comes out of one depends on shapes and types alone, and a model
+    repeats its blocks: it is asked once, and answered from then on, which takes half the time.
+
+    Operators that change an input, or give a part of one, are called each time.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+        self._plain: dict[Any, bool] = {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func not in self._plain:
+            schema = func._schema
+            self._plain[func] = not any(part.alias_info for part in (*schema.arguments, *schema.returns))
+        if not self._plain[func]:
+            return func(*args, **kwargs)
+        try:
+            key = (func, _described(args), tuple((name, _described(value)) for name, value in kwargs.items()))
+        except _Unknown:
+            return func(*args, **kwargs)
+        if key in self._known:
+            several, shapes = self._known[key]
+            made = (shape and _EMPTY(shape[0], shape[1], dtype=shape[2], device=_META) for shape in shapes)
+            return tuple(made) if several else next(made)
+        out = func(*args, **kwargs)
+        outs = out if isinstance(out, tuple) else (out,)
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors([*args, *kwargs.values()])}
+        own = [tensor.untyped_storage()._cdata for tensor in _tensors(outs)]
+        whole = all(part is None or (isinstance(part, Tensor) and part.is_meta) for part in outs)
+        if whole and not given.intersection(own) and len({*own}) == len(own) > 0:
+            shapes = [None if part is None else (part.shape, part.stride(), part.dtype) for part in outs]
+            self._known[key] = (isinstance(out, tuple), shapes)
+        return out
+
+
 class Tracker(TorchDispatchMode):
     """Counts FLOPs, and the bytes of every storage that is made while the mode is on, until it is freed.
 
     torch's own FlopCounterMode and MemTracker do the same with a hook on every module, which takes three times as long;
     `tests/test_cost.py` compares.
+
+    Args:
+        device: the kind of device whose storages count; None: any.
 
     Attributes:
         flops: by operator; a multiply and an add count as two.
@@ -170,8 +243,10 @@ class Tracker(TorchDispatchMode):
         phases: name -> (peak in the phase, alive at its end), for every `mark`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self.device = device
+        self._outputs = Outputs() if device == "meta" else lambda func, args, kwargs: func(*args, **kwargs)
         self.flops: Counter[str] = Counter()
         self.current = self.highest = self._peak = 0
         self.phases: dict[str, tuple[int, int]] = {}
@@ -183,12 +258,14 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self._outputs(func, args, kwargs)
         packet = func._overloadpacket
         if packet in FORMULAS:
             self.flops[str(packet)] += FORMULAS[packet](*args, **kwargs, out_val=out)
         given: set[int] | None = None
         for tensor in _tensors(out):
+            if self.device not in (None, tensor.device.type):
+                continue
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in self._alive:

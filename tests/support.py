@@ -19,6 +19,7 @@ import toml
 from spf_plugin.families.known import FAMILIES
 from spf_plugin.hosts.kohya.scripts import SCRIPTS, Script
 from spf_plugin.hosts.musubi import architectures, scripts
+from spf_plugin.tools import plan_musubi
 from tests.hosts.conftest import RELEASES
 from tests.hosts.dits.kinds import KINDS
 from tests.hosts.musubi import kinds as musubi_kinds
@@ -157,7 +158,8 @@ def presets() -> Mapping[str, list[str]]:
 def planned() -> set[str]:
     """The models that `spf plan` has sizes of."""
     tools = ROOT / "spf_plugin" / "tools"
-    files = [json.loads((tools / name).read_text(encoding="utf-8")) for name in ("plan.json", "plan_dit.json")]
+    names = ("plan.json", "plan_dit.json", "plan_musubi.json")
+    files = [json.loads((tools / name).read_text(encoding="utf-8")) for name in names]
     return {model for file in files for model in file["models"]}
 
 
@@ -227,7 +229,7 @@ def musubi_tuner() -> Iterator[Row]:
             f"v0.3.4: {counts} tests" if first in kinds else "",
             "" if first in kinds else f"v0.3.4: {counts} tests",
             known.get(script.file, ()),
-            any(name.startswith(script.arch) for name in sizes),
+            {name for name, model in plan_musubi.MODELS.items() if model.arch == script.arch} <= sizes,
             ELSEWHERE["musubi-tuner"]["all"],
         )
 

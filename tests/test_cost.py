@@ -76,6 +76,39 @@ def test_cuda_autocast_rules_also_where_checkpointing_recomputes() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+def test_products_in_float32_where_a_model_asks_for_them() -> None:
+    """CUDA has that, and the CPU has not."""
+    weight, x = (torch.ones(8, 8, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
+    with MetaGpu(), torch.autocast("cpu", torch.bfloat16):
+        with torch.amp.autocast(device_type="meta", dtype=torch.float32):
+            assert F.linear(x, weight).dtype == torch.float32
+        assert F.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_only_one_kind_of_device_counts() -> None:
+    with Tracker("meta") as tracker:
+        kept = torch.ones(1024)
+        on_card = kept.to("meta")
+        assert tracker.current == on_card.numel() * 4
+    assert tracker.highest == KIB4
+
+
+def test_outputs_that_are_known_are_those_of_the_operators() -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, device="meta")
+    found = []
+    for device in (None, "meta"):  # the second asks each operator once
+        x = torch.ones(2, 16, 32, device="meta", requires_grad=True)
+        with MetaGpu(), Tracker(device) as tracker:
+            loss = layer(layer(x).float()).square().mean()
+            tracker.mark("forward")
+            loss.backward()
+            tracker.mark("backward")
+        found.append((dict(tracker.flops), tracker.highest, tracker.phases))
+        layer.zero_grad()
+    assert found[0] == found[1]
+    assert found[0][0]
+
+
 def test_counts_without_data_are_those_of_a_real_step() -> None:
     """A real step on the CPU under torch's FlopCounterMode, against the count on tensors without data."""
     torch.manual_seed(0)

@@ -65,6 +65,7 @@ RUN_BY = {
     "python -m benchmarks.plain_step": "takes minutes; it stops where a step that should be a plain one is none",
     "python -m benchmarks.reencoding": "tests/test_cached_text.py::test_bf16_is_far_from_another_caption",
     "python -m benchmarks.response_cost": "takes minutes and counts what tests/test_cost.py counts",
+    "python -m benchmarks.musubi_cost": "tests/test_plan_musubi.py::test_activations_are_those_that_are_tracked",
     "python -m benchmarks.dit_cost": "tests/test_plan_dits.py::test_activations_are_those_that_are_tracked",
     "python networks/": "sd-scripts' own tools, on real LoRAs; their options are compared with its source below",
     "python -m venv": "Python's own",

@@ -70,6 +70,7 @@ def test_nothing_is_wrong_with_a_run_that_is_right(script: str) -> None:
         ("zimage", {"fp8_scaled": True}, "--fp8_scaled needs --fp8_base"),
         ("zimage", {"fp8_base": True}, None),
         ("krea2", {"fp8_base": True}, "--fp8_base needs --fp8_scaled"),
+        ("flux_2", {"fp8_base": True}, "--fp8_base needs --fp8_scaled beside it with FLUX.2"),
         ("zimage", {"blocks_to_swap": 2, "block_swap_h2d_only": True}, "--block_swap_h2d_only"),
         ("zimage", {"save_every_n_steps": 0}, "--save_every_n_steps 0"),
         ("zimage", {"output_dir": None}, "no --output_dir"),

@@ -17,6 +17,7 @@ from typing import Any
 from spf_plugin.config import SPFConfig
 from spf_plugin.tools.check.source import DEFAULTS
 from spf_plugin.tools.plan_dit import TRANSFORMERS, Transformer
+from spf_plugin.tools.plan_musubi import CAST, DENSE, MODELS, SCALED, MusubiModel
 
 GIB = 2**30
 BASIS = "tracked on tensors without data, not measured on a GPU"
@@ -36,6 +37,12 @@ OPTIMIZERS = {
     "adafactor": 1.0,
 }
 _LATENT = 8  # pixels per latent, along one side
+#: Of musubi-tuner's models, by their weights.
+FROZEN = {
+    DENSE: "transformer, frozen, in 16 bits",
+    CAST: "transformer, frozen, with fp8_base alone",
+    SCALED: "transformer, frozen, with fp8_base and fp8_scaled",
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,14 @@ class Run:
     """The settings that decide.
 
     Attributes:
-        model: `sd1`, `sd2` or `sdxl`, or one of `plan_dit.TRANSFORMERS`.
+        model: `sd1`, `sd2` or `sdxl`, or one of `plan_dit.TRANSFORMERS` or of `plan_musubi.MODELS`.
         width: in pixels.
         height: in pixels.
         batch: images per step.
         rank: of the LoRA.
         checkpointing: gradient checkpointing.
-        weights: of the frozen model: `bf16` (or another 16-bit type), `fp8` (the host's `fp8_base` or `fp8_scaled`),
-            or `spf_base`'s `int8` and `nf4` (of a UNet).
+        weights: of the frozen model: `bf16` (or another 16-bit type), `fp8` (the host's `fp8_base` or `fp8_scaled`; of
+            musubi-tuner the first alone, and `fp8_scaled` both), or `spf_base`'s `int8` and `nf4` (of a UNet).
         fused_attention: sdpa, xformers or the like.
         text_cached: the text encoders have left the card.
         optimizer: as sd-scripts spells it.
@@ -58,6 +65,7 @@ class Run:
         steps: optimizer steps, or 0 if unknown.
         accumulation: gradient accumulation steps.
         swapped: `blocks_to_swap`, of a transformer.
+        frames: of a clip, as the model has them; 1 for images.
         spf: SPF's settings, or None for a plain LoRA.
     """
 
@@ -75,11 +83,16 @@ class Run:
     steps: int = DEFAULTS["max_train_steps"]
     accumulation: int = 1
     swapped: int = 0
+    frames: int = 1
     spf: SPFConfig | None = None
 
     @property
-    def transformer(self) -> Transformer | None:
-        return TRANSFORMERS.get(self.model)
+    def musubi(self) -> MusubiModel | None:
+        return MODELS.get(self.model)
+
+    @property
+    def transformer(self) -> Transformer | MusubiModel | None:
+        return self.musubi or TRANSFORMERS.get(self.model)
 
 
 @dataclass(frozen=True)
@@ -203,16 +216,20 @@ def predict(run: Run) -> Prediction:
     return Prediction({k: v for k, v in parts.items() if v}, ratio, lora * run.save_bytes)
 
 
-def _predict_transformer(run: Run, model: Transformer) -> Prediction:
+def _predict_transformer(run: Run, model: Transformer | MusubiModel) -> Prediction:
     """The same of a transformer, whose text is cached and has left the card."""
     lora = model.lora * run.rank
-    spf = run.spf is not None
-    pixels = run.width * run.height * run.batch
+    pixels = run.width * run.height * run.frames * run.batch
+    how = {"checkpointing": run.checkpointing, "spf": run.spf is not None}
+    if isinstance(model, MusubiModel):
+        frozen, step = FROZEN[run.weights], model.step_bytes(pixels, run.rank, weights=run.weights, **how)
+    else:
+        frozen, step = "transformer, frozen", model.step_bytes(pixels, run.rank, **how)
     parts = {
-        "transformer, frozen": model.frozen_bytes(run.weights, run.swapped),
+        frozen: model.frozen_bytes(run.weights, run.swapped),
         "LoRA weights": lora * LORA_BYTES,
         "optimizer state": int(lora * OPTIMIZERS[run.optimizer.rsplit(".", 1)[-1].lower()]),
-        "activations and gradients": model.step_bytes(pixels, run.rank, checkpointing=run.checkpointing, spf=spf),
+        "activations and gradients": step,
         "CUDA context, workspaces (assumed)": CONTEXT,
     }
     ratio = 1.0
@@ -232,14 +249,16 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
         out.append(("cache_text_encoder_outputs = true", lambda r: replace(r, text_cached=True)))
     if OPTIMIZERS[run.optimizer.rsplit(".", 1)[-1].lower()] > OPTIMIZERS["adamw8bit"]:
         out.append(('optimizer_type = "AdamW8bit"', lambda r: replace(r, optimizer="AdamW8bit")))
+    in_data = ", in the data set" if run.musubi else ""
     if run.batch > 1:
         accumulate = run.accumulation * run.batch
-        setting = f"train_batch_size = 1, gradient_accumulation_steps = {accumulate}"
+        one = "batch_size = 1, in the data set" if run.musubi else "train_batch_size = 1"
+        setting = f"{one}, gradient_accumulation_steps = {accumulate}"
         out.append((setting, lambda r: replace(r, batch=1, accumulation=accumulate)))
     if run.transformer is not None:
-        fp8, most = run.transformer.fp8, run.transformer.swappable
+        (fp8, smaller), most = run.transformer.shrunk, run.transformer.swappable
         if fp8 and run.weights == "bf16":
-            out.append((f"{fp8} = true", lambda r: replace(r, weights="fp8")))
+            out.append((fp8, lambda r: replace(r, weights=smaller)))
         for count in (most // 2, most):
             if run.swapped < count:
                 out.append((f"blocks_to_swap = {count}", lambda r, n=count: replace(r, swapped=n)))  # type: ignore[misc]
@@ -250,9 +269,14 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
         out.append(("fp8_base = true", lambda r: replace(r, weights="fp8")))
     if run.rank > 8:
         out.append(("network_dim = 8", lambda r: replace(r, rank=8)))
+    for frames in (7, 1):
+        if run.frames > frames:
+            setting = f"target_frames = [{video_frames(frames)}]{in_data}"
+            out.append((setting, lambda r, n=frames: replace(r, frames=n)))  # type: ignore[misc]
     for side in (768, 512):
         if run.width * run.height > side * side:
-            out.append((f'resolution = "{side},{side}"', lambda r, s=side: replace(r, width=s, height=s)))  # type: ignore[misc]
+            said = f"[{side}, {side}]{in_data}" if run.musubi else f'"{side},{side}"'
+            out.append((f"resolution = {said}", lambda r, s=side: replace(r, width=s, height=s)))  # type: ignore[misc]
     applied = []
     for setting, change in out:
         run = change(run)
@@ -277,6 +301,11 @@ def changes(run: Run, limit: int) -> list[Change]:
 def fits(run: Run, limit: int) -> bool:
     """Whether the run fits; without fused attention there is no figure, and it does not."""
     return run.fused_attention and predict(run).peak <= limit
+
+
+def video_frames(frames: int) -> int:
+    """Of a clip that has so many frames to the model: four for each but the first."""
+    return 4 * (frames - 1) + 1
 
 
 def gib(size: float) -> str:

@@ -48,6 +48,11 @@ class Transformer:
     swappable: int
     fp8: str
 
+    @property
+    def shrunk(self) -> tuple[str, str]:
+        """The setting that shrinks the frozen weights, and what they are then; empty where the host has none."""
+        return (f"{self.fp8} = true", "fp8") if self.fp8 else ("", "")
+
     def frozen_bytes(self, weights: str, swapped: int) -> int:
         """Of the transformer on the card: 2 bytes a weight, or 1 with the host's fp8, without the swapped blocks.
 

@@ -1,4 +1,4 @@
-"""Reads a preset, sd-scripts' `--config_file`, as the run that `plan` predicts."""
+"""Reads a preset, a `--config_file`, as the run that `plan` predicts; musubi-tuner's by `preset_musubi`."""
 
 from __future__ import annotations
 
@@ -7,37 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spf_plugin.config import SPFConfig
 from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import read_toml
 from spf_plugin.hosts.kohya.cached_text import TEXT_CACHES
 from spf_plugin.hosts.kohya.rules import FP8_BASES, NETWORK_MODULES
 from spf_plugin.hosts.kohya.scripts import MODELS
-from spf_plugin.network_args import read_words
+from spf_plugin.tools import preset_musubi
 from spf_plugin.tools.check import family
 from spf_plugin.tools.check.host_options import OPTIONS, SDXL_ONLY
 from spf_plugin.tools.check.source import DEFAULTS, unfolded
-from spf_plugin.tools.plan import OPTIMIZERS, Run
+from spf_plugin.tools.plan import Run
 from spf_plugin.tools.plan_dit import TRANSFORMERS
+from spf_plugin.tools.preset_settings import UNSAVED, flag, optimizer, spf_settings, whole
 
 PLANNED = ("sd1", "sd2", "sdxl", *TRANSFORMERS)
 _CHOICE = f"{', '.join(PLANNED[:-1])} or {PLANNED[-1]}"
-
-
-def _whole(settings: Mapping[str, Any], name: str, default: int, problems: list[str], low: int = 1) -> int:
-    value = settings.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        problems.append(f"{name} = {value!r}: must be a whole number, {low} or more")
-        return default
-    return value
-
-
-def _flag(settings: Mapping[str, Any], name: str, problems: list[str]) -> bool:
-    value = settings.get(name, False)
-    if not isinstance(value, bool):
-        problems.append(f"{name} = {value!r}: must be true or false, without quotes")
-        return False
-    return value
 
 
 def _resolution(value: Any, problems: list[str]) -> tuple[int, int]:
@@ -63,39 +47,13 @@ def _model(settings: Mapping[str, Any], path: Path, given: str | None, problems:
     return found
 
 
-def _spf(settings: Mapping[str, Any], folder: Path, problems: list[str]) -> SPFConfig | None:
-    if settings.get("network_module") not in NETWORK_MODULES:
-        return None
-    words = settings.get("network_args", [])
-    if not isinstance(words, list) or any(not isinstance(word, str) for word in words):
-        problems.append('network_args: must be a list of texts, such as ["spf_target=blonde hair"]')
-        return SPFConfig()
-    found = read_words(words, (Path(), folder))
-    problems += found.problems
-    return found.config
-
-
-def _optimizer(settings: Mapping[str, Any], problems: list[str]) -> str:
-    name = str(settings.get("optimizer_type") or "AdamW")
-    if settings.get("use_8bit_adam"):
-        name = "AdamW8bit"
-    elif settings.get("use_lion_optimizer"):
-        name = "Lion"
-    if name.rsplit(".", 1)[-1].lower() not in OPTIMIZERS:
-        problems.append(
-            f"optimizer_type = {name!r}: plan knows no size of its state{nearest(name.lower(), OPTIMIZERS)}. Known: "
-            + ", ".join(sorted(OPTIMIZERS))
-        )
-        return "AdamW"
-    return name
-
-
-def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
+def read(path: Path, model: str | None = None, dataset: Path | None = None) -> tuple[Run, list[str]]:
     """A preset as a run, and what it leaves out.
 
     Args:
-        path: sd-scripts' `--config_file`.
-        model: one of `PLANNED`; else what `family.find` finds.
+        path: a `--config_file` of sd-scripts, or of musubi-tuner.
+        model: one of `PLANNED` or of `plan_musubi.MODELS`; else what the file tells.
+        dataset: musubi-tuner's `--dataset_config`, where the file names none or another is meant.
 
     Raises:
         SPFError: with every mistake: no such file, no TOML, unknown keys, values out of range, and settings for which
@@ -106,6 +64,10 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
     settings = unfolded(read_toml(path))
     if "datasets" in settings and "pretrained_model_name_or_path" not in settings:
         raise SPFError(f"{path} is a data set configuration. Give the preset that is passed as --config_file.")
+    if preset_musubi.is_one(settings, path, model):
+        return preset_musubi.read(path, settings, model, dataset)
+    if dataset is not None:
+        raise SPFError("--dataset_config is for presets of musubi-tuner; sd-scripts' name their resolution themselves.")
     problems = [
         f"unknown setting {name!r}{nearest(name, OPTIONS) or ': sd-scripts has no such option'}"
         for name in settings
@@ -117,50 +79,47 @@ def read(path: Path, model: str | None = None) -> tuple[Run, list[str]]:
     precision = settings.get("mixed_precision", "no")
     if precision not in ("fp16", "bf16"):
         problems.append(f'mixed_precision = {precision!r}: there are figures for "fp16" and "bf16" only; set one')
-    if not _flag(settings, "network_train_unet_only", problems):
+    if not flag(settings, "network_train_unet_only", problems):
         problems.append("there are no figures for training the text encoder; set network_train_unet_only = true")
-    if not (_flag(settings, "cache_latents", problems) | _flag(settings, "cache_latents_to_disk", problems)):
+    if not (flag(settings, "cache_latents", problems) | flag(settings, "cache_latents_to_disk", problems)):
         problems.append("there are no figures for a VAE that stays on the card; set cache_latents = true")
-    attention = [_flag(settings, name, problems) for name in ("sdpa", "xformers", "mem_eff_attn")]
-    spf = _spf(settings, path.parent, problems)
-    shrunk = [_flag(settings, name, problems) for name in FP8_BASES]
+    attention = [flag(settings, name, problems) for name in ("sdpa", "xformers", "mem_eff_attn")]
+    spf = spf_settings(settings, path.parent, NETWORK_MODULES, problems)
+    shrunk = [flag(settings, name, problems) for name in FP8_BASES]
     fp8 = any(shrunk)
     base = "off" if spf is None else spf.base
     if fp8 and base != "off":
         problems.append(f"spf_base={base} and fp8_base both shrink the frozen UNet; leave one of them out")
     kind = _model(settings, path, model, problems)
-    cached = [_flag(settings, name, problems) for name in TEXT_CACHES]
+    cached = [flag(settings, name, problems) for name in TEXT_CACHES]
     transformer = TRANSFORMERS.get(kind.name)
     if transformer is not None:
         if not any(cached):
             problems.append("there are no figures for text encoders on the card; set cache_text_encoder_outputs = true")
-        fp8 = bool(transformer.fp8) and _flag(settings, transformer.fp8, problems)
+        fp8 = bool(transformer.fp8) and flag(settings, transformer.fp8, problems)
         if base != "off":
             problems.append(f"there are no figures for spf_base={base} with {MODELS[kind.name]}")
     run = Run(
         model=kind.name,
         width=width,
         height=height,
-        batch=_whole(settings, "train_batch_size", 1, problems),
-        rank=_whole(settings, "network_dim", 4, problems),
-        checkpointing=_flag(settings, "gradient_checkpointing", problems),
+        batch=whole(settings, "train_batch_size", 1, problems),
+        rank=whole(settings, "network_dim", 4, problems),
+        checkpointing=flag(settings, "gradient_checkpointing", problems),
         weights=base if base != "off" else "fp8" if fp8 else "bf16",
         fused_attention=any(attention) or transformer is not None,
         text_cached=kind.name not in ("sd1", "sd2") and any(cached),
-        optimizer=_optimizer(settings, problems),
+        optimizer=optimizer(settings, problems),
         save_bytes=2 if settings.get("save_precision") in ("fp16", "bf16") else 4,
         steps=0
         if "max_train_epochs" in settings
-        else _whole(settings, "max_train_steps", DEFAULTS["max_train_steps"], problems),
-        accumulation=_whole(settings, "gradient_accumulation_steps", 1, problems),
-        swapped=_whole(settings, "blocks_to_swap", 0, problems, low=0) if transformer else 0,
+        else whole(settings, "max_train_steps", DEFAULTS["max_train_steps"], problems),
+        accumulation=whole(settings, "gradient_accumulation_steps", 1, problems),
+        swapped=whole(settings, "blocks_to_swap", 0, problems, low=0) if transformer else 0,
         spf=spf,
     )
     if fp8 and not run.checkpointing:
-        problems.append(
-            "fp8_base without gradient_checkpointing saves nothing: backward keeps a half-precision copy of every "
-            "weight. Set gradient_checkpointing = true"
-        )
+        problems.append(UNSAVED)
     if problems:
         raise SPFError([problem.rstrip(".") + "." for problem in problems])
     return run, _notes(settings, run, kind)

@@ -96,10 +96,14 @@ def look(
     errors = [
         *model_problems(args, script),
         *_compiling(args, compiled),
-        *_option_problems(args, script),
+        *option_problems(args, script),
         *_saving_problems(args, trying),
+<<<<<<< HEAD
         *_setting_problems(config),
         *resuming.problems(resuming.of_run(args), config, (), wrong),
+=======
+        *setting_problems(config),
+>>>>>>> 2578902 (Plan runs inside musubi-tuner, since its nine models' presets ended in unknown settings)
     ]
     steps = getattr(args, "max_train_steps", None)
     # Of epochs the host makes steps later, and what is resumed may be aligned already.
@@ -120,7 +124,7 @@ def look_at_data(
     limit: int | None = None,
 ) -> Found:
     """What of it is about the data set; the arguments are those of `look`, `script` None where it is not known."""
-    errors = _dataset_problems(datasets, script)
+    errors = dataset_problems(datasets, script)
     of_captions: list[str] = []
     if "target" not in wrong:
         limit = limit or (script or Script).text
@@ -186,7 +190,7 @@ def _compiling(args: Any, compiled: bool) -> list[str]:
     return found
 
 
-def _option_problems(args: Any, script: Script) -> list[str]:
+def option_problems(args: Any, script: Script) -> list[str]:
     """Options that the host stops at, or would fail at later."""
     found: list[str] = [*too_early(args)]
     given = [name for name in ATTENTION if getattr(args, name, False)]
@@ -196,8 +200,11 @@ def _option_problems(args: Any, script: Script) -> list[str]:
         found.append(f"--sage_attn cannot train, and {HOST} stops at it. Use --sdpa.")
     if getattr(args, "fp8_scaled", False) and not getattr(args, "fp8_base", False):
         found.append(f"--fp8_scaled needs --fp8_base beside it: {HOST} stops without.")
-    if script.arch == "krea2" and getattr(args, "fp8_base", False) and not getattr(args, "fp8_scaled", False):
-        found.append(f"--fp8_base needs --fp8_scaled beside it with Krea 2: {HOST} stops without.")
+    if getattr(args, "fp8_base", False) and not getattr(args, "fp8_scaled", False):
+        if script.arch == "krea2":
+            found.append(f"--fp8_base needs --fp8_scaled beside it with Krea 2: {HOST} stops without.")
+        elif script.arch == "flux_2":  # its norms multiply by their weights, which torch does not do in 8 bits
+            found.append(f"--fp8_base needs --fp8_scaled beside it with FLUX.2: {HOST} fails in its first step.")
     if getattr(args, "block_swap_h2d_only", False):
         found.append(
             "--block_swap_h2d_only is not supported: SPF has not been tried with it. Remove the option; "
@@ -219,7 +226,7 @@ def _saving_problems(args: Any, trying: bool) -> list[str]:
     return found + name_problems(args, HOST)
 
 
-def _setting_problems(config: SPFConfig) -> list[str]:
+def setting_problems(config: SPFConfig) -> list[str]:
     """Settings of SPF that are for other hosts."""
     found: list[str] = []
     if config.enhances:
@@ -235,7 +242,7 @@ def _setting_problems(config: SPFConfig) -> list[str]:
     return found
 
 
-def _dataset_problems(datasets: Sequence[Dataset], script: Script | None) -> list[str]:
+def dataset_problems(datasets: Sequence[Dataset], script: Script | None) -> list[str]:
     """Data that is more than an image or a clip with a caption."""
     found: list[str] = []
     for dataset in datasets:

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from spf_plugin.errors import SPFError
 from spf_plugin.files import expanded
-from spf_plugin.hosts.kohya.scripts import MODELS
+from spf_plugin.hosts.kohya import scripts
 from spf_plugin.tools import plan as planning
+from spf_plugin.tools import plan_musubi
 from spf_plugin.tools import preset as presets
 from spf_plugin.tools.cli.console import Console, say
 from spf_plugin.tools.cli.numbers import finite
@@ -23,12 +24,14 @@ from spf_plugin.tools.plan import GIB, Prediction, Run, gib
 DOES_NOT_FIT, MISTAKE = 1, 2
 
 
-Model = Enum("Model", {name: name for name in presets.PLANNED}, type=str)  # type: ignore[misc]
+_MODELS = {**scripts.MODELS, **{name: model.said for name, model in plan_musubi.MODELS.items()}}
+Model = Enum("Model", {name: name for name in _MODELS}, type=str)  # type: ignore[misc]
 
 
 def _print(console: Console, run: Run, found: Prediction, notes: list[str]) -> None:
+    clip = f", {planning.video_frames(run.frames)} frames" if run.frames > 1 else ""
     console.print(
-        f"{MODELS[run.model]}, {run.width}x{run.height}, batch {run.batch}, rank {run.rank}, "
+        f"{_MODELS[run.model]}, {run.width}x{run.height}{clip}, batch {run.batch}, rank {run.rank}, "
         f"{run.optimizer}, checkpointing {'on' if run.checkpointing else 'off'}"
     )
     table = Table.grid(padding=(0, 2))
@@ -51,6 +54,10 @@ def plan(
         typer.Option(min=1.0, max=1e6, callback=finite, help="The card's memory in GB.", show_default="none"),
     ] = None,
     model: Annotated[Model | None, typer.Option(help="Base model.", show_default="found or guessed")] = None,
+    dataset_config: Annotated[
+        Path | None,
+        typer.Option("--dataset_config", metavar="FILE", help="musubi-tuner's data set.", show_default="the preset's"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict peak VRAM, time and file size of a run from its settings.
@@ -61,7 +68,8 @@ def plan(
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        run, notes = presets.read(expanded(preset), model.value if model else None)
+        data = expanded(dataset_config) if dataset_config else None
+        run, notes = presets.read(expanded(preset), model.value if model else None, data)
     except SPFError as error:
         errors.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(MISTAKE) from None

@@ -17,7 +17,7 @@ from typing import Any
 def zimage() -> Any:
     from musubi_tuner.zimage import zimage_model
 
-    return zimage_model.create_model("torch", False, None)
+    return zimage_model.create_model("torch", False, None, use_16bit_for_attention=True)  # the trainer's default
 
 
 def qwen_image() -> Any:

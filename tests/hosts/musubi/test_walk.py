@@ -60,7 +60,7 @@ def test_the_commands_of_the_page(musubi: Musubi, tmp_path: Path) -> None:
         # That some program does not load it is said by its status, too.
         assert done.returncode == 0 or ran[-1] == "spf lora", (script, done.log[-4000:])
     caching = ["zimage_cache_latents", "zimage_cache_text_encoder_outputs", "spf cache-prompts"]
-    assert ran == ["spf check", *caching, "spf check", "zimage_train_network", "spf lora", "spf lora"]
+    assert ran == ["spf check", *caching, "spf check", "spf plan", "zimage_train_network"] + ["spf lora"] * 2
     theirs = load_file(tmp_path / "out" / "hair-comfyui.safetensors")
     assert all(name.startswith("diffusion_model.layers.") for name in theirs)
 

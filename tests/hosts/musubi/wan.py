@@ -48,7 +48,7 @@ class _Attributes(dict[str, Any]):
         return self[name]
 
 
-def _importable() -> None:
+def importable() -> None:
     """Its configurations are of a small class of a package that may be absent, and a default argument of its text
     encoder asks for a card."""
     if find_spec("easydict") is None:
@@ -59,7 +59,7 @@ def _importable() -> None:
 
 
 def shrink(models: Path) -> None:
-    _importable()
+    importable()
     from musubi_tuner.wan.modules import model, t5, vae
 
     overridden(model.WanModel, dim=64, ffn_dim=96, freq_dim=32, text_dim=WIDTH, num_heads=2, num_layers=4)
