@@ -82,7 +82,8 @@ Transformer: {pool} renders, captions drawn anew at every step with synonyms and
 Weak targets ({weak}) are in 1-2 % of the images each and named.
 New targets ({new}) were never shown or named to it.
 Text encoders: {text_portraits} renders each, three of four counterparts that differ from the first in one
-attribute or have two colours exchanged, with every part and every word; each weak or new part is in a fifth of them or more.
+attribute or have two colours exchanged, with every part and every word; each weak or new part is in a fifth of
+them or more.
 
 ## Training
 | | transformer | text encoders |
