@@ -98,12 +98,8 @@ def look(
         *_compiling(args, compiled),
         *option_problems(args, script),
         *_saving_problems(args, trying),
-<<<<<<< HEAD
-        *_setting_problems(config),
-        *resuming.problems(resuming.of_run(args), config, (), wrong),
-=======
         *setting_problems(config),
->>>>>>> 2578902 (Plan runs inside musubi-tuner, since its nine models' presets ended in unknown settings)
+        *resuming.problems(resuming.of_run(args), config, (), wrong),
     ]
     steps = getattr(args, "max_train_steps", None)
     # Of epochs the host makes steps later, and what is resumed may be aligned already.
