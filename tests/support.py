@@ -32,6 +32,8 @@ CHECKOUTS = {
     "v0.10": ("48d368fa557731ad0488c07304dfeba8c07910eb", "main of February 2026"),
     "v0.11": ("v0.11.1", "v0.11.1"),
 }
+#: The same of musubi-tuner.
+MUSUBI_CHECKOUT = ("30c658c4f4b0bf05038b3346eff9670259b10fc7", "v0.3.4")
 #: What ran outside the suite's usual machine, by the host and where; nothing here follows from the code.
 ELSEWHERE = {
     "sd-scripts": {
@@ -225,9 +227,9 @@ def musubi_tuner() -> Iterator[Row]:
             script.file,
             script.said + (" 2.1, 2.2: text to image and video" if script.clips else ""),
             f"`{module}.py`",
-            "v0.3.4",
-            f"v0.3.4: {counts} tests" if first in kinds else "",
-            "" if first in kinds else f"v0.3.4: {counts} tests",
+            MUSUBI_CHECKOUT[1],
+            f"{MUSUBI_CHECKOUT[1]}: {counts} tests" if first in kinds else "",
+            "" if first in kinds else f"{MUSUBI_CHECKOUT[1]}: {counts} tests",
             known.get(script.file, ()),
             {name for name, model in plan_musubi.MODELS.items() if model.arch == script.arch} <= sizes,
             ELSEWHERE["musubi-tuner"]["all"],

@@ -18,7 +18,7 @@ from spf_plugin.tools import doctor
 from spf_plugin.tools.cli import doctor as command
 from spf_plugin.tools.doctor import Doctor, Package
 from tests.hosts.conftest import HOSTS
-from tests.hosts.musubi.classes import checkouts
+from tests.hosts.musubi.classes import NO_CHECKOUT, checkouts
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,7 +228,7 @@ def test_a_transformers_network_that_is_missing_is_a_problem(tmp_path: Path) -> 
     assert problem == "anima_train_network.py: networks/lora_anima.py, which makes its LoRA, is missing"
 
 
-@pytest.mark.skipif(not checkouts(), reason="NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+@pytest.mark.skipif(not checkouts(), reason=NO_CHECKOUT)
 def test_a_real_musubi_tuner() -> None:
     release, said, problems = doctor.look_at_musubi(checkouts()[0])
     assert release

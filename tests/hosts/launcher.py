@@ -2,9 +2,7 @@
 
     launcher.py SCRIPT ARGS...     one run, as `python SCRIPT ARGS...`
     launcher.py --serve HOST       many runs in the sd-scripts folder HOST, one JSON job a line on standard input:
-                                   {"script": ..., "args": [...], "log": ...} -> {"returncode": ...}
-
-Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
+                                   {"script": ..., "args": [...], "log": ...} -> {"returncode": ...} (`forking`)
 
 Beside transformers 5 it gives CLIPTextModel back the `text_model` that sd-scripts reads, as v0.12 does by itself.
 
@@ -16,12 +14,10 @@ are declared first. Both belong to the tests, not to the plugin.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import runpy
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -117,43 +113,16 @@ def run(script: Path, arguments: list[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _child(host: Path, job: dict) -> None:
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        run(host / job["script"], job["args"])
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def serve(host: Path) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever is printed while importing must not mix with the answers
-    prepare(host)
-    import ftfy  # noqa: F401  the tokenizers' own
-    import networks.lora  # noqa: F401
-    from library import sdxl_train_util, train_util  # noqa: F401  the slow imports, before the first fork
+    from tests.hosts import forking
 
-    # sd-scripts collects garbage a few times a run: without this each child walks, and so copies, all those modules.
-    gc.collect()
-    gc.freeze()
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _child(host, job)
-        _, status = os.waitpid(pid, 0)
-        answers.write(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}) + "\n")
-        answers.flush()
+    def prepared() -> None:
+        prepare(host)
+        import ftfy  # noqa: F401  the tokenizers' own
+        import networks.lora  # noqa: F401
+        from library import sdxl_train_util, train_util  # noqa: F401  the slow imports, before the first fork
+
+    forking.serve(prepared, lambda job: run(host / job["script"], job["args"]))
 
 
 if __name__ == "__main__":

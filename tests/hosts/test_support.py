@@ -43,7 +43,9 @@ def test_the_versions_are_those_that_are_checked_out() -> None:
     assert tuple(support.CHECKOUTS) == RELEASES
     workflow = (support.ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
     told = (support.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for commit, _ in support.CHECKOUTS.values():
+    assert "SPF_SD_SCRIPTS: " in workflow
+    assert "SPF_MUSUBI: " in workflow
+    for commit, _ in (*support.CHECKOUTS.values(), support.MUSUBI_CHECKOUT):
         assert f"ref: {commit}" in workflow
         assert commit in told or commit[:8] in told
 

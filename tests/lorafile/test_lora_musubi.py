@@ -27,6 +27,7 @@ from spf_plugin.lorafile.musubi_names import MUSUBI_BASES
 from spf_plugin.lorafile.names import DitBase
 from spf_plugin.lorafile.normalise import normalise
 from spf_plugin.tools.cli.lora import app
+from tests.hosts.musubi.classes import NO_CHECKOUT
 from tests.hosts.musubi.sizes import MUSUBI_HOSTS, full_size
 from tests.lorafile import musubi_kinds, musubi_real, real
 from tests.lorafile.conftest import checkout
@@ -37,7 +38,6 @@ from tests.lorafile.test_lora_real import STATUS
 StateDict = dict[str, torch.Tensor]
 RECORD: dict[str, Any] = json.loads(musubi_real.RECORD.read_text("utf-8"))
 CASES = [(base, kind) for base in musubi_kinds.BASES for kind in musubi_kinds.of_base(base)]
-NO_HOST = "NO musubi-tuner CHECKOUT FOUND (SPF_MUSUBI; see CONTRIBUTING.md)"
 LIVE = ("musubi", "musubi, second block", "diffusion_model, down and up, alpha", "diffusers", "diffusers, alpha")
 CLASSES: dict[DitBase, tuple[str, dict[str, Any]]] = {  # diffusers', as released
     "zimage": ("ZImageTransformer2DModel", {}),
@@ -61,7 +61,7 @@ def judged(tensors: StateDict, metadata: dict[str, str]) -> dict[str, Verdict]:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not MUSUBI_HOSTS, reason=NO_HOST)
+@pytest.mark.skipif(not MUSUBI_HOSTS, reason=NO_CHECKOUT)
 def test_the_tables_are_the_hosts_networks() -> None:
     """Names, and features in and out, of every size; what the network takes with every pattern of its own lifted."""
     seen: dict[str, set[str]] = {}
@@ -371,7 +371,7 @@ def test_in_sdcpp_as_it_was_read() -> None:
 
 def host() -> Path:
     if not MUSUBI_HOSTS:
-        pytest.skip(NO_HOST)
+        pytest.skip(NO_CHECKOUT)
     return MUSUBI_HOSTS[0]
 
 

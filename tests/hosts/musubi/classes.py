@@ -20,6 +20,8 @@ from spf_plugin.families.base import Family
 from spf_plugin.seam import Call
 from tests.hosts.dits.common import random_weights
 
+NO_CHECKOUT = "NO musubi-tuner CHECKOUT FOUND (SPF_MUSUBI; see CONTRIBUTING.md, Tests)"
+
 
 def checkouts() -> list[Path]:
     """In `SPF_MUSUBI` (joined by the path separator) and in `~/.cache/spf-plugin/musubi-tuner*`."""
@@ -32,7 +34,7 @@ def module(name: str) -> Any:
     """`musubi_tuner.NAME` of the first checkout. A loud skip where there is none."""
     found = checkouts()
     if not found:
-        pytest.skip("NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+        pytest.skip(NO_CHECKOUT)
     source = str(found[0] / "src")
     if source not in sys.path:
         sys.path.append(source)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.conftest import MadeOnce
 from tests.hosts.conftest import KEEP_MEMORY, REPOSITORY, Result
-from tests.hosts.musubi.classes import checkouts
+from tests.hosts.musubi.classes import NO_CHECKOUT, checkouts
 from tests.hosts.musubi.kinds import KINDS, kind
 
 TARGET = "spf_target=blonde hair"
@@ -37,6 +37,7 @@ SIZES = ((192, 128), (128, 192))  # buckets that are not square
 
 
 HOSTS = checkouts()
+PYTHON = (sys.executable,)
 
 
 def words(values: Mapping[str, Any]) -> list[str]:
@@ -81,10 +82,10 @@ class Server:
         return int(json.loads(answer)["returncode"])
 
     def start(self, command: Sequence[str], job: Mapping[str, Any], out: Path) -> int:
-        """A process of its own, or several, on the CPU: what `command` makes of `-m MODULE ARGS`."""
+        """A process of its own, or what `command` makes of `-m MODULE ARGS`: several, then on the CPU."""
         (out / "job.json").write_text(json.dumps(job, default=str), encoding="utf-8")
         launched = [*command, "-m", "tests.hosts.musubi.launcher", str(self.folder), str(out / "job.json")]
-        environment = {**self.environment(), "ACCELERATE_USE_CPU": "true"}
+        environment = self.environment() | ({} if command is PYTHON else {"ACCELERATE_USE_CPU": "true"})
         with open(job["log"], "wb") as log:
             return subprocess.run(launched, stdout=log, stderr=log, env=environment, cwd=REPOSITORY).returncode
 
@@ -119,7 +120,9 @@ class Musubi:
         out.mkdir(parents=True, exist_ok=True)
         log = out / f"{Path(script).stem}.txt"
         job = {"kind": self.name, "models": self.models, "script": script, "args": arguments, "log": log}
-        code = self.server.ask(job) if not command else self.server.start(command, job, out)
+        # As for sd-scripts: a fork of a process that has a card has none.
+        forks = hasattr(os, "fork") and not torch.cuda.is_available()
+        code = self.server.ask(job) if forks and not command else self.server.start(command or PYTHON, job, out)
         return Result(code, log.read_text(encoding="utf-8", errors="replace"), out)
 
     def done(self, script: str, *arguments: Any) -> Result:
@@ -208,7 +211,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     only = metafunc.definition.get_closest_marker("kinds")
     shared = metafunc.definition.get_closest_marker("contract") is not None
     names = only.args if only else KINDS if shared else KINDS[:1]
-    why = pytest.mark.skip(reason="NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+    why = pytest.mark.skip(reason=NO_CHECKOUT)
     params = [pytest.param((name, folder), id=f"{name}-{folder.name}") for name in names for folder in HOSTS]
     missing = [pytest.param(None, marks=why, id=name) for name in names]
     metafunc.parametrize("musubi", params or missing, indirect=True, scope="session")

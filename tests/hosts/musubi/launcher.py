@@ -2,23 +2,20 @@
 
     launcher.py --serve HOST       many runs in the musubi-tuner folder HOST, one JSON job a line on standard input:
                                    {"kind": ..., "models": ..., "script": ..., "args": [...], "log": ...} ->
-                                   {"returncode": ...}; a script is one of the host's, or `make`, `latents` or `spf`
+                                   {"returncode": ...} (`forking`); a script is one of the host's, or `make`, `latents`
+                                   or `spf`
     launcher.py HOST JOB           one of them, which is written in the file JOB
-
-Serving imports the heavy packages once and forks for every job, so that each run still has its own fresh process.
 
 `av` reads videos, which images do not need: an empty module stands in where it is not installed.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
 import runpy
 import sys
-import traceback
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tests.hosts import launcher
+from tests.hosts import forking, launcher
 from tests.hosts.musubi.kinds import kind
 
 
@@ -77,42 +74,14 @@ def swap_in_place() -> None:
     utils.swap_weight_devices_no_cuda = swap
 
 
-def _child(host: Path, job: dict[str, Any]) -> None:
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        run(host, job)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def serve(host: Path) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever is printed while importing must not mix with the answers
-    prepare(host)
-    import musubi_tuner.hv_train_network
-    import musubi_tuner.networks.lora
-    import musubi_tuner.training.trainer_base  # noqa: F401  the slow imports, before the first fork
+    def prepared() -> None:
+        prepare(host)
+        import musubi_tuner.hv_train_network
+        import musubi_tuner.networks.lora
+        import musubi_tuner.training.trainer_base  # noqa: F401  the slow imports, before the first fork
 
-    gc.collect()
-    gc.freeze()
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _child(host, job)
-        _, status = os.waitpid(pid, 0)
-        answers.write(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}) + "\n")
-        answers.flush()
+    forking.serve(prepared, lambda job: run(host, job))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_the_copy_is_found_by_what_lies_there(tmp_path: Path, monkeypatch: pytes
     assert asking.at_hand(Path("wan_train_network.py")) == one / "src"
 
 
-@pytest.mark.skipif(not classes.checkouts(), reason="NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+@pytest.mark.skipif(not classes.checkouts(), reason=classes.NO_CHECKOUT)
 def test_a_real_copy_is_asked_and_nothing_is_written(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ KINDS = {
 @pytest.fixture(params=HOSTS or [None], ids=lambda folder: folder.name if folder else "none")
 def source(request: pytest.FixtureRequest) -> Path:
     if request.param is None:
-        pytest.skip("NO musubi-tuner CHECKOUT FOUND (see README, Tests)")
+        pytest.skip(classes.NO_CHECKOUT)
     return Path(request.param, "src", "musubi_tuner")
 
 
