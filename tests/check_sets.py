@@ -64,6 +64,14 @@ def everything(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in (folder, *folder.rglob("*"))}
 
 
+def resumed(run: Run, **settings: str) -> None:
+    """From a state with other settings."""
+    (run.folder / "state").mkdir()
+    said = {"step": 3, "settings": {f"spf_{name}": value for name, value in settings.items()}, "subset_targets": []}
+    (run.folder / "state" / "spf_state.json").write_text(json.dumps(said), encoding="utf-8")
+    run.set(resume="state")
+
+
 def good(folder: Path) -> Run:
     """A run with nothing to say about."""
     run = Run(folder)
@@ -319,6 +327,8 @@ MISTAKES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("stops", "error", lambda r: anima(r, network_args=["spf_target=blonde hair", "spf_response=anchor"])),
     ("caption-dropout", "warning", lambda r: r.set(caption_dropout_rate=0.5)),
     ("never-aligned", "error", lambda r: r.args("spf_target=blonde hair", "spf_stage2_start=1000")),
+    ("stops", "error", lambda r: resumed(r, target="red hair")),
+    ("resumed-otherwise", "warning", lambda r: resumed(r, target="blonde hair", map="paper")),
     ("no-network", "warning", lambda r: r.args("spf_target=blonde hair", "spf_network=lycorris.kohya")),
     (
         "measures-only",

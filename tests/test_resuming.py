@@ -69,6 +69,14 @@ def test_every_other_setting_is_named() -> None:
     )
 
 
+def test_a_setting_that_came_later_is_no_change() -> None:
+    before = state({"target": "hair"})
+    del before["settings"]["spf_map"]
+    assert resuming.changes(before, parse({"spf_target": "hair", "spf_map": "paper"})) == []
+    (said,) = resuming.changes(before, parse({"spf_target": "hair", "spf_network": "networks.loha"}))
+    assert said.endswith("spf_network=networks.loha (was not set)")
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -78,7 +78,10 @@ def problems(
 def changes(values: Mapping[str, Any], config: SPFConfig, wrong: Collection[str] = ()) -> list[str]:
     """What a run that goes on from a state does otherwise; the arguments are those of `problems`."""
     before, now = _settings(values), config.to_metadata()
-    names = [name for name in now | before if name not in (_TARGET, *_SHOWN, *(f"spf_{each}" for each in wrong))]
+    unknown = {name for name in SPFConfig().to_metadata() if name not in before}  # to the version that wrote it
+    names = [
+        name for name in now | before if name not in {_TARGET, *_SHOWN, *(f"spf_{each}" for each in wrong)} | unknown
+    ]
     differ = [
         f"{name}={now.get(name, '')} (was {before.get(name) or 'not set'})"
         for name in names
