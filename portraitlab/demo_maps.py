@@ -78,7 +78,7 @@ def map_sections(comparison: Comparison, lora: Path) -> tuple[dict[str, Any], di
         ),
         "rows": rows,
         "caption": (
-            f"Map `{config.map}`, gain {config.map_gain:g}, of the trained SPF LoRA. “Finds it” is the chance that a "
+            f"Map “{config.map}”, gain {config.map_gain:g}, of the trained SPF LoRA. “Finds it” is the chance that a "
             "place which really changes is brighter than one that does not (0.5 is chance, 1 perfect); means: "
             + ", ".join(f"{mean:.2f} at t = {step}" for step, mean in zip(TIMESTEPS, means, strict=True))
             + "."

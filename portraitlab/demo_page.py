@@ -326,8 +326,8 @@ def write_report(
             "drift": page.data_uri(drift),
             "drift_alt": "Drift of both LoRAs over the training steps",
             "drift_caption": (
-                "How far the predicted noise is from the base model's outside the map, relative to its size. Until "
-                "alignment begins both runs are the same."
+                "How far the predicted noise is from the base model's outside the map, relative to its size."
+                + (" Until alignment begins both runs are the same." if stage2 else "")
             ),
             "trade_off": page.data_uri(response),
             "trade_off_alt": "Response against drift for base model, plain LoRA and SPF LoRA",

@@ -253,7 +253,9 @@ def test_spf_config_is_found_beside_the_data(run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nope.toml"], "there is no such file"),
+        (["nope.toml"], "there is no such file or folder. Relative paths begin in "),
+        (["sdxl_train_netwrok.py", "run.toml"], "did you mean sdxl_train_network.py? Name one such as"),
+        (["zimage_train.py", "run.toml"], "zimage_train.py is no trainer of LoRAs that SPF knows"),
         (["run.toml", "--taget", "x"], "did you mean target"),
         (["run.toml", "stray"], "stray word 'stray'"),
         (["run.toml", "--seed", "1", "2"], "stray word '2'"),

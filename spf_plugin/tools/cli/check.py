@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spf_plugin.core.prompt import Kind
-from spf_plugin.errors import SPFError
+from spf_plugin.errors import SPFError, nearest
 from spf_plugin.files import expanded
-from spf_plugin.hosts.kohya.scripts import named
+from spf_plugin.hosts.kohya.scripts import SCRIPTS, named
 from spf_plugin.hosts.musubi import scripts as musubi_scripts
 from spf_plugin.tools.check.asking import Progress, at_hand
 from spf_plugin.tools.check.captions import Described
@@ -151,6 +151,13 @@ def _look(words: list[str], target: str | None, tokenizer: Path | None, progress
     """By the trainer that the words name, or whose data set the file is."""
     script, other = named(words[0]), musubi_scripts.named(words[0])
     where = Path(words[0])
+    if words[0].endswith(".py") and not (script or other):
+        known = [each.file for each in (*SCRIPTS, *musubi_scripts.SCRIPTS)]
+        name = words[0].replace("\\", "/").rsplit("/", 1)[-1]
+        raise SPFError(
+            f"{name} is no trainer of LoRAs that SPF knows{nearest(name, known) or '.'} Name one such as "
+            "train_network.py, or leave it out."
+        )
     words = words[1:] if script or other else words
     path = None if not words or words[0].startswith("--") else expanded(words[0])
     words = words[1:] if path else words
@@ -162,7 +169,7 @@ def _look(words: list[str], target: str | None, tokenizer: Path | None, progress
     if path is None and given:
         path = Path(given if str(given).endswith(".toml") else f"{given}.toml")  # as the host does
     if path and not os.path.exists(path):
-        raise SPFError(f"{path}: there is no such file or folder.")
+        raise SPFError(f"{path}: there is no such file or folder. Relative paths begin in {Path.cwd()}.")
     host = at_hand(where if script else None)
     return look(path, options, script=script, target=target, tokenizer=tokenizer, host=host, progress=progress)
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from spf_plugin.errors import SPFError
 from spf_plugin.lorafile import inspect, reader, sidecars, writer
 from spf_plugin.lorafile.convert import to_comfyui, to_diffusers, to_kohya
-from spf_plugin.lorafile.findings import Finding, Verdict
+from spf_plugin.lorafile.findings import Finding, Verdict, other_kind
 from spf_plugin.lorafile.inspect import Contents, Description
 from spf_plugin.lorafile.loaders import verdicts
 from spf_plugin.lorafile.names import BASE_LABEL
@@ -272,6 +272,9 @@ def convert(
     try:
         _check_out(out, force)
         state_dict, metadata = reader.load(source)
+        kind, _ = other_kind(inspect.describe(inspect.gather(state_dict.items(), metadata)))
+        if kind:
+            raise SPFError(f"{source} is {kind}, and no names of a LoRA can be given to it. Nothing was written.")
         # diffusers' formats keep no alpha, and its 0.35 then takes every rank for the most common one
         padded = to in (Target.diffusers, Target.peft)
         converted, strings, notes = normalise(state_dict, metadata, one_rank=padded)
