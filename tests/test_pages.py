@@ -60,3 +60,18 @@ def test_the_readme_names_the_parts_and_pages_in_the_order_of_the_index() -> Non
     assert [page for page in named if page != INDEX] == sorted(
         (page for page in named if page != INDEX), key=order.index
     )
+
+
+def test_files_are_as_long_as_the_pages_say() -> None:
+    """Where a page tells newcomers to read a short file first."""
+    said = [
+        (page.name, file, int(count))
+        for page in DOCS
+        for file, count in re.findall(
+            r"`((?:spf_plugin|tests)/[\w/]+\.py)`(?:,| is one in) (\d+) lines", page.read_text(encoding="utf-8")
+        )
+    ]
+    assert len(said) >= 3
+    for page, file, count in said:
+        lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+        assert lines == count, f"{page}: {file} has {lines} lines"
