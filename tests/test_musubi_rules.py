@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,15 @@ def test_of_a_trainer_that_is_not_known_nothing_is_said_of_its_data() -> None:
     assert error.startswith("hv_train_network.py trains HunyuanVideo")
 
 
+def test_8_bits_alone_and_several_samples_in_a_batch() -> None:
+    several = [replace(DATA, batch_size=2)]
+    (error,) = found(data=several, fp8_base=True).errors
+    assert error.startswith("--fp8_base needs --fp8_scaled beside it with Z-Image and a batch_size above 1")
+    for right in ({"fp8_scaled": True}, {"split_attn": True}):
+        assert not found(data=several, fp8_base=True, **right).errors
+    assert not found("qwen_image", data=several, fp8_base=True).errors
+
+
 def test_items_of_two_data_sets_may_share_a_name() -> None:
     """Each has a folder of its own for the cache."""
     assert not found(data=[DATA, Dataset(DATA.items, "[[datasets]] 2")]).errors
@@ -248,11 +258,13 @@ def test_the_hosts_data_sets() -> None:
             return self[i]
 
     images = SimpleNamespace(
-        datasource=Source([("a/1.png", "a man")]), has_control=False, multiple_target=True, cache_directory="a"
-    )
+        datasource=Source([("a/1.png", "a man")]), has_control=False, multiple_target=True, cache_directory="a",
+        batch_size=2,
+    )  # fmt: skip
     clips = SimpleNamespace(
-        datasource=Source([("b/1.mp4", "a dog")]), has_control=True, target_frames=(1,), cache_directory=None
-    )
+        datasource=Source([("b/1.mp4", "a dog")]), has_control=True, target_frames=(1,), cache_directory=None,
+        batch_size=1,
+    )  # fmt: skip
     first, second = of_host(SimpleNamespace(datasets=[images, clips]))
-    assert first == Dataset((Item("a/1.png", "a man"),), multiple_target=True, cache="a")
+    assert first == Dataset((Item("a/1.png", "a man"),), multiple_target=True, cache="a", batch_size=2)
     assert second == Dataset((Item("b/1.mp4", "a dog"),), "[[datasets]] 2", video=True, control=True)

@@ -291,6 +291,15 @@ def test_which_model_it_is(tmp_path: Path, name: str, changes: dict[str, Any], m
     assert presets.read(preset(tmp_path, name, **changes))[0].model == model
 
 
+def test_wan_2_2_with_the_embedding_of_2_1(tmp_path: Path) -> None:
+    """It then has one modulation for all places, as 2.1."""
+    for task in ("t2v-A14B", "t2v-14B"):
+        forced = preset(tmp_path, "wan-24gb", task=f'"{task}"', force_v2_1_time_embedding="true")
+        run, notes = presets.read(forced)
+        assert run.model == "wan-14b"
+        assert any("is shown as that" in note for note in notes) == (task == "t2v-A14B")
+
+
 def test_without_comments_the_names_tell_it(tmp_path: Path) -> None:
     def bare(name: str, dit: str) -> Path:
         path = tmp_path / name
@@ -343,14 +352,16 @@ def test_mistakes_in_the_data_set(tmp_path: Path) -> None:
     for text, words in (
         (f"{IMAGES}batch_size = 0", "leaves nothing to train"),
         (f"{IMAGES}resolution = 'big'", "resolution = 'big'"),
+        (f"{IMAGES}resolution = 8", "resolution = [8, 8] in [[datasets]] 1: must be pixels"),
         (f"{IMAGES}control_directory = 'b'", "has control images"),
         (f"{CLIPS}target_frames = [25]", "takes images only"),
     ):
         with pytest.raises(SPFError) as caught:
             presets.read(preset(tmp_path), dataset=data_set(tmp_path, text))
         assert words in str(caught.value)
+        assert len(caught.value.problems) == 1
     alone = preset(tmp_path, fp8_scaled=None)
-    with pytest.raises(SPFError, match="fp8_base alone fails with Z-Image and a batch_size above 1"):
+    with pytest.raises(SPFError, match="beside it with Z-Image and a batch_size above 1"):
         presets.read(alone, dataset=data_set(tmp_path, f"{IMAGES}batch_size = 2"))
     with pytest.raises(SPFError, match="is for presets of musubi-tuner"):
         presets.read(ROOT / "presets" / "sdxl-12gb.toml", dataset=data_set(tmp_path, IMAGES))

@@ -112,7 +112,9 @@ def _model(script: Script, args: Any, problems: list[str]) -> MusubiModel | None
     return found
 
 
-def _sample(path: Path | None, script: Script, model: MusubiModel, problems: list[str]) -> tuple[_Sample, list[str]]:
+def _sample(
+    path: Path | None, args: Any, script: Script, model: MusubiModel, problems: list[str]
+) -> tuple[_Sample, list[str]]:
     """The largest that a data set has, and what to say of it."""
     if path is None:
         width, height, frames = _ASSUMED[model.clips]
@@ -124,9 +126,16 @@ def _sample(path: Path | None, script: Script, model: MusubiModel, problems: lis
         return _Sample(*_ASSUMED[model.clips]), []
     found = data.read(path, script)
     said_wrong = [one for one in found.findings if one.code in _DATA_CODES]
-    problems += [f"{one.message}. {one.fix}" for one in said_wrong if one.level == "error"]
-    problems += rules.dataset_problems([one.data for one in found.found], script)
+    problems += [f"{one.message}. {one.fix}".strip() for one in said_wrong if one.level == "error"]
+    datasets = [one.data for one in found.found]
+    problems += [*rules.dataset_problems(datasets, script), *rules.batch_problems(args, datasets, script)]
     samples = [_of(one) for one in found.found]
+    for sample in samples:
+        if not all(64 <= side <= 4096 for side in (sample.width, sample.height)):
+            size = f"[{sample.width}, {sample.height}]"
+            problems.append(
+                f"resolution = {size} in {sample.label}: must be pixels from 64 to 4096, such as [1024, 1024]"
+            )
     if not samples:
         return _Sample(*_ASSUMED[model.clips]), []
     largest = max(samples, key=lambda sample: sample.pixels)
@@ -180,14 +189,14 @@ def read(
         problems.append(
             f'mixed_precision = {args.mixed_precision!r}: there are figures for "fp16" and "bf16" only; set one'
         )
-    for name in ("num_layers", "use_32bit_attention", "force_v2_1_time_embedding"):
+    for name in ("num_layers", "use_32bit_attention"):
         if getattr(args, name):
             problems.append(f"there are no figures for {name}; leave it out")
+    forced = bool(args.force_v2_1_time_embedding) and kind.name == "wan-a14b"
+    kind = MODELS["wan-14b"] if forced else kind
     of_data = dataset or (Path(args.dataset_config) if args.dataset_config else None)
-    sample, notes = _sample(of_data, script, kind, problems)
+    sample, notes = _sample(of_data, args, script, kind, problems)
     weights = (SCALED if args.fp8_scaled else CAST) if args.fp8_base else DENSE
-    if weights == CAST and kind.arch == "zimage" and sample.batch > 1:
-        problems.append(f"fp8_base alone fails with Z-Image and a batch_size above 1 in {HOST}; add fp8_scaled = true")
     if weights != DENSE and not args.gradient_checkpointing:
         problems.append(UNSAVED)
     swapped = whole(args.given, "blocks_to_swap", 0, problems, low=0)
@@ -213,6 +222,8 @@ def read(
     )
     if problems:
         raise SPFError([problem.rstrip(".") + "." for problem in problems])
+    if forced:
+        notes.append("With force_v2_1_time_embedding Wan 2.2 A14B takes what Wan 2.1 14B takes, and is shown as that.")
     return run, [*_notes(args, run, kind, guess), *notes]
 
 

@@ -37,6 +37,7 @@ class Dataset:
         multiple_target: an item may be several images.
         one_frame: settings of one-frame training (`fp_1f_...`).
         cache: the folder of its latents and text; empty where it is looked at elsewhere.
+        batch_size: samples of a step.
     """
 
     items: tuple[Item, ...] = ()
@@ -46,6 +47,7 @@ class Dataset:
     multiple_target: bool = False
     one_frame: tuple[str, ...] = ()
     cache: str = ""
+    batch_size: int = 1
 
     @property
     def captions(self) -> list[str]:
@@ -74,6 +76,7 @@ def _of_host(dataset: Any, label: str) -> Dataset:
         bool(getattr(dataset, "multiple_target", False)),
         tuple(name for name in ONE_FRAME if getattr(dataset, name, None)),
         str(dataset.cache_directory or ""),
+        int(dataset.batch_size),
     )
 
 

@@ -97,6 +97,7 @@ def look(
         *model_problems(args, script),
         *_compiling(args, compiled),
         *option_problems(args, script),
+        *batch_problems(args, datasets, script),
         *_saving_problems(args, trying),
         *setting_problems(config),
         *resuming.problems(resuming.of_run(args), config, (), wrong),
@@ -209,6 +210,20 @@ def option_problems(args: Any, script: Script) -> list[str]:
     for name in _EVERY:
         if getattr(args, name, None) == 0:
             found.append(f"--{name} 0: {HOST} divides by it, and fails in training. Leave the option out.")
+    return found
+
+
+def batch_problems(args: Any, datasets: Sequence[Dataset], script: Script) -> list[str]:
+    """Options that the host would fail at where a batch has more than one sample."""
+    found: list[str] = []
+    cast = getattr(args, "fp8_base", False) and not getattr(args, "fp8_scaled", False)
+    # It fills texts up to one length with a weight, which is in 8 bits then.
+    filled = not getattr(args, "split_attn", False) and any(dataset.batch_size > 1 for dataset in datasets)
+    if script.arch == "zimage" and cast and filled:
+        found.append(
+            f"--fp8_base needs --fp8_scaled beside it with Z-Image and a batch_size above 1: {HOST} fails in its first "
+            "step."
+        )
     return found
 
 

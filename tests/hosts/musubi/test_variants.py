@@ -1,4 +1,4 @@
-"""Inside a real musubi-tuner: clips and the two models of Wan 2.2, and what of a known trainer is refused."""
+"""Inside a real musubi-tuner: clips, the two models of Wan 2.2, 8 bits, and what of a known trainer is refused."""
 
 from __future__ import annotations
 
@@ -86,6 +86,18 @@ def test_both_models_of_wan_2_2_at_once_are_refused(musubi: Musubi) -> None:
     assert result.returncode != 0
     assert "--dit_high_noise" in result.said
     assert "epoch 1" not in result.log
+
+
+@pytest.mark.kinds("zimage", "flux2_klein")
+def test_8_bits_alone(musubi: Musubi) -> None:
+    """Two samples in a batch. Without SPF the host fails, so with it the run is refused."""
+    flags = {"fp8_base": True, "mixed_precision": "bf16", "max_train_steps": 1}
+    plain = musubi.plain(**flags)
+    assert plain.returncode != 0
+    assert "Float8" in plain.log
+    refused = musubi.train(TARGET, **flags)
+    assert "--fp8_base needs --fp8_scaled beside it" in refused.said
+    assert "epoch 1" not in refused.log
 
 
 @pytest.mark.kinds("qwen_image")

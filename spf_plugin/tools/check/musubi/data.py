@@ -217,7 +217,8 @@ def _found(data: Data, path: Path, label: str, values: dict[str, Any], *, video:
         message = f"{path.name}: {label} has no cache_directory, and {HOST} fails without where items come from JSON "
         data.add("error", "no-cache", message + "lines", 'For example cache_directory = "cache"')
     one_frame = tuple(name for name in ONE_FRAME if values.get(name))
-    dataset = Dataset(tuple(items), label, video, control, bool(values.get("multiple_target")), one_frame)
+    several, batch_size = bool(values.get("multiple_target")), int(values.get("batch_size", 1))
+    dataset = Dataset(tuple(items), label, video, control, several, one_frame, batch_size=batch_size)
     return Found(dataset, values, Path(cache) if cache is not None else None)
 
 
