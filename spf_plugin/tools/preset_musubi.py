@@ -236,7 +236,7 @@ def _notes(args: Any, run: Run, kind: MusubiModel, guess: str) -> list[str]:
     if run.weights == SCALED:
         notes.append(
             "fp8_base and fp8_scaled: the linear layers of the blocks in 8 bits, with a scale in 16 for every 64 "
-            "weights; the rest in 16 bits. fp8_base alone is another figure."
+            "weights; the rest in 16 bits." + (" fp8_base alone is another figure." if CAST in kind.weights else "")
         )
     if kind.arch in ("zimage", "qwen_image", "krea2"):
         notes.append("Texts are taken for 256 tokens.")
