@@ -53,7 +53,10 @@ OnlyPrompts = Annotated[int | None, typer.Option(help="Only with so many persons
 OnlyEvaluationSeed = Annotated[int | None, typer.Option(help="Only with these persons.", show_default="all")]
 OfBase = Annotated[str, typer.Option(help=f"Of this embedded model: {', '.join(results.BASES)}.")]
 RUNS = Path("runs/lab")
-PAGES = [results.PUBLISHED.with_name(name) for name in ("lab.md", "lab-dit.md", "lab-figures.md", "several-targets.md", "garment.md")]
+PAGES = [
+    results.PUBLISHED.with_name(name)
+    for name in ("lab.md", "lab-dit.md", "lab-figures.md", "several-targets.md", "garment.md")
+]
 #: A table of the page: `spf lab table ... --markdown` in a comment, and what it prints.
 BLOCK = re.compile(r"(?P<opening><!-- spf lab (?P<words>table .*?) -->).*?(?P<closing><!-- end -->)", re.DOTALL)
 
