@@ -173,8 +173,8 @@ class Bench:
         with self.adapter.watching([self.model]):
             self.lora.apply_to(None, self.model, False, True)
         self.lora.prepare_grad_etc(self.model)
-        self.host_of = importlib.import_module(f"musubi_tuner.{architecture.script}")
-        self.trainer = getattr(self.host_of, architecture.trainer)()
+        self.host_of = importlib.import_module(f"musubi_tuner.{architecture.script.name}")
+        self.trainer = getattr(self.host_of, architecture.script.trainer)()
         self.accelerator = Device(Setup())
 
     def args(self, *words: str) -> Any:
