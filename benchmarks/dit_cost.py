@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.step_cost import write, write_page
 from benchmarks.steps import CAPTION, NOT_LOGGED, STEPS, TARGET, Accelerator, Setup
-from benchmarks.tracking import MetaGpu, Tracker
+from benchmarks.tracking import MetaGpu, Tracker, track_steps
 from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import parse
@@ -137,27 +137,12 @@ class Bench:
         return {**plain, **pair}
 
     def _steps(self, host: Host, call: Call, *names: str) -> dict[str, dict[str, int]]:
-        """What waits in one step for the next one counts in that, too."""
-        found: dict[str, dict[str, int]] = {}
-        before = 0
-        with Tracker() as tracker:
-            for name in names:
-                self._clear()
-                with host.accelerator.autocast():
-                    output = call.on(self.model)
-                tracker.mark("forward")
-                host.accelerator.backward(output.float().square().mean())
-                del output
-                tracker.mark("backward")
-                flops = sum(tracker.flops.values())
-                peak = max(tracker.phases[phase][0] for phase in ("forward", "backward"))
-                found[name], before = {"peak": peak, "flops": flops - before}, flops
-        self._clear()
-        return found
+        def forward() -> tuple[Tensor, ...]:
+            with host.accelerator.autocast():
+                output = call.on(self.model)
+            return output.float().square().mean(), output
 
-    def _clear(self) -> None:
-        for weight in self.lora.parameters():
-            weight.grad = None
+        return track_steps(Tracker(), names, self.lora, forward, host.accelerator.backward)
 
 
 def track(names: Sequence[str], side: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.dit_cost import Host
 from benchmarks.step_cost import write, write_page
 from benchmarks.steps import NOT_LOGGED, TARGET, Accelerator, Setup
-from benchmarks.tracking import MetaGpu, Tracker, total_bytes
+from benchmarks.tracking import MetaGpu, Tracker, total_bytes, track_steps
 from spf_plugin.adapter.bypass import Adapter
 from spf_plugin.attachment import Attachment
 from spf_plugin.config import parse
@@ -254,29 +254,16 @@ class Bench:
     def _steps(
         self, args: Any, batch: Mapping[str, Any], noise: Tensor, time: Tensor, accelerator: Accelerator, *names: str
     ) -> Steps:
-        """What waits in one step for the next one counts in that, too."""
-        found: Steps = {}
-        before = 0
         call = (batch["latents"], batch, noise)
-        with Tracker("meta") as tracker:  # encoded text is kept on the CPU
-            for name in names:
-                self._clear()
-                noisy = noise + batch["latents"]
-                output = self.trainer.call_dit(args, self.accelerator, self.model, *call, noisy, time, torch.float32)
-                loss, _ = self.trainer.compute_loss(args, output, time, None, torch.bfloat16, torch.float32, 0)
-                tracker.mark("forward")
-                accelerator.backward(loss)
-                del output, loss, noisy
-                tracker.mark("backward")
-                flops = sum(tracker.flops.values())
-                peak = max(tracker.phases[phase][0] for phase in ("forward", "backward"))
-                found[name], before = {"peak": peak, "flops": flops - before}, flops
-        self._clear()
-        return found
 
-    def _clear(self) -> None:
-        for weight in self.lora.parameters():
-            weight.grad = None
+        def forward() -> tuple[Tensor, ...]:
+            noisy = noise + batch["latents"]
+            output = self.trainer.call_dit(args, self.accelerator, self.model, *call, noisy, time, torch.float32)
+            loss, _ = self.trainer.compute_loss(args, output, time, None, torch.bfloat16, torch.float32, 0)
+            return loss, output, noisy
+
+        # Of the device alone: encoded text is kept on the CPU.
+        return track_steps(Tracker("meta"), names, self.lora, forward, accelerator.backward)
 
 
 def track(name: str) -> dict[str, Any]:

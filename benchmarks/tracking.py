@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import torch._meta_registrations  # kernels of the meta device that are written in Python
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,6 +286,39 @@ class Tracker(TorchDispatchMode):
         """End a phase: note its peak under `name`, and start the next."""
         self.phases[name] = (self._peak, self.current)
         self._peak = self.current
+
+
+def track_steps(
+    tracker: Tracker,
+    names: Iterable[str],
+    trained: nn.Module,
+    forward: Callable[[], tuple[Tensor, ...]],
+    backward: Callable[[Tensor], None],
+) -> dict[str, dict[str, int]]:
+    """`peak`, bytes, and `flops` of steps one after the other; what waits in one for the next counts in that, too.
+
+    Args:
+        tracker: a fresh one.
+        names: of the steps.
+        trained: loses its gradients before each step.
+        forward: a step's loss, and what the loop holds beside it until the step ends.
+        backward: called with the loss.
+    """
+    found: dict[str, dict[str, int]] = {}
+    before = 0
+    with tracker:
+        for name in names:
+            trained.zero_grad(set_to_none=True)
+            loss, *held = forward()
+            tracker.mark("forward")
+            backward(loss)
+            del loss, held
+            tracker.mark("backward")
+            flops = sum(tracker.flops.values())
+            peak = max(tracker.phases[phase][0] for phase in ("forward", "backward"))
+            found[name], before = {"peak": peak, "flops": flops - before}, flops
+    trained.zero_grad(set_to_none=True)
+    return found
 
 
 @dataclass(frozen=True)

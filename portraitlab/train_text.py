@@ -170,9 +170,8 @@ class Readout(nn.Module):
 
     def __init__(self, tokenizer: Any, width: int) -> None:
         super().__init__()
-        self.columns = {
-            pair: i for i, pair in enumerate(dict.fromkeys(p for s in claims().values() for p in s.items()))
-        }
+        pairs = dict.fromkeys(pair for said in claims().values() for pair in said.items())
+        self.columns = {pair: index for index, pair in enumerate(pairs)}
         self.linear = nn.Linear(width, len(self.columns))
         self.length = functools.cache(lambda part: len(tokenizer(part, add_special_tokens=False).input_ids))
 
@@ -181,9 +180,8 @@ class Readout(nn.Module):
         end, found = 0, []
         for part, said in phrases_of(text):
             end += self.length(part)
-            columns = [self.columns[pair] for pair in said.items() if pair in self.columns]
-            if columns and end < TOKENS - 1:
-                found.append((end, columns))  # the first token is that of the start
+            if said and end < TOKENS - 1:
+                found.append((end, [self.columns[pair] for pair in said.items()]))  # the first token is the start's
         return found
 
     def forward(self, states: Tensor, texts: Sequence[str]) -> Tensor:

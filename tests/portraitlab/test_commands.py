@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from portraitlab import evaluate_base, model_card
 from portraitlab.captions import TARGETS
-from portraitlab.judge import CHOICES
-from portraitlab.model_files import DIT_FOLDER, MODEL_FOLDER
+from portraitlab.judge import CHOICES, load_judge, predict
+from portraitlab.model_files import DIT_FOLDER, JUDGE_FILE, MODEL_FOLDER, load_pipeline, sample
 from portraitlab.portraits import FLAGS
 
 
@@ -43,6 +43,27 @@ def test_the_second_base_is_fit() -> None:
     kinds = {kind: [n for n, target in TARGETS.items() if target.kind == kind] for kind in ("weak", "new")}
     assert all(scores["targets"][name]["with"] == 0 for name in kinds["new"])
     assert any(scores["targets"][name]["with"] > 0 for name in kinds["weak"])
+
+
+def test_the_second_base_draws_each_colour_where_it_belongs() -> None:
+    """What is shipped does, and not its card alone: two colours, either way round, and a hat that it never saw."""
+    texts = [
+        "a woman, black hair, red jacket, yellow background",
+        "a woman, black hair, yellow jacket, red background",
+        "a man, grey hair, blue hoodie, green background",
+        "a man, grey hair, green hoodie, blue background",
+        "a man, grey hair, blue hoodie, green background, hat",
+    ]
+    images = sample(load_pipeline(DIT_FOLDER), texts, [4, 4, 4, 4, 4], steps=10)
+    seen = predict(load_judge(JUDGE_FILE), images)
+    colours = [(one["hair_colour"], one["clothes_colour"], one["background"]) for one in seen[:4]]
+    assert colours == [
+        ("black", "red", "yellow"),
+        ("black", "yellow", "red"),
+        ("grey", "blue", "green"),
+        ("grey", "green", "blue"),
+    ]
+    assert seen[4]["hat"] < 0.5
 
 
 def test_scores_of_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

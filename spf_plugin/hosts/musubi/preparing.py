@@ -45,10 +45,8 @@ def _made(request: dict[str, Any], config_utils: Any) -> list[dict[str, Any]]:
     group = config_utils.generate_dataset_group_by_blueprint(
         blueprint.dataset_group, training=bool(request["code"]), num_timestep_buckets=request["timestep_buckets"]
     )
-    return [
-        {**asdict(ours), **_told(theirs)}
-        for ours, theirs in zip(of_host(group), group.datasets, strict=True)
-    ]  # fmt: skip
+    pairs = zip(of_host(group), group.datasets, strict=True)
+    return [{**asdict(ours), **_told(theirs)} for ours, theirs in pairs]
 
 
 def _told(dataset: Any) -> dict[str, Any]:
