@@ -277,7 +277,7 @@ class Attachment:
         error = torch.where(which, error, torch.zeros_like(error))
         if self.numbers.taking:  # the mean over the samples that have it, as of every term
             self.numbers.base_preservation(float(error.detach().sum() / which.sum().clamp_min(1)))
-        weight = self.schedule.error_weight(timesteps).to(error.device)
+        weight = losses.noise_weight(self.schedule.signal(timesteps)).to(error.device)
         self._pending = self.config.base_preservation_multiplier * (weight * partner.weighted(error)).mean()
         link = linked(family.text(call))
         if link is not None:
@@ -311,7 +311,7 @@ class Attachment:
             free=text.has_target,
             multipliers=config.multipliers,
             preserve_multiplier=config.base_preservation_multiplier,
-            noise_weight=self.schedule.error_weight(timesteps).to(prediction.device),
+            noise_weight=losses.noise_weight(self.schedule.signal(timesteps)).to(prediction.device),
             sample_weight=sample_weights,
         )
         step = Step(

@@ -88,6 +88,7 @@ ROWS: dict[str, Row] = {
     **{f"spf-t-lora-{share:g}": Row(peer="t_lora", options={"minimum": share}, with_spf=True) for share in (0.25, 0.5)},
     # SPF, and SPF without or with another of its parts.
     "spf": Row(),
+    "spf-300-steps": Row(steps=300),
     "spf-no-text-consistent": Row({"text_consistent_multiplier": 0}),
     "spf-no-fine-grained": Row({"fine_grained_multiplier": 0}),
     "spf-only-output": Row(_ONLY_OUTPUT),

@@ -105,22 +105,20 @@ def base_preservation(eps_base: Tensor, eps_ref: Tensor) -> Tensor:
     return output(eps_base, eps_ref, torch.ones_like(eps_ref[:, :1], dtype=torch.float32))
 
 
-def noise_weight(abar: Tensor, prediction_type: str) -> Tensor:
-    """How much `output` and `base_preservation` count at a noise level: `min(max((1 - abar) / abar, 1), 10)` for noise.
+def noise_weight(abar: Tensor) -> Tensor:
+    """How much `output` and `base_preservation` count at a noise level: `min(max((1 - abar) / abar, 1), 10)`.
 
-    An error of the predicted noise is one of `(1 - abar) / abar` times its square in the clean image that it stands for
-    (`schedule.one_step_prediction`): what the picture becomes is decided where the noise is high, and a loss on the
-    noise alone is blind there. A velocity's error counts `1 - abar` there, which needs no weight.
+    What the picture becomes is decided where the noise is high. There an error of the predicted noise is one of
+    `(1 - abar) / abar` times its square in the clean image that it stands for (`schedule.one_step_prediction`), which a
+    loss on the noise alone does not see. Of a velocity both that loss and what teaches see it in full; that the same
+    weight binds and preserves there as well was measured (docs/lab-dit.md), not derived.
 
     Args:
-        abar: cumulative signal level of each sample's timestep, `[B]`.
-        prediction_type: `epsilon` or `v_prediction`.
+        abar: the signal's share of the variance at each sample's timestep (`Schedule.signal`), `[B]`.
 
     Returns:
         `[B]`, float32.
     """
-    if prediction_type != "epsilon":
-        return torch.ones_like(abar, dtype=torch.float32)
     return ((1 - abar.float()) / abar.float()).clamp(1, MAX_NOISE_WEIGHT)
 
 

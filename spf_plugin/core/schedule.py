@@ -12,8 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spf_plugin.core.losses import noise_weight
-
 MIN_SIGNAL = 1e-3  # a zero-terminal-SNR schedule ends at 0; the weight of such a sample is 0, this keeps it finite
 
 
@@ -30,10 +28,6 @@ class Schedule(Protocol):
 
     def clean(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """`x0` from one prediction, both `[B, C, h, w]`; float32."""
-        ...
-
-    def error_weight(self, timesteps: Tensor) -> Tensor:
-        """How much an error of the prediction counts in `output` and base preservation, `[B]`, float32."""
         ...
 
 
@@ -89,9 +83,6 @@ class Discrete:
     def clean(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         return one_step_prediction(noisy_latents, prediction, self.signal(timesteps), self.prediction_type)
 
-    def error_weight(self, timesteps: Tensor) -> Tensor:
-        return noise_weight(self.signal(timesteps), self.prediction_type)
-
 
 @dataclass(frozen=True)
 class Flow:
@@ -113,7 +104,3 @@ class Flow:
     def clean(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         sigma = self.level(timesteps).view(-1, *[1] * (noisy_latents.dim() - 1))
         return noisy_latents.float() - sigma * prediction.float()
-
-    def error_weight(self, timesteps: Tensor) -> Tensor:
-        """1: an error of the velocity is one of at most `sigma` times its size in `x0`, see `losses.noise_weight`."""
-        return torch.ones_like(timesteps, dtype=torch.float32)
