@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from spf_plugin.core import losses, sfcm
+from spf_plugin.core import losses, schedule, sfcm
 from spf_plugin.core.attention import group_attention
 from spf_plugin.families.unet import UNet
 
@@ -152,6 +152,12 @@ def test_noise_weight() -> None:
         expected.append(min(max(float((x0 - wrong) ** 2 / error**2), 1), 10))
     found = losses.noise_weight(abar)
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_noise_weight_of_a_flow() -> None:
+    """`sigma^2 / (1 - sigma)^2`, the noise's share of the variance by the signal's, between 1 and 10."""
+    signal = schedule.Flow(scale=1000).signal(torch.tensor([10.0, 500.0, 750.0, 800.0, 1000.0]))
+    assert losses.noise_weight(signal).tolist() == pytest.approx([1, 1, 9, 10, 10], rel=1e-4)
 
 
 def test_losses_send_gradient_to_the_response_only() -> None:
