@@ -59,7 +59,7 @@ class Loop:
 
     def run(self, parameters: list[nn.Parameter]) -> None:
         self.encoder = None  # type: ignore[assignment]
-        random, optimizer = torch.Generator().manual_seed(1), torch.optim.SGD(parameters, lr=0.5)
+        random, optimizer = torch.Generator().manual_seed(1), torch.optim.SGD(parameters, lr=0.05)
         for step in range(self.steps):
             loss = self.train_step([self.images[step % len(self.images)], self.images[0]], random)
             self.accelerator.backward(loss)
