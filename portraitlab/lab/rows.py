@@ -50,6 +50,7 @@ PLAIN = {
 _VARIANTS = ("pairs_in_batch", "base_captions", "every_second_pair", "pairs_noisy", "pairs_clear", "batch_1")
 _PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2)
 _ONLY_OUTPUT = {"text_consistent_multiplier": 0, "fine_grained_multiplier": 0}
+_UNWEIGHED = {"losses.MAX_NOISE_WEIGHT": 1}
 _GUIDED = {"response": "anchor", "clip": str(CLIP_FOLDERS[0])}
 #: What the paper describes: no output loss, no base preservation, only cross-attention is trained, all its layers are
 #: compared, the diffusion loss acts everywhere, the response is enhanced. Its weights are not published: 1 each.
@@ -98,6 +99,14 @@ ROWS: dict[str, Row] = {
     # No mean over the map but over the picture; no heed of what an error does to the clean image.
     **{f"spf-region-gain-{g:g}": Row(constants={"sfcm.MAX_REGION_GAIN": g}) for g in (1, 3, 30)},
     **{f"spf-noise-weight-{w:g}": Row(constants={"losses.MAX_NOISE_WEIGHT": w}) for w in (1, 3, 30)},
+    # Transformers were trained with this weight at 1 until their new words were seen to leak.
+    "spf-noise-weight-1-300-steps": Row(constants=_UNWEIGHED, steps=300),
+    "spf-noise-weight-1-only-output": Row(_ONLY_OUTPUT, constants=_UNWEIGHED),
+    "spf-noise-weight-1-cross-attention": Row({"train": "cross_attention"}, constants=_UNWEIGHED),
+    **{
+        f"spf-noise-weight-1-base-{w:g}": Row({"base_preservation_multiplier": w}, constants=_UNWEIGHED)
+        for w in (10, 30)
+    },
     **{f"spf-gain-{g:g}": Row({"map_gain": g}) for g in (1.5, 6)},
     **{f"spf-map-{kind}": Row({"map": kind}) for kind in ("difference", "paper")},
     "spf-region-all": Row({"diffusion_region": "all"}),
