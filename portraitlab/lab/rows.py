@@ -93,6 +93,7 @@ ROWS: dict[str, Row] = {
     "spf-no-text-consistent": Row({"text_consistent_multiplier": 0}),
     "spf-no-fine-grained": Row({"fine_grained_multiplier": 0}),
     "spf-only-output": Row(_ONLY_OUTPUT),
+    "spf-only-output-300-steps": Row(_ONLY_OUTPUT, steps=300),
     **{f"spf-output-{w:g}": Row({"output_multiplier": w}) for w in (0, 1, 10)},
     **{f"spf-base-{w:g}": Row({"base_preservation_multiplier": w}) for w in (0, 1, 5, 10, 30)},
     "spf-output-1-base-10": Row({"output_multiplier": 1, "base_preservation_multiplier": 10}),
