@@ -33,8 +33,9 @@ def quality(
     seed: int = 0,
     by_layer: bool = False,
 ) -> Cells:
-    """A line for every map and timestep: separation, and the map's mean inside and outside the target's true region.
-    Or, by layer, a line for every map and attention layer, with the separation at every timestep.
+    """A line for every map and timestep: separation, the map's mean inside and outside the target's true region, and
+    the mean there of what the phrases take from the noise difference in the `soft` map. Or, by layer, a line for every
+    map and attention layer, with the separation at every timestep.
 
     Separation is the chance that a place inside is brighter than one outside (0.5: the map knows nothing). A style
     has no outside.
@@ -57,7 +58,7 @@ def quality(
     if by_layer:
         every = find(from_pipeline(pipeline).denoiser).layers("all")
         layers = {layer.name: f"^{re.escape(layer.name)}$" for layer in every}
-    found: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
+    found: dict[tuple[str, str, int], list[tuple[float, ...]]] = {}
     jobs = [(i, example, which) for i, example in enumerate(task.examples(seed)[:pictures]) for which in layers]
     for done, (index, example, which) in enumerate(jobs, start=1):
         target = next(t for t, part in zip(config.target, task.goal.each, strict=True) if part.present(example.person))
@@ -75,18 +76,20 @@ def quality(
         mask = masks[index]
         for kind in kinds:
             for timestep, heat in seen.control[kind].items():
-                numbers = (separation(mask, heat), _mean(heat[mask]), _mean(heat[~mask]))
+                taken = seen.subtracted[timestep]
+                means = (_mean(part[where]) for part in (heat, taken) for where in (mask, ~mask))
+                numbers = (separation(mask, heat), *means)
                 found.setdefault((kind, which, timestep), []).append(numbers)
         report(done, len(jobs))
-    means = {key: np.mean(numbers, axis=0) for key, numbers in found.items()}
+    mean = {key: np.mean(numbers, axis=0) for key, numbers in found.items()}
     if by_layer:
         head = ["map", "layer", *(f"separation at {t}" for t in TIMESTEPS)]
         return head, [
-            [kind, name, *(f"{means[kind, name, t][0]:.2f}" for t in TIMESTEPS)] for kind in kinds for name in layers
+            [kind, name, *(f"{mean[kind, name, t][0]:.2f}" for t in TIMESTEPS)] for kind in kinds for name in layers
         ]
-    head = ["map", "timestep", "separation", "inside", "outside"]
+    head = ["map", "timestep", "separation", "inside", "outside", "subtracted inside", "outside"]
     return head, [
-        [kind, str(t), *("" if np.isnan(v) else f"{v:.2f}" for v in mean)] for (kind, _, t), mean in means.items()
+        [kind, str(t), *("" if np.isnan(v) else f"{v:.2f}" for v in values)] for (kind, _, t), values in mean.items()
     ]
 
 

@@ -542,6 +542,7 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     class Seen:
         def __init__(self, index: int):
             self.control = {"soft": {100: masks[index]}, "paper": {100: np.zeros((16, 16))}}
+            self.subtracted = {100: 0.75 - masks[index] / 2}
 
     monkeypatch.setattr(maps, "load_pipeline", lambda _: Pipeline())
     monkeypatch.setattr(maps.maps, "explain", lambda *_, seed, **__: Seen(seed))
@@ -549,13 +550,14 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     head, lines = maps.quality(
         task, tmp_path / "x.safetensors", tmp_path, config, ("soft", "paper"), 3, lambda *_: None
     )
-    assert head == ["map", "timestep", "separation", "inside", "outside"]
-    assert lines == [["soft", "100", "1.00", "1.00", "0.00"], ["paper", "100", "0.50", "0.00", "0.00"]]
+    assert head == ["map", "timestep", "separation", "inside", "outside", "subtracted inside", "outside"]
+    taken = ["0.25", "0.75"]
+    assert lines == [["soft", "100", "1.00", "1.00", "0.00", *taken], ["paper", "100", "0.50", "0.00", "0.00", *taken]]
     ink = Task("ink")  # is everywhere: there is no outside, and nothing to keep apart
     masks[:] = np.linspace(0, 1, 16)
     config = ROWS["spf"].config(ink)
     _, lines = maps.quality(ink, tmp_path / "x.safetensors", tmp_path, config, ("soft",), 3, lambda *_: None)
-    assert lines == [["soft", "100", "", "0.50", ""]]
+    assert lines == [["soft", "100", "", "0.50", "", "0.50", ""]]
 
 
 def test_map_quality_by_layer_shows_each_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,7 +568,8 @@ def test_map_quality_by_layer_shows_each_layer_alone(tmp_path: Path, monkeypatch
 
     def explain(*_: Any, seed: int, layers: str, **__: Any) -> SimpleNamespace:
         (seen,) = [name for name in names if re.search(layers, name)]
-        return SimpleNamespace(control={"soft": {100: masks[seed] if seen == names[1] else np.zeros((16, 16))}})
+        heat = masks[seed] if seen == names[1] else np.zeros((16, 16))
+        return SimpleNamespace(control={"soft": {100: heat}}, subtracted={100: heat})
 
     every = [SimpleNamespace(name=name) for name in names]
     family = SimpleNamespace(layers=lambda which: every if which == "all" else [])

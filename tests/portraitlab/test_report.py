@@ -115,6 +115,27 @@ def test_the_difference_map_is_that_of_two_separate_predictions(pipeline: Any) -
             np.testing.assert_allclose(m, expected, atol=2e-3)
 
 
+def test_what_is_subtracted_is_each_phrases_share_times_its_distance(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, torch.Tensor] = {}
+
+    def seen(kind: str, **passed: Any) -> torch.Tensor:
+        given.update(passed)
+        return control_map(kind, **passed)
+
+    control_map = maps.sfcm.control_map
+    monkeypatch.setattr(maps.sfcm, "control_map", seen)
+    image = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    found = maps.explain(pipeline, image, CAPTION, Target("blonde hair"), timesteps=(300,), kinds=("soft",), draws=2)
+    attention = torch.cat([given["phrase_maps"], given["target_map"]], dim=1).numpy()
+    distances = list(found.distances.values())
+    for y, x in ((0, 0), (3, 9), (15, 15)):
+        places = attention[:, :, y, x]
+        taken = [sum(w * a for w, a in zip(distances, draw, strict=False)) / draw.sum() for draw in places]
+        assert found.subtracted[300][y, x] == pytest.approx(np.mean(taken), rel=1e-4)
+
+
 def test_the_lora_is_on_again_afterwards(pipeline: Any) -> None:
     def predict() -> torch.Tensor:
         with torch.no_grad():

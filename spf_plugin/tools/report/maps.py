@@ -56,12 +56,15 @@ class Maps:
         control: kind of map -> timestep -> the control map.
         phrases: phrase -> its share of the attention, at the middle timestep; the target is the last.
         distances: base phrase -> its semantic distance to the target.
+        subtracted: timestep -> what the `soft` map takes from the noise difference: the phrases' shares of the
+            attention, each times its distance.
         drift: timestep -> the drift there, in and outside the first kind of map; mean over the draws.
     """
 
     control: Mapping[str, Mapping[int, Map]]
     phrases: Mapping[str, Map]
     distances: Mapping[str, float]
+    subtracted: Mapping[int, Map]
     drift: Mapping[int, Drift]
 
 
@@ -197,6 +200,7 @@ def explain(
         return pass_of(family, probed, made, output, seen, groups.expand(draws, -1, -1))
 
     control: dict[str, dict[int, Map]] = {kind: {} for kind in kinds}
+    subtracted: dict[int, Map] = {}
     drift: dict[int, Drift] = {}
     phrase_maps: Map | None = None
     middle = timesteps[len(timesteps) // 2]
@@ -208,6 +212,9 @@ def explain(
         size = (response.eps.shape[-2], response.eps.shape[-1])
         attention = sfcm.mean_maps(response.attention, response.grids, size)
         count = text.present.shape[1] - 1
+        shares = sfcm.share(attention[:, :count], attention[:, -1:])
+        taken = (weights[..., None, None] * shares).sum(dim=1)
+        subtracted[step] = taken.mean(dim=0).cpu().numpy()
         for kind in kinds:
             m = sfcm.control_map(
                 kind,
@@ -240,5 +247,6 @@ def explain(
         control,
         {name: phrase_maps[i] for i, name in enumerate(names)},
         dict(zip(prompt.phrases, weights[0].tolist(), strict=True)),
+        subtracted,
         drift,
     )
