@@ -14,6 +14,7 @@ from torch import Tensor
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.02, 0.98  # robust ends of the noise difference: single latents are noisy
 MAX_REGION_GAIN = 10.0
+MAX_PHRASE_WEIGHT = 1.0  # `w_p` of a phrase as far from the target as everyday phrases are
 _EPS = 1e-8
 
 
@@ -192,4 +193,4 @@ def semantic_distance(phrases: Tensor, target: Tensor, anchors: Tensor) -> Tenso
     """
     distance = 1 - F.cosine_similarity(phrases.float(), target.float()[None], dim=-1)
     reference = (1 - F.cosine_similarity(anchors.float(), target.float()[None], dim=-1)).median()
-    return (distance / reference.clamp_min(_EPS)).clamp(0, 1)
+    return (distance / reference.clamp_min(_EPS)).clamp(0, MAX_PHRASE_WEIGHT)
