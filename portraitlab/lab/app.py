@@ -243,6 +243,7 @@ def table(
     evaluation_seed: OnlyEvaluationSeed = None,
     base: OfBase = "unet",
     rows: Annotated[str | None, typer.Option(help="Only these rows.", show_default="all")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these training seeds.", show_default="all")] = None,
     columns: Annotated[str | None, typer.Option(help=f"Only these of {', '.join(tables.COLUMNS)}.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown, for the documentation.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Only what docs/lab.jsonl has.")] = False,
@@ -267,12 +268,18 @@ def table(
         )
     if base not in results.BASES:
         unknown.append(f"--base {base!r}: choose one of {', '.join(results.BASES)}")
+    sets = None
+    try:
+        sets = None if seeds is None else _numbers(seeds, "--seeds", int)
+    except SPFError as error:
+        unknown += error.problems
     if compare is not None and not compare.exists():
         unknown.append(f"--compare: there is no file or folder {compare}")
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
     chosen = None if rows is None else {*_rows(rows), "base", beside, relative, ranges}
+    known = [r for r in known if sets is None or r.row == "base" or r.seed in sets]
     found = [r for r in known if chosen is None or r.row in chosen]
     only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     if compare is not None:

@@ -391,6 +391,11 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["`spf`", "0.80 / 3.0", "0.80 / 7.0"],
     ]
     assert table("--across", "--evaluation-seed", "7", *both)[1:] == [["`former-spf`", "0.70 / 200.0"]]
+    assert table("--seeds", "1,2", "--target", "hat", *both)[1:] == [
+        ["`base`", "", "1", "0.20", "2.0"],
+        ["`plain`", "0.001", "1", "0.50", "10.0"],
+        ["`spf`", "0.004", "2", "0.80 (0.00)", "6.5 (5.5)"],
+    ]
     assert table("--together", *both) == [
         ["target", "row", "learning rate", "seeds", "response, explicit", "drift, explicit"],
         ["`beard`", "plain", "0.004", "1", "0.80", "3.0"],
@@ -433,8 +438,9 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     heads = [len(line) for line in table() if line[0] == "row"]
     assert sorted(set(heads)) == [3 + len(tables.COMMON), 3 + len(tables.COLUMNS)]
-    done = CliRunner().invoke(app.app, ["table", "--beside", "spff", "--at", "0.8"])
+    done = CliRunner().invoke(app.app, ["table", "--beside", "spff", "--at", "0.8", "--seeds", "one"])
     assert done.exit_code == 2
+    assert "--seeds 'one': write numbers with commas." in done.output
     assert "no row 'spff'; did you mean spf?" in done.output
     assert "are different tables" in done.output
 
