@@ -107,6 +107,7 @@ ROWS: dict[str, Row] = {
     "spf-map-difference-300-steps": Row({"map": "difference"}, steps=300),
     "spf-gain-6-300-steps": Row({"map_gain": 6}, steps=300),
     "spf-stage2-0.1-300-steps": Row({"stage2_start": 0.1}, steps=300),
+    "spf-output-1-300-steps": Row({"output_multiplier": 1}, steps=300),
     "spf-noise-weight-3-300-steps": Row(constants={"losses.MAX_NOISE_WEIGHT": 3}, steps=300),
     # Transformers were trained with this weight at 1 until their new words were seen to leak.
     "spf-noise-weight-1-300-steps": Row(constants=_UNWEIGHED, steps=300),
