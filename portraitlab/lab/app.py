@@ -268,22 +268,26 @@ def table(
         )
     if base not in results.BASES:
         unknown.append(f"--base {base!r}: choose one of {', '.join(results.BASES)}")
-    sets = None
-    try:
-        sets = None if seeds is None else _numbers(seeds, "--seeds", int)
-    except SPFError as error:
-        unknown += error.problems
+    sets: list[int] | None = None
+    if seeds is not None:
+        try:
+            sets = _numbers(seeds, "--seeds", int)
+        except SPFError as error:
+            unknown += error.problems
     if compare is not None and not compare.exists():
         unknown.append(f"--compare: there is no file or folder {compare}")
     if unknown:
         console.print(str(SPFError(unknown)), style="red", markup=False, highlight=False)
         raise typer.Exit(2)
     chosen = None if rows is None else {*_rows(rows), "base", beside, relative, ranges}
-    known = [r for r in known if sets is None or r.row == "base" or r.seed in sets]
-    found = [r for r in known if chosen is None or r.row in chosen]
+
+    def wanted(r: results.Result) -> bool:
+        return (chosen is None or r.row in chosen) and (sets is None or r.row == "base" or r.seed in sets)
+
+    found = [r for r in known if wanted(r)]
     only = {"target": target, "data": data, "prompts": prompts, "evaluation_seed": evaluation_seed}
     if compare is not None:
-        others = [r for r in results.stored(compare).values() if r.base == base and (chosen is None or r.row in chosen)]
+        others = [r for r in results.stored(compare).values() if r.base == base and wanted(r)]
         shown = _compared(found, others, measures, only)
     elif across or together or beside or relative or ranges:
         shown = _across(found, together, beside, relative, ranges, measures, only)

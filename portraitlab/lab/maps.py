@@ -77,19 +77,19 @@ def quality(
         for kind in kinds:
             for timestep, heat in seen.control[kind].items():
                 taken = seen.subtracted[timestep]
-                means = (_mean(part[where]) for part in (heat, taken) for where in (mask, ~mask))
-                numbers = (separation(mask, heat), *means)
+                brightness = (_mean(part[where]) for part in (heat, taken) for where in (mask, ~mask))
+                numbers = (separation(mask, heat), *brightness)
                 found.setdefault((kind, which, timestep), []).append(numbers)
         report(done, len(jobs))
-    mean = {key: np.mean(numbers, axis=0) for key, numbers in found.items()}
+    means = {key: np.mean(numbers, axis=0) for key, numbers in found.items()}
     if by_layer:
         head = ["map", "layer", *(f"separation at {t}" for t in TIMESTEPS)]
         return head, [
-            [kind, name, *(f"{mean[kind, name, t][0]:.2f}" for t in TIMESTEPS)] for kind in kinds for name in layers
+            [kind, name, *(f"{means[kind, name, t][0]:.2f}" for t in TIMESTEPS)] for kind in kinds for name in layers
         ]
     head = ["map", "timestep", "separation", "inside", "outside", "subtracted inside", "outside"]
     return head, [
-        [kind, str(t), *("" if np.isnan(v) else f"{v:.2f}" for v in values)] for (kind, _, t), values in mean.items()
+        [kind, str(t), *("" if np.isnan(v) else f"{v:.2f}" for v in mean)] for (kind, _, t), mean in means.items()
     ]
 
 

@@ -468,6 +468,9 @@ def test_the_same_loras_of_two_machines_beside_each_other(tmp_path: Path, monkey
     ]
     only = CliRunner().invoke(app.app, [*words, str(together), "--rows", "plain"]).output
     assert [line.split("|")[1].strip() for line in only.splitlines() if line.startswith("| `")] == ["`base`", "`plain`"]
+    only = CliRunner().invoke(app.app, [*words, str(together), "--rows", "spf,plain", "--seeds", "1"]).output
+    lines = [line for line in only.splitlines() if line.startswith(("| `plain`", "| `spf`"))]
+    assert lines == ["| `spf` | 0.002 | 1 | 0.70 / 0.70 | 0.000 / 0.010 | 10.0 / 12.0 |"]
     wrong = CliRunner().invoke(app.app, [*words, str(tmp_path / "none"), "--across"])
     assert wrong.exit_code == 2
     assert "--compare: there is no file or folder" in wrong.output
