@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -237,6 +238,48 @@ def test_paper_map_is_the_published_recursion() -> None:
                 a = (float(maps[0, p, y, x]) - low) / (high - low)
                 value = min(max(value - float(weights[0, p]) * a, 0), 1)
             assert float(m[0, 0, y, x]) == pytest.approx(value, abs=1e-5)
+
+
+def test_soft_map_takes_the_phrases_shares_and_at_most_half_of_each() -> None:
+    """Place by place: shares of the attention, `min(w_p, 1/2)` of each taken, brightened, and grown by a cell."""
+    res, ref = random(1, C, H, W, seed=1), random(1, C, H, W, seed=2)
+    maps, target = random(1, P, H, W, seed=3).abs(), random(1, 1, H, W, seed=4).abs()
+    weights, gain = torch.tensor([[1.0, 0.25, 0.7]]), 2.0
+    m = sfcm.control_map(
+        "soft", eps_res=res, eps_ref=ref, phrase_maps=maps, target_map=target, weights=weights, gain=gain
+    )
+    difference = sfcm.noise_difference(res, ref)[0, 0].tolist()
+    left = [[0.0] * W for _ in range(H)]
+    for y in range(H):
+        for x in range(W):
+            attention = [float(maps[0, p, y, x]) for p in range(P)] + [float(target[0, 0, y, x])]
+            value = difference[y][x]
+            for w, a in zip((0.5, 0.25, 0.5), attention, strict=False):
+                value = max(value - w * a / sum(attention), 0)
+            left[y][x] = value
+    bright = np.quantile(left, sfcm.HIGH_QUANTILE)
+    for y in range(H):
+        for x in range(W):
+            around = [left[j][i] for j in range(y - 1, y + 2) for i in range(x - 1, x + 2) if 0 <= j < H and 0 <= i < W]
+            assert float(m[0, 0, y, x]) == pytest.approx(min(max(around) / bright * gain, 1), abs=1e-4)
+
+
+def test_a_target_stays_open_however_many_phrases_a_caption_has() -> None:
+    """With attention alike everywhere, what differs at least six tenths as much as anywhere is open: for two phrases as
+    for forty."""
+    ref = torch.zeros(1, 1, 8, 8)
+    res = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8)
+    for phrases in (2, 40):
+        m = sfcm.control_map(
+            "soft",
+            eps_res=res,
+            eps_ref=ref,
+            phrase_maps=torch.ones(1, phrases, 8, 8),
+            target_map=torch.ones(1, 1, 8, 8),
+            weights=torch.ones(1, phrases),
+            gain=3.0,
+        )
+        assert float(m[sfcm.noise_difference(res, ref) > 0.6].min()) > 0.3
 
 
 @pytest.mark.parametrize("kind", ["soft", "paper", "difference"])

@@ -21,7 +21,7 @@ from rich.console import Console
 from portraitlab import environment
 from portraitlab.captions import KNOWN, find_target
 from portraitlab.lab import maps, plots, results, tables
-from portraitlab.lab.rows import LEARNING_RATE, ROWS
+from portraitlab.lab.rows import FORMER, LEARNING_RATE, ROWS
 from portraitlab.lab.running import Bench, Point
 from portraitlab.lab.tasks import DATA, Task
 from portraitlab.model_files import MODEL_FOLDER
@@ -36,7 +36,7 @@ METHODS = ("spf-published-paper", "spf-published-soft")
 #: What runs within an hour on two CPU cores, with the other defaults.
 SMALL = "plain,masked-prior-1,dop-10,spf"
 
-Rows = Annotated[str, typer.Option(help="Rows with commas, or `all`; `list` shows them.")]
+Rows = Annotated[str, typer.Option(help="Rows with commas, or `all` but earlier defaults; `list` shows them.")]
 Taught = Annotated[str, typer.Option(help=f"What is taught: {', '.join(KNOWN)}; two at once: NAME+NAME.")]
 Seeds = Annotated[str, typer.Option(help="Training seeds with commas.")]
 Steps = Annotated[int, typer.Option(min=4, help="Training steps.")]
@@ -94,7 +94,7 @@ def _read(out: Path | None, base: str) -> list[results.Result]:
 
 
 def _rows(text: str) -> list[str]:
-    return list(ROWS) if text == "all" else text.split(",")
+    return [name for name in ROWS if not name.startswith(FORMER)] if text == "all" else text.split(",")
 
 
 @contextmanager
@@ -215,10 +215,12 @@ def map_quality(
 
 @app.command("list")
 def list_rows() -> None:
-    """Show every row and its settings."""
+    """Show every row and its settings: SPF's without their prefix, constants as MODULE.NAME."""
+    width = max(map(len, ROWS)) + 2
     for name, row in ROWS.items():
-        words = [f"{k}={v}" for k, v in {**row.spf, **row.options}.items()]
-        print(f"{name:<28}{' '.join([*filter(None, (row.peer, row.variant)), *words])}")
+        steps = {} if row.steps is None else {"steps": row.steps}
+        words = [f"{k}={v}" for k, v in {**row.spf, **row.options, **row.constants, **steps}.items()]
+        print(f"{name:<{width}}{' '.join([*filter(None, (row.peer, row.variant)), *words])}".rstrip())
 
 
 @app.command()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.02, 0.98  # robust ends of the noise difference: single latents are noisy
 MAX_REGION_GAIN = 10.0
-MAX_PHRASE_WEIGHT = 1.0  # `w_p` of a phrase as far from the target as everyday phrases are
+MAX_PHRASE_WEIGHT = 0.5  # of the `soft` map, see `soft_weights`
 _EPS = 1e-8
 
 
@@ -87,6 +87,20 @@ def share(maps: Tensor, others: Tensor) -> Tensor:
     return maps / (maps.sum(dim=1, keepdim=True) + others).clamp_min(_EPS)
 
 
+def soft_weights(weights: Tensor) -> Tensor:
+    """`min(w_p, 1/2)`: by what the `soft` map multiplies a phrase's share of the attention.
+
+    All phrases together have the whole attention but for the target's share, which shrinks with the number of phrases.
+    Where the shares are the same at every place (a target that the model does not know yet, joint attention), they say
+    how much to take and not where. With `w_p` up to 1 nothing but the places is left then where the paths differ almost
+    as much as anywhere: a part of a large target, and the rest of it is held to the base model for good.
+
+    Args:
+        weights: `w_p`, `[B, P]`.
+    """
+    return weights.clamp(max=MAX_PHRASE_WEIGHT)
+
+
 def stretch(maps: Tensor) -> Tensor:
     """Min-max per sample and map, `[B, P, h, w]` -> [0, 1]: the normalisation of the published formula."""
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
@@ -149,7 +163,7 @@ def control_map(
     is not stretched until something does.
 
     Args:
-        kind: `soft` (the phrases' shares of the attention, brightened), `paper` (as published), or `difference` (the
+        kind: `soft` (the phrases' shares of the attention, half of them at most, brightened), `paper` (as published), or `difference` (the
             noise difference alone, brightened).
         eps_res: `[B, C, h, w]`, prediction of the response path.
         eps_ref: `[B, C, h, w]`, prediction of the reference path.
@@ -173,7 +187,7 @@ def control_map(
             return subtract_phrases(difference, stretch(phrase_maps.float()), weights)
         if kind == "soft":
             shares = share(phrase_maps.float(), target_map.float())
-            return brighten(subtract_phrases(difference, shares, weights), gain, frames)
+            return brighten(subtract_phrases(difference, shares, soft_weights(weights)), gain, frames)
     raise ValueError(f"unknown map {kind!r}")
 
 
@@ -193,4 +207,4 @@ def semantic_distance(phrases: Tensor, target: Tensor, anchors: Tensor) -> Tenso
     """
     distance = 1 - F.cosine_similarity(phrases.float(), target.float()[None], dim=-1)
     reference = (1 - F.cosine_similarity(anchors.float(), target.float()[None], dim=-1)).median()
-    return (distance / reference.clamp_min(_EPS)).clamp(0, MAX_PHRASE_WEIGHT)
+    return (distance / reference.clamp_min(_EPS)).clamp(0, 1)

@@ -57,7 +57,7 @@ class Maps:
         phrases: phrase -> its share of the attention, at the middle timestep; the target is the last.
         distances: base phrase -> its semantic distance to the target.
         subtracted: timestep -> what the `soft` map takes from the noise difference: the phrases' shares of the
-            attention, each times its distance.
+            attention, each times its distance or a half.
         drift: timestep -> the drift there, in and outside the first kind of map; mean over the draws.
     """
 
@@ -213,7 +213,7 @@ def explain(
         attention = sfcm.mean_maps(response.attention, response.grids, size)
         count = text.present.shape[1] - 1
         shares = sfcm.share(attention[:, :count], attention[:, -1:])
-        taken = (weights[..., None, None] * shares).sum(dim=1)
+        taken = (sfcm.soft_weights(weights)[..., None, None] * shares).sum(dim=1)
         subtracted[step] = taken.mean(dim=0).cpu().numpy()
         for kind in kinds:
             m = sfcm.control_map(
