@@ -182,7 +182,9 @@ def sequence(
 @app.command("maps")
 def map_quality(
     kinds: Annotated[str, typer.Option(help="Maps with commas.")] = ",".join(MAPS),
-    row: Annotated[str, typer.Option(help="The LoRA whose response makes the maps.")] = "plain",
+    row: Annotated[
+        str, typer.Option(help="The LoRA whose response makes the maps, and the constants of these.")
+    ] = "plain",
     target: Taught = "sunglasses",
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the LoRA.")] = LEARNING_RATE,
     seed: Annotated[int, typer.Option(help="Of the LoRA.")] = 0,
@@ -206,7 +208,8 @@ def map_quality(
         def report(done: int, total: int) -> None:
             bench.show("maps", done, total, {})
 
-        head, lines = maps.quality(task, lora, model, config, kinds.split(","), pictures, report, seed, by_layer)
+        with ROWS[row].in_effect():
+            head, lines = maps.quality(task, lora, model, config, kinds.split(","), pictures, report, seed, by_layer)
     if markdown:
         print(tables.markdown(head, lines))
     else:

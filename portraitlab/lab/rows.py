@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import CLIP_FOLDERS
+from spf_plugin import patching
 from spf_plugin.config import PREFIX, SPFConfig, parse
 
 LEARNING_RATE = 2e-3
@@ -40,6 +43,15 @@ class Row:
         words = PLAIN if self.peer and not self.with_spf else self.spf
         fixed = {"target": task.goal.spf, "network": "lycoris.kohya", "preview_every": 0}
         return parse({PREFIX + name: value for name, value in {**fixed, **words}.items()})
+
+    @contextmanager
+    def in_effect(self) -> Iterator[None]:
+        """While open, the package's constants are this row's."""
+        with ExitStack() as changed:
+            for name, value in self.constants.items():
+                module, constant = name.split(".")
+                changed.enter_context(patching.patched(import_module(f"spf_plugin.core.{module}"), constant, value))
+            yield
 
 
 #: No weights: SPF then trains a plain LoRA and measures its drift; with so rare a log it costs nothing.

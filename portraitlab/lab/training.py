@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
 
 from portraitlab.demo import Show, timed_training
@@ -11,7 +9,6 @@ from portraitlab.lab import peers, variants
 from portraitlab.lab.rows import LEARNING_RATE, PLAIN, Row
 from portraitlab.lab.tasks import Task
 from portraitlab.model_files import min_snr_gamma
-from spf_plugin import patching
 from spf_plugin.trainer.settings import Settings
 
 RANK = 8
@@ -52,8 +49,5 @@ def train_row(
                 train_row(task, Row(PLAIN), LEARNING_RATE, seed, model, first, device, f"{label}, stage one", show)
             options["extractor"] = first
         attach = peers.attach(peers.KINDS[row.peer](**options), task, seed)
-    with ExitStack() as changed:
-        for name, value in row.constants.items():
-            module, constant = name.split(".")
-            changed.enter_context(patching.patched(import_module(f"spf_plugin.core.{module}"), constant, value))
+    with row.in_effect():
         return batches * timed_training(run, f"{label}: training", show, attach)[1]

@@ -163,8 +163,8 @@ def control_map(
     is not stretched until something does.
 
     Args:
-        kind: `soft` (the phrases' shares of the attention, half of them at most, brightened), `paper` (as published), or `difference` (the
-            noise difference alone, brightened).
+        kind: `soft` (the phrases' shares of the attention, half of them at most, brightened), `paper` (as published),
+            or `difference` (the noise difference alone, brightened).
         eps_res: `[B, C, h, w]`, prediction of the response path.
         eps_ref: `[B, C, h, w]`, prediction of the reference path.
         phrase_maps: `[B, P, h, w]`, attention on each base phrase, response path (P may be 0).

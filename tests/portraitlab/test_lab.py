@@ -29,7 +29,7 @@ from portraitlab.lab.tasks import Task
 from portraitlab.measure import untouched_region
 from portraitlab.model_files import JUDGE_FILE
 from portraitlab.portraits import render, sample_person
-from spf_plugin.core import losses
+from spf_plugin.core import losses, sfcm
 
 
 @pytest.fixture
@@ -264,7 +264,9 @@ def test_earlier_defaults_of_the_map_can_be_trained_again() -> None:
         now = ROWS[name.replace("-phrase-weight-1", "", 1)]
         assert row == replace(now, constants={**now.constants, "sfcm.MAX_PHRASE_WEIGHT": 1.0})
         assert row.config(Task()).map == "soft"
-    others = {name for name in ROWS if name.startswith("spf") and name.replace("spf", "spf-phrase-weight-1", 1) not in ROWS}
+    others = {
+        name for name in ROWS if name.startswith("spf") and name.replace("spf", "spf-phrase-weight-1", 1) not in ROWS
+    }
     assert {name for name in others - set(former) if ROWS[name].config(Task()).map == "soft"} == {
         "spf-phrase-weight-0.75-300-steps"
     }
@@ -589,6 +591,23 @@ def test_map_quality_knows_a_perfect_map_from_an_empty_one(tmp_path: Path, monke
     config = ROWS["spf"].config(ink)
     _, lines = maps.quality(ink, tmp_path / "x.safetensors", tmp_path, config, ("soft",), 3, lambda *_: None)
     assert lines == [["soft", "100", "", "0.50", "", "0.50", ""]]
+
+
+def test_maps_are_made_as_their_row_makes_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def quality(*_: Any) -> tables.Cells:
+        seen.append(sfcm.MAX_PHRASE_WEIGHT)
+        return ["map"], []
+
+    monkeypatch.setattr(app.maps, "quality", quality)
+    monkeypatch.setattr(running.Bench, "trained", lambda *_: tmp_path / "x.safetensors")
+    before = sfcm.MAX_PHRASE_WEIGHT
+    for row in ("plain", "spf-phrase-weight-1", "spf"):
+        words = ["maps", "--row", row, "--out", str(tmp_path / "lab"), "--model", str(model)]
+        assert CliRunner().invoke(app.app, words).exit_code == 0
+    assert seen == [before, 1, before]
+    assert before == sfcm.MAX_PHRASE_WEIGHT
 
 
 def test_map_quality_by_layer_shows_each_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
