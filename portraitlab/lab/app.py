@@ -354,7 +354,8 @@ def _across(
     for task in results.tasks(found):
         if not task.sequence and _chosen(task, only):
             group = [r for r in found if r.about(task)]
-            ways.setdefault(replace(task, target=""), {})[task.target] = group
+            if any(r.row != "base" for r in group):  # alone, the untuned model is beside nothing
+                ways.setdefault(replace(task, target=""), {})[task.target] = group
     named = " / ".join(tables.COLUMNS[measure][0] for measure in measures)
     for way, targets in ways.items():
         how = _words(way)

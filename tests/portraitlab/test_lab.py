@@ -428,6 +428,9 @@ def test_one_table_across_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["`hat`", "plain", "0.001", "2", "0.50 (0.00)", "10.0 (0.0)"],
         ["`hat`", "spf", "0.004", "3", "0.80 (0.00)", "7.0 (3.2)"],
     ]
+    untuned = made("base", 0, 0.1, 0.001, task=Task("scarf"))
+    results.publish([*found, untuned])  # and nothing that was trained beside it
+    assert {line[0] for line in table("--together", *both)[1:]} == {"`beard`", "`hat`"}
     # Nobody can train this row any more; its results are there to be compared with.
     assert table("--beside", "former-spf", "--columns", "drift_explicit") == [
         ["row", "beard", "hat"], ["`plain`", "", ""], ["`spf`", "", ""]
