@@ -458,7 +458,9 @@ def pictures(
         named += [(f"{n}, learning rate {rate:g}", bench.key(task, Point(n, rate, seed))) for n, rate in chosen]
         missing = [f"no pictures of {label}: run it first" for label, key in named if not bench.picture(key).exists()]
         if missing:
-            raise SPFError(missing)
+            raise SPFError(
+                [*missing, "published figures have no pictures here: `spf lab run --fresh` draws theirs, too"]
+            )
         lines = [(label, np.asarray(Image.open(bench.picture(key)))) for label, key in named]
         Image.fromarray(plots.labelled(lines)).save(into, optimize=True)
     print(into)

@@ -538,6 +538,7 @@ def test_pictures_of_measured_loras(model: Path, tmp_path: Path) -> None:
     missing = CliRunner().invoke(app.app, [*words, "--into", str(shown)])
     assert missing.exit_code == 2
     assert missing.output.count("run it first") == 3
+    assert "`spf lab run --fresh`" in missing.output
     found = CliRunner().invoke(app.app, [*words, "--into", str(shown), "--data", "one-person"])
     assert found.exit_code == 0, found.output
     with Image.open(shown) as image:
