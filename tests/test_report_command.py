@@ -311,9 +311,10 @@ def test_a_single_file_is_the_same_model(tiny_sd15: Path, tmp_path: Path, monkey
     numbers = {}
     for source in (model, file):
         out = tmp_path / f"report-{source.stem}"
+        # Of 64 px the map leaves hardly any place outside, and a drift there is mostly rounding.
         done = spf(
             "--model", source, "--lora", lora.path, "--target", "blonde hair", "--prompt", PROMPTS[0], "--out", out,
-            "--steps", 1, "--seeds", 0, "--size", 64, "--held-out", 0,
+            "--steps", 1, "--seeds", 0, "--size", 128, "--held-out", 0,
         )  # fmt: skip
         assert done.exit_code == 0, done.output + repr(done.exception)
         assert "What nobody trained" not in check(out)
@@ -324,7 +325,7 @@ def test_a_single_file_is_the_same_model(tiny_sd15: Path, tmp_path: Path, monkey
     for key, row in numbers[model]["rows"].items():
         values = [value for value in row["values"] if value is not None]
         of_file = [value for value in numbers[file]["rows"][key]["values"] if value is not None]
-        assert of_file == pytest.approx(values, rel=1e-3, abs=1e-6), key  # a map's edge lifts rounding
+        assert of_file == pytest.approx(values, rel=1e-4, abs=1e-6), key
 
 
 def test_a_lora_of_another_family(xl: tuple[Path, Path], lora: Path, tmp_path: Path) -> None:

@@ -182,9 +182,7 @@ def sequence(
 @app.command("maps")
 def map_quality(
     kinds: Annotated[str, typer.Option(help="Maps with commas.")] = ",".join(MAPS),
-    row: Annotated[
-        str, typer.Option(help="The LoRA whose response makes the maps, and the constants of these.")
-    ] = "plain",
+    row: Annotated[str, typer.Option(help="Whose LoRA and whose constants make the maps.")] = "plain",
     target: Taught = "sunglasses",
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the LoRA.")] = LEARNING_RATE,
     seed: Annotated[int, typer.Option(help="Of the LoRA.")] = 0,

@@ -112,7 +112,7 @@ ROWS: dict[str, Row] = {
     # No mean over the map but over the picture; no heed of what an error does to the clean image.
     **{f"spf-region-gain-{g:g}": Row(constants={"sfcm.MAX_REGION_GAIN": g}) for g in (1, 3, 30)},
     **{f"spf-noise-weight-{w:g}": Row(constants={"losses.MAX_NOISE_WEIGHT": w}) for w in (1, 3, 30)},
-    # Of the map: what was tried where a hat stays half.
+    # Of the map: what was tried where a hat stayed half.
     "spf-map-difference-300-steps": Row({"map": "difference"}, steps=300),
     "spf-gain-6-300-steps": Row({"map_gain": 6}, steps=300),
     "spf-stage2-0.1-300-steps": Row({"stage2_start": 0.1}, steps=300),

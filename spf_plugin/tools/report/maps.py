@@ -57,7 +57,7 @@ class Maps:
         phrases: phrase -> its share of the attention, at the middle timestep; the target is the last.
         distances: base phrase -> its semantic distance to the target.
         subtracted: timestep -> what the `soft` map takes from the noise difference: the phrases' shares of the
-            attention, each times its distance or a half.
+            attention, each times its distance, at most a half.
         drift: timestep -> the drift there, in and outside the first kind of map; mean over the draws.
     """
 
