@@ -326,12 +326,20 @@ def describe(contents: Contents) -> Description:
     return Description(base, evidence, tuple(groups), ranks, alphas, dtypes, misshaped)
 
 
+def labels(description: Description) -> dict[str, str]:
+    """Component -> what users call it in models of this base, in the order in which they are shown."""
+    unet = "transformer" if description.base in dit_names.DIT_BASES else "UNet"
+    te1 = "text encoder 1" if description.base in ("sdxl", "sd3", "flux") else "text encoder"
+    return {"unet": unet, "te1": te1, "te2": "text encoder 2", "te3": "T5", "other": "other"}
+
+
 def targets(description: Description) -> str:
     """Which parts were trained, in the words users use, e.g. ``UNet cross-attention (64)``."""
     parts = []
+    label = labels(description)
     unet = [g.resolved.module for g in description.groups if g.resolved and g.resolved.module.component == "unet"]
     if unet and description.base in dit_names.DIT_BASES:
-        parts.append(f"transformer ({len(unet)})")
+        parts.append(f"{label['unet']} ({len(unet)})")
     elif unet:
         full = {m.path for m in names.modules(description.base) if m.group == "attention"}
         paths = {m.path for m in unet}
@@ -342,15 +350,9 @@ def targets(description: Description) -> str:
             what = "attention and convolutions" if full <= paths else "some layers, with convolutions"
         else:
             what = "all attention layers" if full <= paths else "some attention layers"
-        parts.append(f"UNet {what} ({len(unet)})")
-    labels = {"te1": "text encoder", "te2": "text encoder 2", "te3": "T5"}
-    if description.base in ("sdxl", "sd3", "flux"):
-        labels["te1"] = "text encoder 1"
-    for component, label in labels.items():
-        if count := description.components[component]:
-            parts.append(f"{label} ({count})")
-    if other := description.components["other"]:
-        parts.append(f"other ({other})")
+        parts.append(f"{label['unet']} {what} ({len(unet)})")
+    others = [c for c in label if c != "unet"]
+    parts += [f"{label[c]} ({count})" for c in others if (count := description.components[c])]
     return ", ".join(parts) or "nothing"
 
 

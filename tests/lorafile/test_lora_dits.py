@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from spf_plugin.errors import SPFError
-from spf_plugin.lorafile import convert, dit_names, inspect
+from spf_plugin.lorafile import convert, dit_names, inspect, names
 from spf_plugin.lorafile.loaders import verdicts
-from spf_plugin.lorafile.names import DitBase
+from spf_plugin.lorafile.names import Base, DitBase
 from spf_plugin.lorafile.normalise import normalise
 from spf_plugin.tools.cli.lora import app
 from tests.hosts.sizes import DIT_HOSTS, full_size
@@ -153,9 +154,29 @@ def test_the_command(tmp_path: Path) -> None:
     run = CliRunner()
     checked = run.invoke(app, ["check", str(tmp_path / "in.safetensors")], env={"COLUMNS": "200"})
     assert "HunyuanImage-2.1 (by names)" in checked.output
+    assert "UNet" not in checked.output
     assert "spf lora convert --to comfyui" in checked.output
     done = run.invoke(
         app, ["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--to", "comfyui"]
     )
     assert done.exit_code == 0, done.output
     assert "diffusion_model.double_blocks.0.img_mod.lin.lora_up.weight" in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("base", ["sdxl", "sd3", "flux", "anima", "wan"])
+def test_ranks_and_alphas_are_shown_of_every_part(base: Base | DitBase, tmp_path: Path) -> None:
+    known: Any = names if base == "sdxl" else dit_names
+    first = {module.component: module for module in known.modules(base)}
+    tensors = {}
+    for rank, module in enumerate(first.values(), start=3):
+        name = known.kohya_name(base, module)
+        tensors[f"{name}.lora_down.weight"] = torch.zeros(rank, module.fan_in)
+        tensors[f"{name}.lora_up.weight"] = torch.zeros(module.fan_out, rank)
+        tensors[f"{name}.alpha"] = torch.tensor(rank + 0.5)
+    metadata = {"ss_base_model_version": base} if base in ("sd3", "flux") else {}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata)
+    output = CliRunner().invoke(app, ["check", str(tmp_path / "lora.safetensors")], env={"COLUMNS": "200"}).output
+    lines = {line.strip(" │").split(" ")[0]: line for line in output.splitlines()}
+    for rank, _ in enumerate(first, start=3):
+        assert f" {rank}" in lines["rank"], output
+        assert f" {rank}.5" in lines["alpha"], output

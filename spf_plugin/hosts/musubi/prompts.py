@@ -219,8 +219,6 @@ def host_text(path: str) -> dict[str, Tensor]:
 def _plain(name: str) -> str:
     """A tensor's name without what the host writes around it: `varlen_llm_embed_bfloat16` is `llm_embed`."""
     name = name.removeprefix("varlen_")
-    if name.endswith("_mask"):
-        return name
     types = (str(each).removeprefix("torch.") for each in vars(torch).values() if isinstance(each, torch.dtype))
     written = next((each for each in sorted(types, key=len, reverse=True) if name.endswith(f"_{each}")), "")
     return name.removesuffix(f"_{written}") if written else name

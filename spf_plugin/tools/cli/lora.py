@@ -79,9 +79,8 @@ def _fail(error: SPFError) -> typer.Exit:
 # ---- check ----------------------------------------------------------------------------------------------------------
 
 
-def _counts(counts: dict[str, Any]) -> str:
-    """``UNet 16, text encoder 8 (36) and 4 (36)`` from component -> Counter of values."""
-    labels = {"unet": "UNet", "te1": "text encoder", "te2": "text encoder 2", "other": "other"}
+def _counts(counts: dict[str, Any], labels: dict[str, str]) -> str:
+    """``UNet 16, text encoder 8 / 4`` from component -> Counter of values, and component -> its name."""
     parts = []
     for component in [c for c in labels if c in counts]:
         values = counts[component]
@@ -94,12 +93,13 @@ def _counts(counts: dict[str, Any]) -> str:
 def _facts(contents: Contents, description: Description) -> dict[str, str]:
     """Label -> value of the lines above the table."""
     algorithms = ", ".join(f"{name} ({n})" for name, n in description.algorithms.most_common())
+    labels = inspect.labels(description)
     out = {
         "base": f"{BASE_LABEL[description.base]} (by {description.evidence})",
         "algorithm": algorithms,
         "modules": inspect.targets(description),
-        "rank": _counts(dict(description.ranks)),
-        "alpha": _counts(dict(description.alphas)),
+        "rank": _counts(dict(description.ranks), labels),
+        "alpha": _counts(dict(description.alphas), labels),
         "dtype": ", ".join(f"{name} ({n})" for name, n in description.dtypes.most_common()),
     }
     settings = inspect.settings(contents.metadata)
