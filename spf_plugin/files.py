@@ -141,13 +141,22 @@ def read_text(path: Path, limit: int, encoding: str = "utf-8") -> str:
         raise SPFError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
 
 
+def _marked(path: Path, text: str) -> str:
+    """The text; but with a byte order mark TOML's first setting has a name that nobody knows, and JSON is none."""
+    if text.startswith("\ufeff"):
+        raise SPFError(
+            f"{path} begins with a byte order mark, which is read as a part of it. Save it as UTF-8 without BOM."
+        )
+    return text
+
+
 def read_toml(path: Path, encoding: str = "utf-8") -> dict[str, Any]:
     """A TOML file, as the host's library reads it.
 
     Raises:
-        SPFError: as `read_text`, or it is no TOML, or it holds what no setting can be.
+        SPFError: as `read_text`, or it is no TOML or begins with a byte order mark, or it holds what no setting can be.
     """
-    text = read_text(path, CONFIG_BYTES, encoding)
+    text = _marked(path, read_text(path, CONFIG_BYTES, encoding))
     hint = f" {SLASHES}" if "\\" in text else ""
     try:
         values = toml.loads(text)
@@ -164,9 +173,9 @@ def read_json(path: Path, limit: int = CONFIG_BYTES) -> Any:
     """A JSON file.
 
     Raises:
-        SPFError: as `read_text`, or it is no JSON, or it holds what no setting can be.
+        SPFError: as `read_text`, or it is no JSON or begins with a byte order mark, or it holds what no setting can be.
     """
-    text = read_text(path, limit)
+    text = _marked(path, read_text(path, limit))
     try:
         value = json.loads(text)
     except RecursionError:

@@ -267,11 +267,15 @@ def test_spf_config_is_found_beside_the_data(run: Run) -> None:
         (["run.toml", "--seed", "x"], "--seed takes a whole number, not 'x'"),
         (["run.toml", "--mixed_precision", "fp8"], "--mixed_precision takes one of no, fp16, bf16, not 'fp8'"),
         (["bad.toml"], "bad.toml is not valid TOML"),
+        (["marked.toml"], "marked.toml begins with a byte order mark"),
+        (["--dataset_config", "marked.json"], "marked.json begins with a byte order mark"),
         (["windows.toml"], "write paths with / or in single quotes"),
     ],
 )
 def test_what_cannot_be_read(run: Run, words: list[str], says: str) -> None:
     (run.folder / "bad.toml").write_text("seed = \n", encoding="utf-8")
+    (run.folder / "marked.toml").write_text("seed = 1\n", encoding="utf-8-sig")
+    (run.folder / "marked.json").write_text("{}", encoding="utf-8-sig")
     (run.folder / "windows.toml").write_text('train_data_dir = "C:\\photos"\n', encoding="utf-8")
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
