@@ -141,8 +141,12 @@ def read_text(path: Path, limit: int, encoding: str = "utf-8") -> str:
         raise SPFError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
 
 
-def _marked(path: Path, text: str) -> str:
-    """The text; but with a byte order mark TOML's first setting has a name that nobody knows, and JSON is none."""
+def _unmarked(path: Path, text: str) -> str:
+    """The text, which no byte order mark begins: trainers take that for a part of the first setting's name.
+
+    Raises:
+        SPFError: one does.
+    """
     if text.startswith("\ufeff"):
         raise SPFError(
             f"{path} begins with a byte order mark, which is read as a part of it. Save it as UTF-8 without BOM."
@@ -156,7 +160,7 @@ def read_toml(path: Path, encoding: str = "utf-8") -> dict[str, Any]:
     Raises:
         SPFError: as `read_text`, or it is no TOML or begins with a byte order mark, or it holds what no setting can be.
     """
-    text = _marked(path, read_text(path, CONFIG_BYTES, encoding))
+    text = _unmarked(path, read_text(path, CONFIG_BYTES, encoding))
     hint = f" {SLASHES}" if "\\" in text else ""
     try:
         values = toml.loads(text)
@@ -175,7 +179,7 @@ def read_json(path: Path, limit: int = CONFIG_BYTES) -> Any:
     Raises:
         SPFError: as `read_text`, or it is no JSON or begins with a byte order mark, or it holds what no setting can be.
     """
-    text = _marked(path, read_text(path, limit))
+    text = _unmarked(path, read_text(path, limit))
     try:
         value = json.loads(text)
     except RecursionError:

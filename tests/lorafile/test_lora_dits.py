@@ -163,12 +163,23 @@ def test_the_command(tmp_path: Path) -> None:
     assert "diffusion_model.double_blocks.0.img_mod.lin.lora_up.weight" in load_file(tmp_path / "out.safetensors")
 
 
-@pytest.mark.parametrize("base", ["sdxl", "sd3", "flux", "anima", "wan"])
-def test_ranks_and_alphas_are_shown_of_every_part(base: Base | DitBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "parts"),
+    [
+        ("sdxl", {"unet": "UNet", "te1": "text encoder 1", "te2": "text encoder 2"}),
+        ("sd3", {"unet": "transformer", "te1": "text encoder 1", "te2": "text encoder 2", "te3": "T5"}),
+        ("flux", {"unet": "transformer", "te1": "text encoder 1", "te3": "T5"}),
+        ("anima", {"unet": "transformer", "te1": "text encoder"}),
+        ("wan", {"unet": "transformer"}),
+    ],
+)
+def test_ranks_and_alphas_are_shown_of_every_part(base: Base | DitBase, parts: dict[str, str], tmp_path: Path) -> None:
     known: Any = names if base == "sdxl" else dit_names
     first = {module.component: module for module in known.modules(base)}
+    assert first.keys() == parts.keys()
     tensors = {}
-    for rank, module in enumerate(first.values(), start=3):
+    for rank, component in enumerate(parts, start=3):
+        module = first[component]
         name = known.kohya_name(base, module)
         tensors[f"{name}.lora_down.weight"] = torch.zeros(rank, module.fan_in)
         tensors[f"{name}.lora_up.weight"] = torch.zeros(module.fan_out, rank)
@@ -176,7 +187,7 @@ def test_ranks_and_alphas_are_shown_of_every_part(base: Base | DitBase, tmp_path
     metadata = {"ss_base_model_version": base} if base in ("sd3", "flux") else {}
     save_file(tensors, tmp_path / "lora.safetensors", metadata)
     output = CliRunner().invoke(app, ["check", str(tmp_path / "lora.safetensors")], env={"COLUMNS": "200"}).output
-    lines = {line.strip(" │").split(" ")[0]: line for line in output.splitlines()}
-    for rank, _ in enumerate(first, start=3):
-        assert f" {rank}" in lines["rank"], output
-        assert f" {rank}.5" in lines["alpha"], output
+    lines = [" ".join(line.strip(" │").split()) for line in output.splitlines()]
+    shown = list(enumerate(parts.values(), start=3))
+    assert "rank " + ", ".join(f"{label} {rank}" for rank, label in shown) in lines, output
+    assert "alpha " + ", ".join(f"{label} {rank}.5" for rank, label in shown) in lines, output
